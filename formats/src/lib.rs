@@ -1,0 +1,12 @@
+//! Read, check and write quantized checkpoints: GGUF, safetensors, PEFT adapter folders.
+//!
+//! The promise of this crate: no bytes make it panic, no count in a file is believed before it is
+//! compared with the bytes that are left, and nothing is written that the reader would refuse.
+#![deny(unsafe_code)]
+
+pub mod blocks;
+pub mod dtype;
+pub mod error;
+
+pub use dtype::GgmlType;
+pub use error::{Error, Result};

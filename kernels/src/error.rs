@@ -1,0 +1,69 @@
+//! What an op or a device can refuse.
+
+/// Shorthand used across the crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A refused op or an unusable device.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Two operands do not belong together.
+    #[error("{op}: {what} is {found}, expected {expected}")]
+    ShapeMismatch {
+        /// The op that was called.
+        op: &'static str,
+        /// The operand and dimension at fault.
+        what: &'static str,
+        /// The size that the other operands ask for.
+        expected: usize,
+        /// The size that was given.
+        found: usize,
+    },
+    /// An index (token id, position, sequence boundary) lies outside of its table.
+    #[error("{op}: {what} {index} is outside of 0..{limit}")]
+    IndexOutOfRange {
+        /// The op that was called.
+        op: &'static str,
+        /// What the index counts.
+        what: &'static str,
+        /// The index.
+        index: usize,
+        /// One past the largest allowed.
+        limit: usize,
+    },
+    /// No kernel of this op runs on the device of its operands.
+    #[error("{op} has no kernel for {device}")]
+    NoKernel {
+        /// The op that was called.
+        op: &'static str,
+        /// The device of the destination.
+        device: String,
+    },
+    /// The device cannot be opened or used.
+    #[error("device `{device}`: {reason}")]
+    Device {
+        /// The device as the user named it.
+        device: String,
+        /// Why not.
+        reason: String,
+    },
+    /// A packed weight does not fit its description.
+    #[error(transparent)]
+    Format(#[from] qpeft_formats::Error),
+}
+
+impl Error {
+    /// What the user can do about it, if there is something.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Error::Device { .. } | Error::NoKernel { .. } => Some("run with `--device cpu`".to_owned()),
+            Error::Format(e) => e.hint(),
+            Error::ShapeMismatch { .. } | Error::IndexOutOfRange { .. } => None,
+        }
+    }
+}
+
+/// Refuses operands whose sizes differ: `check(op, "rows of y", expected, found)?`.
+pub(crate) fn check(op: &'static str, what: &'static str, expected: usize, found: usize) -> Result<()> {
+    if expected == found { Ok(()) } else { Err(Error::ShapeMismatch { op, what, expected, found }) }
+}

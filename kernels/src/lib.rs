@@ -1,0 +1,13 @@
+//! Tensors, packed base weights and the ops that train adapters on them.
+//!
+//! The only crate with `unsafe` (processor features, CUDA launches); every block says why it is sound.
+#![deny(clippy::undocumented_unsafe_blocks)]
+
+pub mod device;
+pub mod error;
+pub mod ops;
+pub mod tensor;
+
+pub use device::Device;
+pub use error::{Error, Result};
+pub use tensor::{Tensor, View, ViewMut};

@@ -1,0 +1,8 @@
+//! The ops: one name each, forward and backward, naive and fast CPU, later CUDA next to it.
+//!
+//! Letters used in every op: T tokens of the batch (all sequences end to end), C channels, V vocabulary,
+//! H query heads, G key/value heads, D head dimension, N output features, K input features, R rank.
+//! Argument order: destination, saved for backward, inputs, sizes. Gradients are `d` + name.
+//!
+//! The law of accumulation: gradients of parameters are added to (`+=`), gradients of activations are
+//! overwritten (`=`), except where an op says `Accumulates`.
