@@ -103,7 +103,11 @@ impl GgmlType {
     /// `len` is not a whole number of blocks, or the size overflows.
     pub fn row_bytes(self, len: usize) -> Result<usize> {
         if !len.is_multiple_of(self.block_len()) {
-            return Err(Error::new(Kind::PartialBlock { dtype: self.name(), block_len: self.block_len(), row_len: len as u64 }));
+            return Err(Error::new(Kind::PartialBlock {
+                dtype: self.name(),
+                block_len: self.block_len(),
+                row_len: len as u64,
+            }));
         }
         (len / self.block_len())
             .checked_mul(self.block_bytes())

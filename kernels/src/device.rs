@@ -44,13 +44,17 @@ impl Device {
         // cudarc panics on a missing library when it is used, so ask first.
         // SAFETY: only looks for the driver library by name and loads it; nothing is called in it.
         if !unsafe { cudarc::driver::sys::is_culib_present() } {
-            return Err(refuse("the NVIDIA driver library (libcuda.so.1) is not installed on this machine".to_owned()));
+            return Err(refuse(
+                "the NVIDIA driver library (libcuda.so.1) is not installed on this machine".to_owned(),
+            ));
         }
-        let count = CudaContext::device_count().map_err(|e| refuse(format!("the driver does not start: {e}")))?;
+        let count =
+            CudaContext::device_count().map_err(|e| refuse(format!("the driver does not start: {e}")))?;
         if ordinal >= usize::try_from(count).unwrap_or(0) {
             return Err(refuse(format!("the driver reports {count} CUDA device(s)")));
         }
-        let context = CudaContext::new(ordinal).map_err(|e| refuse(format!("cannot create a context: {e}")))?;
+        let context =
+            CudaContext::new(ordinal).map_err(|e| refuse(format!("cannot create a context: {e}")))?;
         Ok(Device::Cuda(context.default_stream()))
     }
 

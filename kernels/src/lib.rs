@@ -3,6 +3,7 @@
 //! The only crate with `unsafe` (processor features, CUDA launches); every block says why it is sound.
 #![deny(clippy::undocumented_unsafe_blocks)]
 
+pub mod cpu;
 pub mod device;
 pub mod error;
 pub mod ops;

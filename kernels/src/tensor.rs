@@ -69,12 +69,13 @@ impl Tensor {
     /// The size overflows or the device is out of memory.
     pub fn zeros(device: &Device, rows: usize, cols: usize) -> Result<Tensor> {
         let refuse = |reason| Error::Device { device: device.to_string(), reason };
-        let len = rows.checked_mul(cols).ok_or_else(|| refuse(format!("a {rows} x {cols} tensor overflows")))?;
+        let len =
+            rows.checked_mul(cols).ok_or_else(|| refuse(format!("a {rows} x {cols} tensor overflows")))?;
         let storage = match device {
             Device::Cpu => Storage::Cpu(vec![0.0; len]),
-            Device::Cuda(stream) => {
-                Storage::Cuda(stream.alloc_zeros(len).map_err(|e| refuse(format!("allocating {len} f32: {e}")))?)
-            }
+            Device::Cuda(stream) => Storage::Cuda(
+                stream.alloc_zeros(len).map_err(|e| refuse(format!("allocating {len} f32: {e}")))?,
+            ),
         };
         Ok(Tensor { rows, cols, device: device.clone(), storage })
     }
@@ -202,7 +203,10 @@ impl<'a> View<'a> {
     /// # Panics
     /// The view has gaps or another number of elements.
     pub fn reshaped(self, rows: usize, cols: usize) -> View<'a> {
-        assert!(self.stride == self.cols && self.rows * self.cols == rows * cols, "reshape to {rows} x {cols}");
+        assert!(
+            self.stride == self.cols && self.rows * self.cols == rows * cols,
+            "reshape to {rows} x {cols}"
+        );
         View { rows, cols, stride: cols, data: self.data }
     }
 

@@ -9,7 +9,10 @@ use crate::dtype::GgmlType;
 /// # Panics
 /// The lengths do not belong together; callers take both from [`GgmlType::row_bytes`].
 #[inline(always)]
-#[allow(clippy::inline_always, reason = "inlining is what carries the caller's target features into the loop")]
+#[allow(
+    clippy::inline_always,
+    reason = "inlining is what carries the caller's target features into the loop"
+)]
 pub fn dequantize_row(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) {
     let _ = (dtype, bytes, out);
     unreachable!("placeholder until the codecs land")
