@@ -1,6 +1,55 @@
 //! Block codecs: bytes of one row <-> f32, bit-identical to llama.cpp's reference on x86-64.
+//!
+//! A codec is one implementation of [`Block`], in a file of its own that opens with a byte map. The
+//! macro `with_codec!` below is the only list of them. Operations are written in the order of the
+//! reference; Rust never fuses or reassociates them, so every instruction set gives the same bits.
+#![expect(
+    clippy::inline_always,
+    reason = "inlining carries the target features of the caller of `dequantize_row` into its loops"
+)]
+
+mod dense;
+mod half;
+mod k_quants;
+mod nibbles;
+mod q4_0;
+mod q4_1;
+mod q4_k;
+mod q5_0;
+mod q5_1;
+mod q5_k;
+mod q6_k;
+mod q8_0;
 
 use crate::dtype::GgmlType;
+
+/// One block type: `BYTES` bytes hold `LEN` elements. Multi-byte fields are little-endian.
+trait Block<const BYTES: usize, const LEN: usize> {
+    /// The row of the type table that describes this block.
+    const DTYPE: GgmlType;
+
+    /// Block -> values. Branch-free, and always inlined to be vectorized with its caller.
+    fn dequantize(block: &[u8; BYTES], out: &mut [f32; LEN]);
+}
+
+/// Calls `$row::<Codec, _, _>(args)` with the codec of a type.
+macro_rules! with_codec {
+    ($dtype:expr, $row:ident($($arg:expr),*)) => {
+        match $dtype {
+            GgmlType::F32 => $row::<dense::F32, _, _>($($arg),*),
+            GgmlType::F16 => $row::<dense::F16, _, _>($($arg),*),
+            GgmlType::BF16 => $row::<dense::BF16, _, _>($($arg),*),
+            GgmlType::Q4_0 => $row::<q4_0::Q4_0, _, _>($($arg),*),
+            GgmlType::Q4_1 => $row::<q4_1::Q4_1, _, _>($($arg),*),
+            GgmlType::Q5_0 => $row::<q5_0::Q5_0, _, _>($($arg),*),
+            GgmlType::Q5_1 => $row::<q5_1::Q5_1, _, _>($($arg),*),
+            GgmlType::Q8_0 => $row::<q8_0::Q8_0, _, _>($($arg),*),
+            GgmlType::Q4_K => $row::<q4_k::Q4_K, _, _>($($arg),*),
+            GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
+            GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),
+        }
+    };
+}
 
 /// Dequantizes whole blocks: `bytes` holds `out.len() / block_len` blocks of `dtype`.
 ///
@@ -9,13 +58,8 @@ use crate::dtype::GgmlType;
 /// # Panics
 /// The lengths do not belong together; callers take both from [`GgmlType::row_bytes`].
 #[inline(always)]
-#[allow(
-    clippy::inline_always,
-    reason = "inlining is what carries the caller's target features into the loop"
-)]
 pub fn dequantize_row(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) {
-    let _ = (dtype, bytes, out);
-    unreachable!("placeholder until the codecs land")
+    with_codec!(dtype, dequantize_blocks(bytes, out));
 }
 
 /// Quantizes one row; `bytes` receives `row.len() / block_len` blocks.
@@ -26,3 +70,29 @@ pub fn quantize_row(dtype: GgmlType, row: &[f32], bytes: &mut [u8]) {
     let _ = (dtype, row, bytes);
     unreachable!("placeholder until the codecs land")
 }
+
+#[inline(always)]
+fn dequantize_blocks<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
+    bytes: &[u8],
+    out: &mut [f32],
+) {
+    const { assert_sizes::<B, BYTES, LEN>() };
+    let (blocks, bytes_left) = bytes.as_chunks::<BYTES>();
+    let (values, values_left) = out.as_chunks_mut::<LEN>();
+    assert!(
+        blocks.len() == values.len() && bytes_left.is_empty() && values_left.is_empty(),
+        "bytes and values of a row must be the same number of whole blocks"
+    );
+    for (block, values) in blocks.iter().zip(values) {
+        B::dequantize(block, values);
+    }
+}
+
+/// Fails the build when a codec and the type table disagree.
+const fn assert_sizes<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>() {
+    assert!(B::DTYPE.block_bytes() == BYTES, "block bytes differ from the type table");
+    assert!(B::DTYPE.block_len() == LEN, "block length differs from the type table");
+}
+
+#[cfg(test)]
+mod golden;

@@ -1,0 +1,41 @@
+//! F32, F16 and BF16: a "block" is one little-endian element.
+//!
+//! F16 and BF16 are written rounded to nearest, ties to even; F16 overflows to infinity.
+
+use super::Block;
+use super::half::{bf16_to_f32, f16_to_f32};
+use crate::dtype::GgmlType;
+
+/// IEEE binary32.
+pub(super) struct F32;
+/// IEEE binary16.
+pub(super) struct F16;
+/// The upper half of a binary32.
+pub(super) struct BF16;
+
+impl Block<4, 1> for F32 {
+    const DTYPE: GgmlType = GgmlType::F32;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 4], out: &mut [f32; 1]) {
+        out[0] = f32::from_le_bytes(*block);
+    }
+}
+
+impl Block<2, 1> for F16 {
+    const DTYPE: GgmlType = GgmlType::F16;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 2], out: &mut [f32; 1]) {
+        out[0] = f16_to_f32(u16::from_le_bytes(*block));
+    }
+}
+
+impl Block<2, 1> for BF16 {
+    const DTYPE: GgmlType = GgmlType::BF16;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 2], out: &mut [f32; 1]) {
+        out[0] = bf16_to_f32(u16::from_le_bytes(*block));
+    }
+}

@@ -1,0 +1,59 @@
+//! Every codec against files that llama.cpp's own quantizer wrote (testdata/ggml/blocks.safetensors).
+
+use super::dequantize_row;
+use crate::dtype::GgmlType;
+use safetensors::SafeTensors;
+
+/// The tensors of the golden file: rows of a real model, the same with noise, and edge cases.
+const TENSORS: [&str; 3] = ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight", "blk.2.ffn_up.weight"];
+
+const GOLDEN: &[u8] = include_bytes!("../../../testdata/ggml/blocks.safetensors");
+
+fn tensor(file: &SafeTensors<'_>, name: &str) -> Option<(usize, Vec<u8>)> {
+    let view = file.tensor(name).ok()?;
+    Some((*view.shape().last().expect("two dimensions"), view.data().to_vec()))
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+}
+
+/// Dequantizes every golden tensor of a type and compares all bits.
+fn dequantizes(dtype: GgmlType) {
+    let file = SafeTensors::deserialize(GOLDEN).expect("the golden file is a safetensors file");
+    let mut compared = 0;
+    for name in TENSORS {
+        let Some((_, expected)) = tensor(&file, &format!("{dtype}.{name}.f32")) else { continue };
+        let (_, bytes) = tensor(&file, &format!("{dtype}.{name}.bytes")).expect("bytes go with f32");
+        let expected = floats(&expected);
+        let mut values = vec![0.0; expected.len()];
+        dequantize_row(dtype, &bytes, &mut values);
+        for (i, (value, expected)) in values.iter().zip(&expected).enumerate() {
+            assert_eq!(value.to_bits(), expected.to_bits(), "{dtype} {name} element {i}");
+        }
+        compared += values.len();
+    }
+    assert_eq!(compared, 2 * 768 + 4 * 512, "{dtype}");
+}
+
+#[test]
+fn f32_passes_through() {
+    let file = SafeTensors::deserialize(GOLDEN).expect("the golden file is a safetensors file");
+    let (_, bytes) = tensor(&file, "F32.blk.2.ffn_up.weight").expect("the source rows");
+    let mut values = vec![0.0; bytes.len() / 4];
+    dequantize_row(GgmlType::F32, &bytes, &mut values);
+    assert_eq!(values, floats(&bytes));
+}
+
+macro_rules! golden {
+    ($($dtype:ident)*) => {$(
+        #[allow(non_snake_case)]
+        mod $dtype {
+            #[test]
+            fn dequantizes_to_the_bits_of_llama_cpp() {
+                super::dequantizes(super::GgmlType::$dtype);
+            }
+        }
+    )*};
+}
+golden!(F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K);

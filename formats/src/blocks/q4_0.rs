@@ -1,0 +1,27 @@
+//! Q4_0: 32 elements in 18 bytes, `x = d * (q - 8)` with q in 0..16.
+//!
+//! | bytes | field | content |
+//! |---|---|---|
+//! | 0..2 | `d` | scale, f16 |
+//! | 2..18 | `qs` | q of element j in the low nibble of byte j, of element j + 16 in the high nibble |
+
+use super::Block;
+use super::half::read_f16;
+use super::nibbles::{field, unpack4};
+use crate::dtype::GgmlType;
+
+#[allow(non_camel_case_types, reason = "ggml's name")]
+pub(super) struct Q4_0;
+
+impl Block<18, 32> for Q4_0 {
+    const DTYPE: GgmlType = GgmlType::Q4_0;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 18], out: &mut [f32; 32]) {
+        let d = read_f16(block, 0);
+        let q = unpack4(field(block, 2));
+        for j in 0..32 {
+            out[j] = (i32::from(q[j]) - 8) as f32 * d;
+        }
+    }
+}

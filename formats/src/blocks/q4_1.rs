@@ -1,0 +1,29 @@
+//! Q4_1: 32 elements in 20 bytes, `x = d * q + m` with q in 0..16.
+//!
+//! | bytes | field | content |
+//! |---|---|---|
+//! | 0..2 | `d` | scale, f16 |
+//! | 2..4 | `m` | smallest element, f16 |
+//! | 4..20 | `qs` | q of element j in the low nibble of byte j, of element j + 16 in the high nibble |
+
+use super::Block;
+use super::half::read_f16;
+use super::nibbles::{field, unpack4};
+use crate::dtype::GgmlType;
+
+#[allow(non_camel_case_types, reason = "ggml's name")]
+pub(super) struct Q4_1;
+
+impl Block<20, 32> for Q4_1 {
+    const DTYPE: GgmlType = GgmlType::Q4_1;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 20], out: &mut [f32; 32]) {
+        let d = read_f16(block, 0);
+        let m = read_f16(block, 2);
+        let q = unpack4(field(block, 4));
+        for j in 0..32 {
+            out[j] = f32::from(q[j]) * d + m;
+        }
+    }
+}

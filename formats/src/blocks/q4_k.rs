@@ -1,0 +1,39 @@
+//! Q4_K: 256 elements in 144 bytes, 8 sub-blocks of 32, `x = (d * sc) * q - (dmin * m)`, q in 0..16.
+//!
+//! | bytes | field | content |
+//! |---|---|---|
+//! | 0..2 | `d` | scale of the sub-block scales, f16 |
+//! | 2..4 | `dmin` | scale of the sub-block mins, f16 |
+//! | 4..16 | `scales` | 6-bit sc and m of each sub-block, packed as `k_quants::unpack_scales` reads them |
+//! | 16..144 | `qs` | 4 runs of 32 bytes; run r has sub-block 2r in its low nibbles, 2r + 1 in its high |
+
+use super::Block;
+use super::half::read_f16;
+use super::k_quants::{SUPERBLOCK, unpack_scales};
+use super::nibbles::field;
+use crate::dtype::GgmlType;
+
+#[allow(non_camel_case_types, reason = "ggml's name")]
+pub(super) struct Q4_K;
+
+impl Block<144, SUPERBLOCK> for Q4_K {
+    const DTYPE: GgmlType = GgmlType::Q4_K;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 144], out: &mut [f32; SUPERBLOCK]) {
+        let d = read_f16(block, 0);
+        let dmin = read_f16(block, 2);
+        let (sc, m) = unpack_scales(field(block, 4));
+        let qs: &[u8; 128] = field(block, 16);
+        for run in 0..4 {
+            let (d_lo, m_lo) = (d * f32::from(sc[2 * run]), dmin * f32::from(m[2 * run]));
+            let (d_hi, m_hi) = (d * f32::from(sc[2 * run + 1]), dmin * f32::from(m[2 * run + 1]));
+            for l in 0..32 {
+                out[64 * run + l] = d_lo * f32::from(qs[32 * run + l] & 0x0f) - m_lo;
+            }
+            for l in 0..32 {
+                out[64 * run + 32 + l] = d_hi * f32::from(qs[32 * run + l] >> 4) - m_hi;
+            }
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! Q5_1: 32 elements in 24 bytes, `x = d * q + m` with q in 0..32.
+//!
+//! | bytes | field | content |
+//! |---|---|---|
+//! | 0..2 | `d` | scale, f16 |
+//! | 2..4 | `m` | smallest element, f16 |
+//! | 4..8 | `qh` | bit 4 of q of element j in bit j |
+//! | 8..24 | `qs` | low bits of element j in the low nibble of byte j, of element j + 16 in the high nibble |
+
+use super::Block;
+use super::half::read_f16;
+use super::nibbles::{field, unpack5};
+use crate::dtype::GgmlType;
+
+#[allow(non_camel_case_types, reason = "ggml's name")]
+pub(super) struct Q5_1;
+
+impl Block<24, 32> for Q5_1 {
+    const DTYPE: GgmlType = GgmlType::Q5_1;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 24], out: &mut [f32; 32]) {
+        let d = read_f16(block, 0);
+        let m = read_f16(block, 2);
+        let q = unpack5(*field(block, 4), field(block, 8));
+        for j in 0..32 {
+            out[j] = f32::from(q[j]) * d + m;
+        }
+    }
+}

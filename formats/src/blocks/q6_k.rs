@@ -1,0 +1,46 @@
+//! Q6_K: 256 elements in 210 bytes, 16 sub-blocks of 16, `x = (d * sc) * (q - 32)`, q in 0..64.
+//!
+//! | bytes | field | content |
+//! |---|---|---|
+//! | 0..128 | `ql` | low 4 bits; half h (128 elements) has bytes 64h..64h + 64 |
+//! | 128..192 | `qh` | high 2 bits; half h has bytes 32h..32h + 32 |
+//! | 192..208 | `scales` | sc of each sub-block, i8 |
+//! | 208..210 | `d` | scale of the sub-block scales, f16 |
+//!
+//! A half has four quarters of 32 elements. Element l of quarter t has its low bits in byte
+//! `32 * (t % 2) + l` of `ql` (low nibble for t < 2, else high) and its high bits at bit 2t of byte l
+//! of `qh`.
+
+use super::Block;
+use super::half::read_f16;
+use super::k_quants::SUPERBLOCK;
+use super::nibbles::field;
+use crate::dtype::GgmlType;
+
+#[allow(non_camel_case_types, reason = "ggml's name")]
+pub(super) struct Q6_K;
+
+impl Block<210, SUPERBLOCK> for Q6_K {
+    const DTYPE: GgmlType = GgmlType::Q6_K;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 210], out: &mut [f32; SUPERBLOCK]) {
+        let ql: &[u8; 128] = field(block, 0);
+        let qh: &[u8; 64] = field(block, 128);
+        let scales: &[u8; 16] = field(block, 192);
+        let d = read_f16(block, 208);
+        for half in 0..2 {
+            for quarter in 0..4 {
+                for part in 0..2 {
+                    let scale = d * f32::from(scales[8 * half + 2 * quarter + part] as i8);
+                    for l in 16 * part..16 * part + 16 {
+                        let low = ql[64 * half + 32 * (quarter % 2) + l] >> (4 * (quarter / 2));
+                        let high = qh[32 * half + l] >> (2 * quarter);
+                        let q = (low & 0x0f) | ((high & 3) << 4);
+                        out[128 * half + 32 * quarter + l] = scale * (i32::from(q) - 32) as f32;
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,27 @@
+//! Q8_0: 32 elements in 34 bytes, `x = d * q` with q in -127..=127.
+//!
+//! | bytes | field | content |
+//! |---|---|---|
+//! | 0..2 | `d` | scale, f16 |
+//! | 2..34 | `qs` | q of element j as i8 |
+
+use super::Block;
+use super::half::read_f16;
+use super::nibbles::field;
+use crate::dtype::GgmlType;
+
+#[allow(non_camel_case_types, reason = "ggml's name")]
+pub(super) struct Q8_0;
+
+impl Block<34, 32> for Q8_0 {
+    const DTYPE: GgmlType = GgmlType::Q8_0;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 34], out: &mut [f32; 32]) {
+        let d = read_f16(block, 0);
+        let qs: &[u8; 32] = field(block, 2);
+        for j in 0..32 {
+            out[j] = f32::from(qs[j] as i8) * d;
+        }
+    }
+}
