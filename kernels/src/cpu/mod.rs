@@ -4,6 +4,9 @@
 //! fused multiply-add, and Rust does not reassociate floats, so every instruction set gives the same
 //! bits. Matrix products go through the `gemm` crate, which dispatches by itself.
 
+pub mod math;
+pub(crate) mod rows;
+
 /// The instruction sets that loops are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {

@@ -9,3 +9,7 @@
 
 pub mod fold;
 pub mod gather;
+pub mod residual;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
