@@ -8,7 +8,9 @@ pub mod device;
 pub mod error;
 pub mod ops;
 pub mod tensor;
+pub mod weight;
 
 pub use device::Device;
 pub use error::{Error, Result};
 pub use tensor::{Tensor, View, ViewMut};
+pub use weight::BaseWeight;

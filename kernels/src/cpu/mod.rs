@@ -4,6 +4,11 @@
 //! fused multiply-add, and Rust does not reassociate floats, so every instruction set gives the same
 //! bits. Matrix products go through the `gemm` crate, which dispatches by itself.
 
+#[cfg(test)]
+pub(crate) mod fixtures;
+pub mod gemm;
+pub mod scratch;
+
 /// The instruction sets that loops are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {

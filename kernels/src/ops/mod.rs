@@ -6,3 +6,5 @@
 //!
 //! The law of accumulation: gradients of parameters are added to (`+=`), gradients of activations are
 //! overwritten (`=`), except where an op says `Accumulates`.
+
+pub mod quant_linear;
