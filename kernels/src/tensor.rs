@@ -216,21 +216,26 @@ impl<'a> View<'a> {
     /// The view has gaps or ends before.
     pub fn slice(self, start: usize, rows: usize, cols: usize) -> View<'a> {
         assert!(self.stride == self.cols, "a slice of a view with gaps");
-        let len = self.rows * self.cols;
-        self.reshaped(1, len).columns(start, rows * cols).reshaped_row(rows, cols)
+        self.reshaped(1, self.rows * self.cols).column_range(start, rows * cols).with_shape(rows, cols)
     }
 
-    fn columns(self, start: usize, cols: usize) -> View<'a> {
-        assert!(self.rows == 1 && start + cols <= self.cols);
-        let data = match self.data {
-            Data::Cpu(data) => Data::Cpu(&data[start..start + cols]),
-            cuda @ Data::Cuda(_) => cuda,
-        };
-        View { rows: 1, cols, stride: cols, data }
-    }
-
-    fn reshaped_row(self, rows: usize, cols: usize) -> View<'a> {
+    fn with_shape(self, rows: usize, cols: usize) -> View<'a> {
         View { rows, cols, stride: cols, data: self.data }
+    }
+
+    /// Columns `start..start + cols` of every row; the stride stays.
+    ///
+    /// # Panics
+    /// The range lies outside of the view.
+    pub fn column_range(self, start: usize, cols: usize) -> View<'a> {
+        assert!(start + cols <= self.cols, "columns {start}..{} of {}", start + cols, self.cols);
+        let data = match self.data {
+            Data::Cpu(data) if self.rows > 0 => {
+                Data::Cpu(&data[start..start + (self.rows - 1) * self.stride + cols])
+            }
+            other => other,
+        };
+        View { cols, data, ..self }
     }
 
     /// The elements in host memory (rows `stride` apart; the last row ends the slice).
@@ -286,6 +291,21 @@ impl<'a> ViewMut<'a> {
         ViewMut { rows, cols: self.cols, stride: self.stride, data }
     }
 
+    /// Columns `start..start + cols` of every row; the stride stays.
+    ///
+    /// # Panics
+    /// The range lies outside of the view.
+    pub fn into_column_range(self, start: usize, cols: usize) -> ViewMut<'a> {
+        assert!(start + cols <= self.cols, "columns {start}..{} of {}", start + cols, self.cols);
+        let data = match self.data {
+            DataMut::Cpu(data) if self.rows > 0 => {
+                DataMut::Cpu(&mut data[start..start + (self.rows - 1) * self.stride + cols])
+            }
+            other => other,
+        };
+        ViewMut { rows: self.rows, cols, stride: self.stride, data }
+    }
+
     /// `rows x cols` elements of a contiguous view from `start` on: one matrix of a flat buffer.
     ///
     /// # Panics
@@ -333,5 +353,8 @@ mod tests {
         tensor.view_mut().into_slice(4, 1, 2).cpu("test").unwrap().fill(0.0);
         assert_eq!(tensor.read().unwrap()[3..7], [3.0, 0.0, 0.0, 6.0]);
         assert!(tensor.top(0).cpu("test").unwrap().is_empty());
+        let columns = tensor.view().column_range(1, 2);
+        assert_eq!((columns.rows, columns.cols, columns.stride), (4, 2, 3));
+        assert_eq!(columns.cpu("test").unwrap().len(), 11);
     }
 }
