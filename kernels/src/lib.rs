@@ -7,7 +7,10 @@ pub mod cpu;
 pub mod device;
 pub mod error;
 pub mod ops;
+pub mod rng;
 pub mod tensor;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod weight;
 
 pub use device::Device;

@@ -8,3 +8,7 @@
 //! overwritten (`=`), except where an op says `Accumulates`.
 
 pub mod quant_linear;
+pub mod residual;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;

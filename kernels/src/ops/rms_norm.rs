@@ -1,0 +1,231 @@
+//! Root-mean-square normalization of every token.
+//!
+//! The weight belongs to the frozen base model, so the backward pass has no `dweight`.
+
+use rayon::prelude::*;
+
+use crate::cpu::rows::{row, rows_per_task};
+use crate::cpu::{by_isa, math};
+use crate::error::{Result, check};
+use crate::tensor::{View, ViewMut};
+
+const FORWARD: &str = "rms_norm_forward";
+const BACKWARD: &str = "rms_norm_backward";
+
+/// Scales every token to a root mean square of one, then every channel by its weight.
+///
+/// y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps).
+///
+/// Shapes: `y`, `x` (T, C); `rstd` (1, T), saved for backward; `weight` (1, C).
+/// Accumulates: nothing, `y` and `rstd` are overwritten.
+/// Precision: f32, sums in 32 partial sums; within 2e-6 of f64, relative.
+///
+/// # Errors
+/// Shapes that do not belong together, or no kernel for the device.
+///
+/// Source: Zhang and Sennrich, arXiv 1910.07467, equation 4; `LlamaRMSNorm` of transformers for eps.
+pub fn rms_norm_forward(y: ViewMut, rstd: ViewMut, x: View, weight: View, eps: f32) -> Result<()> {
+    check(FORWARD, "rows of y", x.rows, y.rows)?;
+    check(FORWARD, "columns of y", x.cols, y.cols)?;
+    check_saved(FORWARD, rstd.as_view(), x, weight)?;
+    forward_fast(y, rstd, x, weight, eps)
+}
+
+/// The gradient of [`rms_norm_forward`] by its input, added to the gradient of the residual stream.
+///
+/// dx += rstd * (weight * dy - x * rstd^2 * mean(weight * dy * x)).
+///
+/// Shapes: `dx`, `dy`, `x` (T, C); `rstd` (1, T); `weight` (1, C).
+/// Accumulates: `dx` is added to.
+/// Precision: f32, sums in 32 partial sums; within 2e-6 of f64, relative to the largest term.
+///
+/// # Errors
+/// Shapes that do not belong together, or no kernel for the device.
+///
+/// Source: derived from the formula above.
+pub fn rms_norm_backward(dx: ViewMut, dy: View, x: View, rstd: View, weight: View) -> Result<()> {
+    check(BACKWARD, "rows of dx", x.rows, dx.rows)?;
+    check(BACKWARD, "columns of dx", x.cols, dx.cols)?;
+    check(BACKWARD, "rows of dy", x.rows, dy.rows)?;
+    check(BACKWARD, "columns of dy", x.cols, dy.cols)?;
+    check_saved(BACKWARD, rstd, x, weight)?;
+    backward_fast(dx, dy, x, rstd, weight)
+}
+
+fn check_saved(op: &'static str, rstd: View, x: View, weight: View) -> Result<()> {
+    check(op, "rows of rstd", 1, rstd.rows)?;
+    check(op, "columns of rstd (tokens)", x.rows, rstd.cols)?;
+    check(op, "rows of weight", 1, weight.rows)?;
+    check(op, "columns of weight", x.cols, weight.cols)
+}
+
+// ------------------------------------------------------------------------------------------ CPU
+
+#[cfg(test)]
+fn forward_naive(y: &mut [f64], rstd: &mut [f64], x: &[f64], weight: &[f64], eps: f64) {
+    let channels = weight.len();
+    for t in 0..rstd.len() {
+        let x = &x[t * channels..][..channels];
+        let mean_square = x.iter().map(|x| x * x).sum::<f64>() / channels as f64;
+        rstd[t] = 1.0 / (mean_square + eps).sqrt();
+        for c in 0..channels {
+            y[t * channels + c] = x[c] * rstd[t] * weight[c];
+        }
+    }
+}
+
+fn forward_fast(y: ViewMut, rstd: ViewMut, x: View, weight: View, eps: f32) -> Result<()> {
+    let (cols, y_stride, x_stride) = (x.cols, y.stride, x.stride);
+    let (y, rstd) = (y.cpu(FORWARD)?, rstd.cpu(FORWARD)?);
+    let (x, weight) = (x.cpu(FORWARD)?, weight.cpu(FORWARD)?);
+    if cols == 0 {
+        rstd.fill(1.0 / eps.sqrt());
+        return Ok(());
+    }
+    y.par_chunks_mut(y_stride).zip(rstd).enumerate().with_min_len(rows_per_task(cols)).for_each(
+        |(t, (y, rstd))| *rstd = forward_row(&mut y[..cols], row(x, t, cols, x_stride), weight, eps),
+    );
+    Ok(())
+}
+
+by_isa! {
+    fn forward_row(y: &mut [f32], x: &[f32], weight: &[f32], eps: f32) -> f32 {
+        let rstd = 1.0 / (math::dot(x, x) / x.len() as f32 + eps).sqrt();
+        for ((y, x), weight) in y.iter_mut().zip(x).zip(weight) {
+            *y = x * rstd * weight;
+        }
+        rstd
+    }
+}
+
+#[cfg(test)]
+fn backward_naive(dx: &mut [f64], dy: &[f64], x: &[f64], rstd: &[f64], weight: &[f64]) {
+    let channels = weight.len();
+    for (t, rstd) in rstd.iter().enumerate() {
+        let (dy, x) = (&dy[t * channels..][..channels], &x[t * channels..][..channels]);
+        // y = x * rstd * weight, where rstd depends on every x: d rstd / d x_c = -rstd^3 x_c / C.
+        let mean = (0..channels).map(|c| weight[c] * dy[c] * x[c]).sum::<f64>() / channels as f64;
+        for c in 0..channels {
+            dx[t * channels + c] += rstd * (weight[c] * dy[c] - x[c] * rstd * rstd * mean);
+        }
+    }
+}
+
+fn backward_fast(dx: ViewMut, dy: View, x: View, rstd: View, weight: View) -> Result<()> {
+    let (cols, dx_stride, dy_stride, x_stride) = (x.cols, dx.stride, dy.stride, x.stride);
+    let (dx, dy, x) = (dx.cpu(BACKWARD)?, dy.cpu(BACKWARD)?, x.cpu(BACKWARD)?);
+    let (rstd, weight) = (rstd.cpu(BACKWARD)?, weight.cpu(BACKWARD)?);
+    if cols == 0 {
+        return Ok(());
+    }
+    dx.par_chunks_mut(dx_stride).zip(rstd).enumerate().with_min_len(rows_per_task(cols)).for_each(
+        |(t, (dx, &rstd))| {
+            let (dy, x) = (row(dy, t, cols, dy_stride), row(x, t, cols, x_stride));
+            backward_row(&mut dx[..cols], dy, x, rstd, weight);
+        },
+    );
+    Ok(())
+}
+
+by_isa! {
+    fn backward_row(dx: &mut [f32], dy: &[f32], x: &[f32], rstd: f32, weight: &[f32]) {
+        let mean = math::dot3(weight, dy, x) / x.len() as f32;
+        let pull = rstd * rstd * mean;
+        for (((dx, dy), x), weight) in dx.iter_mut().zip(dy).zip(x).zip(weight) {
+            *dx += rstd * (weight * dy - x * pull);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Mat, Out, assert_close, check_fast, check_gradient, golden, inner, tolerance};
+
+    const EPS: f32 = 1e-5;
+    const SHAPES: [(usize, usize); 6] = [(1, 1), (1, 127), (7, 129), (129, 7), (33, 576), (0, 8)];
+
+    #[test]
+    fn the_fast_forward_equals_the_naive_one() {
+        for (tokens, channels) in SHAPES {
+            for std in [1.0, 1e3, 1e-4] {
+                let x = Mat::random(1, tokens, channels, std);
+                let weight = Mat::random(2, 1, channels, 1.0);
+                let (mut y, mut rstd) = (vec![0.0; tokens * channels], vec![0.0; tokens]);
+                forward_naive(&mut y, &mut rstd, &x.f64(), &weight.f64(), EPS as f64);
+                check_fast(
+                    &format!("rms_norm_forward {tokens} x {channels}"),
+                    [(Out::Set(tokens, channels), &y), (Out::Set(1, tokens), &rstd)],
+                    [&x, &weight],
+                    tolerance(2e-6, 1e-9),
+                    |[y, rstd], [x, weight]| rms_norm_forward(y, rstd, x, weight, EPS),
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_fast_backward_equals_the_naive_one_and_adds() {
+        for (tokens, channels) in SHAPES {
+            let [start, dy, x] = [1, 2, 3].map(|seed| Mat::random(seed, tokens, channels, 1.0));
+            let weight = Mat::random(4, 1, channels, 1.0);
+            let rstd = Mat::random(5, 1, tokens, 0.5);
+            let mut dx = start.f64();
+            backward_naive(&mut dx, &dy.f64(), &x.f64(), &rstd.f64(), &weight.f64());
+            check_fast(
+                &format!("rms_norm_backward {tokens} x {channels}"),
+                [(Out::Add(&start), &dx)],
+                [&dy, &x, &rstd, &weight],
+                tolerance(2e-6, 2e-6),
+                |[dx], [dy, x, rstd, weight]| rms_norm_backward(dx, dy, x, rstd, weight),
+            );
+        }
+    }
+
+    #[test]
+    fn the_naive_backward_is_the_derivative_of_the_naive_forward() {
+        let (tokens, channels) = (3, 7);
+        let [x, dy] = [1, 2].map(|seed| Mat::random(seed, tokens, channels, 1.0).f64());
+        let weight = Mat::random(3, 1, channels, 1.0).f64();
+        let forward = |x: &[f64]| {
+            let (mut y, mut rstd) = (vec![0.0; x.len()], vec![0.0; tokens]);
+            forward_naive(&mut y, &mut rstd, x, &weight, 1e-5);
+            (y, rstd)
+        };
+        let mut dx = vec![0.0; x.len()];
+        backward_naive(&mut dx, &dy, &x, &forward(&x).1, &weight);
+        check_gradient("rms_norm", &x, &dx, |x| inner(&forward(x).0, &dy));
+    }
+
+    #[test]
+    fn forward_and_backward_equal_pytorch() {
+        let golden = golden("rms_norm");
+        let [x, weight, dy] = ["x", "weight", "dy"].map(|name| golden.mat(name));
+        let mut y = Mat::poisoned(x.rows, x.cols);
+        let mut rstd = Mat::poisoned(1, x.rows);
+        let mut dx = Mat::new(x.rows, x.cols, vec![0.0; x.rows * x.cols]);
+        rms_norm_forward(y.view_mut(), rstd.view_mut(), x.view(), weight.view(), 1e-5).unwrap();
+        rms_norm_backward(dx.view_mut(), dy.view(), x.view(), rstd.view(), weight.view()).unwrap();
+        assert_close("y", &y.values(), &golden.mat("y").values(), tolerance(1e-6, 1e-6));
+        assert_close("dx", &dx.values(), &golden.mat("dx").values(), tolerance(2e-6, 2e-6));
+    }
+
+    #[test]
+    fn operands_that_do_not_belong_together_are_refused() {
+        let mat = |rows, cols| Mat::random(1, rows, cols, 1.0);
+        let (x, weight) = (mat(2, 4), mat(1, 4));
+        let forward = |mut y: Mat, mut rstd: Mat, weight: &Mat| {
+            rms_norm_forward(y.view_mut(), rstd.view_mut(), x.view(), weight.view(), EPS)
+                .unwrap_err()
+                .to_string()
+        };
+        assert_eq!(forward(mat(3, 4), mat(1, 2), &weight), "rms_norm_forward: rows of y is 3, expected 2");
+        assert_eq!(forward(mat(2, 5), mat(1, 2), &weight), "rms_norm_forward: columns of y is 5, expected 4");
+        assert!(forward(mat(2, 4), mat(1, 3), &weight).contains("columns of rstd (tokens) is 3, expected 2"));
+        assert!(forward(mat(2, 4), mat(1, 2), &mat(1, 3)).contains("columns of weight is 3, expected 4"));
+        let mut dx = mat(2, 4);
+        let error =
+            rms_norm_backward(dx.view_mut(), mat(1, 4).view(), x.view(), mat(1, 2).view(), weight.view());
+        assert_eq!(error.unwrap_err().to_string(), "rms_norm_backward: rows of dy is 1, expected 2");
+    }
+}
