@@ -47,6 +47,18 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// A value that cannot be stored or computed with.
+    #[error("{op}: row {row}, column {col} is `{value}`, expected a finite number")]
+    NotFinite {
+        /// The op that was called.
+        op: &'static str,
+        /// Row of the first such element.
+        row: usize,
+        /// Column of the first such element.
+        col: usize,
+        /// The element.
+        value: f32,
+    },
     /// A packed weight does not fit its description.
     #[error(transparent)]
     Format(#[from] qpeft_formats::Error),
@@ -58,7 +70,7 @@ impl Error {
         match self {
             Error::Device { .. } | Error::NoKernel { .. } => Some("run with `--device cpu`".to_owned()),
             Error::Format(e) => e.hint(),
-            Error::ShapeMismatch { .. } | Error::IndexOutOfRange { .. } => None,
+            Error::ShapeMismatch { .. } | Error::IndexOutOfRange { .. } | Error::NotFinite { .. } => None,
         }
     }
 }

@@ -11,7 +11,9 @@ pub mod rng;
 pub mod tensor;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod weight;
 
 pub use device::Device;
 pub use error::{Error, Result};
 pub use tensor::{Tensor, View, ViewMut};
+pub use weight::BaseWeight;

@@ -4,8 +4,10 @@
 //! fused multiply-add, and Rust does not reassociate floats, so every instruction set gives the same
 //! bits. Matrix products go through the `gemm` crate, which dispatches by itself.
 
+pub mod gemm;
 pub mod math;
 pub(crate) mod rows;
+pub mod scratch;
 
 /// The instruction sets that loops are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,6 +9,7 @@
 
 pub mod fold;
 pub mod gather;
+pub mod quant_linear;
 pub mod residual;
 pub mod rms_norm;
 pub mod rope;

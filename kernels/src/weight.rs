@@ -1,0 +1,241 @@
+//! The frozen base weight: packed rows behind one interface, the seam between methods and formats.
+//!
+//! A linear layer holds one [`BaseWeight`] and asks it for f32 rows or tiles; an adapter never learns
+//! in which type they are stored, and a new type is one more [`Storage`] variant here. The bytes stay
+//! packed and usually mapped from the file: a clone is a pointer, and only the tile at work is f32.
+//! N rows are output features, K columns are input features.
+
+use std::ops::Range;
+
+use qpeft_formats::GgmlType;
+use qpeft_formats::blocks;
+use qpeft_formats::file::Bytes;
+use rayon::prelude::*;
+
+use crate::cpu::by_isa;
+use crate::cpu::scratch::with_scratch;
+use crate::error::{Error, Result, check};
+use crate::tensor::ViewMut;
+
+/// A frozen (N, K) matrix in the type of its checkpoint.
+#[derive(Debug, Clone)]
+pub struct BaseWeight {
+    rows: usize,
+    cols: usize,
+    storage: Storage,
+}
+
+/// How the rows are stored.
+#[derive(Debug, Clone)]
+enum Storage {
+    /// Rows of ggml blocks, one after another; F32, F16 and BF16 are blocks of one element.
+    Ggml { dtype: GgmlType, bytes: Bytes },
+}
+
+/// Rows that one task converts; small enough to stay in the second-level cache.
+const ROWS_PER_TASK: usize = 16;
+
+impl BaseWeight {
+    /// `rows` x `cols` elements of `dtype`, row by row, as a GGUF tensor stores them.
+    ///
+    /// # Errors
+    /// `cols` is not a whole number of blocks, or `bytes` has another length than the shape asks for.
+    pub fn from_ggml(dtype: GgmlType, rows: usize, cols: usize, bytes: Bytes) -> Result<BaseWeight> {
+        let expected = dtype.row_bytes(cols)?.checked_mul(rows).unwrap_or(usize::MAX);
+        check("weight", "size in bytes", expected, bytes.len())?;
+        Ok(BaseWeight { rows, cols, storage: Storage::Ggml { dtype, bytes } })
+    }
+
+    /// An unquantized weight, row by row.
+    ///
+    /// # Errors
+    /// `values` does not hold rows x cols elements.
+    pub fn from_f32(rows: usize, cols: usize, values: &[f32]) -> Result<BaseWeight> {
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        BaseWeight::from_ggml(GgmlType::F32, rows, cols, Bytes::from(bytes))
+    }
+
+    /// Output features, N.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features, K.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The storage type as its format calls it: `Q4_K`.
+    pub fn type_name(&self) -> &str {
+        match &self.storage {
+            Storage::Ggml { dtype, .. } => dtype.name(),
+        }
+    }
+
+    /// Bytes of the packed rows.
+    pub fn size_bytes(&self) -> usize {
+        match &self.storage {
+            Storage::Ggml { bytes, .. } => bytes.len(),
+        }
+    }
+
+    /// Elements of a row that share a scale; tiles start and end at a multiple of it.
+    pub fn block_len(&self) -> usize {
+        match &self.storage {
+            Storage::Ggml { dtype, .. } => dtype.block_len(),
+        }
+    }
+
+    /// The ggml type and its bytes, for writing files; `None` when stored otherwise.
+    pub fn ggml(&self) -> Option<(GgmlType, &Bytes)> {
+        match &self.storage {
+            Storage::Ggml { dtype, bytes } => Some((*dtype, bytes)),
+        }
+    }
+
+    /// Some rows as f32, one after another; on the calling thread.
+    ///
+    /// # Panics
+    /// The rows lie outside of the weight, or `out` does not hold them.
+    pub fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        assert_eq!(out.len(), rows.len() * self.cols, "{} rows of {}", rows.len(), self.cols);
+        match &self.storage {
+            Storage::Ggml { dtype, bytes } => {
+                // Rows are whole blocks, so that any number of them decodes as one long row.
+                let row_bytes = self.size_bytes() / self.rows.max(1);
+                dequantize_blocks(*dtype, &bytes[rows.start * row_bytes..rows.end * row_bytes], out);
+            }
+        }
+    }
+
+    /// Some columns of some rows as f32, row by row; on the calling thread.
+    ///
+    /// # Panics
+    /// The tile lies outside of the weight, `cols` splits a block, or `out` does not hold the tile.
+    pub fn dequantize_tile(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        assert!(cols.start <= cols.end && cols.end <= self.cols, "columns {cols:?} of {}", self.cols);
+        assert_eq!(out.len(), rows.len() * cols.len(), "a {} x {} tile", rows.len(), cols.len());
+        let block_len = self.block_len();
+        assert!(
+            cols.start.is_multiple_of(block_len) && cols.end.is_multiple_of(block_len),
+            "columns {cols:?} split a block of {block_len}"
+        );
+        if cols.is_empty() {
+            return;
+        }
+        match &self.storage {
+            Storage::Ggml { dtype, bytes } => {
+                let block_bytes = dtype.block_bytes();
+                let row_bytes = self.cols / block_len * block_bytes;
+                let (start, end) = (cols.start / block_len * block_bytes, cols.end / block_len * block_bytes);
+                dequantize_strided(
+                    *dtype,
+                    &bytes[rows.start * row_bytes..rows.end * row_bytes],
+                    row_bytes,
+                    start..end,
+                    out,
+                    cols.len(),
+                );
+            }
+        }
+    }
+
+    /// The whole weight as f32, in parallel. N x K x 4 bytes: for tests and the SVD, never in a step.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.rows * self.cols];
+        out.par_chunks_mut(ROWS_PER_TASK * self.cols.max(1)).enumerate().for_each(|(i, chunk)| {
+            let start = i * ROWS_PER_TASK;
+            self.dequantize_rows(start..(start + ROWS_PER_TASK).min(self.rows), chunk);
+        });
+        out
+    }
+
+    /// Other values in the same type and shape, rounded to it row by row, in parallel.
+    ///
+    /// # Errors
+    /// `values` has another length; an element is not finite (the first one is named).
+    pub fn requantize(&self, values: &[f32]) -> Result<BaseWeight> {
+        check("requantize", "elements", self.rows * self.cols, values.len())?;
+        if let Some(at) = values.par_iter().position_first(|x| !x.is_finite()) {
+            return Err(Error::NotFinite {
+                op: "requantize",
+                row: at / self.cols,
+                col: at % self.cols,
+                value: values[at],
+            });
+        }
+        let storage = match &self.storage {
+            Storage::Ggml { dtype, bytes } => {
+                let mut packed = vec![0; bytes.len()];
+                let row_bytes = dtype.row_bytes(self.cols)?;
+                packed
+                    .par_chunks_mut(row_bytes.max(1))
+                    .zip(values.par_chunks(self.cols.max(1)))
+                    .for_each(|(packed, row)| blocks::quantize_row(*dtype, row, packed));
+                Storage::Ggml { dtype: *dtype, bytes: Bytes::from(packed) }
+            }
+        };
+        Ok(BaseWeight { storage, ..*self })
+    }
+
+    /// `out_n = Σ_k W_nk²`, the squared length of every row; constant, so the caller keeps it.
+    ///
+    /// `Shapes`: out (1, N). `Accumulates`: `out =`. `Precision`: summed in f64, rounded once.
+    ///
+    /// # Errors
+    /// `out` has another shape or lives on another device.
+    pub fn row_norms_squared(&self, out: ViewMut<'_>) -> Result<()> {
+        const OP: &str = "row_norms_squared";
+        check(OP, "rows of out", 1, out.rows)?;
+        check(OP, "columns of out", self.rows, out.cols)?;
+        out.cpu(OP)?.par_chunks_mut(ROWS_PER_TASK).enumerate().for_each(|(i, out)| {
+            let start = i * ROWS_PER_TASK;
+            with_scratch(out.len() * self.cols, |tile| {
+                self.dequantize_rows(start..start + out.len(), tile);
+                for (r, out) in out.iter_mut().enumerate() {
+                    *out = sum_of_squares(&tile[r * self.cols..][..self.cols]) as f32;
+                }
+            });
+        });
+        Ok(())
+    }
+}
+
+by_isa! {
+    fn dequantize_blocks(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) {
+        blocks::dequantize_row(dtype, bytes, out);
+    }
+}
+
+by_isa! {
+    /// Bytes `part` of every row of `row_bytes`, each to `width` elements.
+    fn dequantize_strided(
+        dtype: GgmlType,
+        bytes: &[u8],
+        row_bytes: usize,
+        part: Range<usize>,
+        out: &mut [f32],
+        width: usize,
+    ) {
+        for (row, out) in bytes.chunks_exact(row_bytes).zip(out.chunks_exact_mut(width)) {
+            blocks::dequantize_row(dtype, &row[part.start..part.end], out);
+        }
+    }
+}
+
+by_isa! {
+    /// Σ x² in f64, in eight interleaved sums that the compiler can keep in vector registers.
+    pub(crate) fn sum_of_squares(x: &[f32]) -> f64 {
+        let mut sums = [0.0f64; 8];
+        let chunks = x.chunks_exact(8);
+        let rest: f64 = chunks.remainder().iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+        for chunk in chunks {
+            for (sum, &x) in sums.iter_mut().zip(chunk) {
+                *sum += f64::from(x) * f64::from(x);
+            }
+        }
+        sums.iter().sum::<f64>() + rest
+    }
+}
