@@ -24,7 +24,7 @@ pub(super) fn unpack_scales(scales: &[u8; 12]) -> ([u8; 8], [u8; 8]) {
 }
 
 /// Inverse of [`unpack_scales`], for numbers below 64.
-pub(super) fn pack_scales(sc: &[u8; 8], m: &[u8; 8]) -> [u8; 12] {
+pub(super) fn pack_scales(sc: [u8; 8], m: [u8; 8]) -> [u8; 12] {
     let mut scales = [0; 12];
     for i in 0..4 {
         scales[i] = sc[i] | ((sc[i + 4] >> 4) << 6);
@@ -84,7 +84,7 @@ pub(super) fn fit_affine(x: &[f32; SUPERBLOCK], search: &Search) -> Affine {
             q[l] = nearest_int((x[l] + min) / scale).clamp(0, search.q_max.into()) as u8;
         }
     }
-    Affine { d, dmin, scales: pack_scales(&sc, &m), q }
+    Affine { d, dmin, scales: pack_scales(sc, m), q }
 }
 
 /// Fits `x = scale * q - min`, 0 <= min, to one sub-block; writes q, returns scale and min.

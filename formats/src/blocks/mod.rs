@@ -121,6 +121,12 @@ fn quantize_blocks<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
     }
 }
 
+/// The `N` bytes of a block from byte `at`.
+#[inline(always)]
+fn field<const N: usize, const BYTES: usize>(block: &[u8; BYTES], at: usize) -> &[u8; N] {
+    block[at..].first_chunk().expect("the byte map of the block holds this field")
+}
+
 /// Fails the build when a codec and the type table disagree.
 const fn assert_sizes<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>() {
     assert!(B::DTYPE.block_bytes() == BYTES, "block bytes differ from the type table");

@@ -27,12 +27,6 @@ pub(super) fn unpack5(qh: [u8; 4], qs: &[u8; 16]) -> [u8; 32] {
     q
 }
 
-/// The `N` bytes of a block from byte `at`.
-#[inline(always)]
-pub(super) fn field<const N: usize, const BYTES: usize>(block: &[u8; BYTES], at: usize) -> &[u8; N] {
-    block[at..].first_chunk().expect("the byte map of the block holds this field")
-}
-
 /// Inverse of [`unpack4`].
 #[inline(always)]
 pub(super) fn pack4(q: &[u8; 32]) -> [u8; 16] {

@@ -5,10 +5,10 @@
 //! | 0..2 | `d` | scale, f16 |
 //! | 2..18 | `qs` | q of element j in the low nibble of byte j, of element j + 16 in the high nibble |
 
-use super::Block;
 use super::half::{f32_to_f16, read_f16};
-use super::nibbles::{extreme, field, inverse, pack4, unpack4};
+use super::nibbles::{extreme, inverse, pack4, unpack4};
 use super::rounding::truncate;
+use super::{Block, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]

@@ -6,10 +6,10 @@
 //! | 2..4 | `m` | smallest element, f16 |
 //! | 4..20 | `qs` | q of element j in the low nibble of byte j, of element j + 16 in the high nibble |
 
-use super::Block;
 use super::half::{f32_to_f16, read_f16};
-use super::nibbles::{field, inverse, min_max, pack4, unpack4};
+use super::nibbles::{inverse, min_max, pack4, unpack4};
 use super::rounding::truncate;
+use super::{Block, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]

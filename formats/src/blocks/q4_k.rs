@@ -7,10 +7,9 @@
 //! | 4..16 | `scales` | 6-bit sc and m of each sub-block, packed as `k_quants::unpack_scales` reads them |
 //! | 16..144 | `qs` | 4 runs of 32 bytes; run r has sub-block 2r in its low nibbles, 2r + 1 in its high |
 
-use super::Block;
 use super::half::read_f16;
 use super::k_quants::{SUPERBLOCK, Search, fit_affine, unpack_scales};
-use super::nibbles::field;
+use super::{Block, field};
 use crate::dtype::GgmlType;
 
 const SEARCH: Search = Search { q_max: 15, first: -1.0, step: 0.1, last: 20 };

@@ -7,10 +7,10 @@
 //! | 4..8 | `qh` | bit 4 of q of element j in bit j |
 //! | 8..24 | `qs` | low bits of element j in the low nibble of byte j, of element j + 16 in the high nibble |
 
-use super::Block;
 use super::half::{f32_to_f16, read_f16};
-use super::nibbles::{field, inverse, min_max, pack5, unpack5};
+use super::nibbles::{inverse, min_max, pack5, unpack5};
 use super::rounding::truncate;
+use super::{Block, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]

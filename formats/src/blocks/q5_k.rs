@@ -8,10 +8,9 @@
 //! | 16..48 | `qh` | bit s of byte l is bit 4 of element l of sub-block s |
 //! | 48..176 | `qs` | 4 runs of 32 bytes; run r has sub-block 2r in its low nibbles, 2r + 1 in its high |
 
-use super::Block;
 use super::half::read_f16;
 use super::k_quants::{SUPERBLOCK, Search, fit_affine, unpack_scales};
-use super::nibbles::field;
+use super::{Block, field};
 use crate::dtype::GgmlType;
 
 const SEARCH: Search = Search { q_max: 31, first: -0.5, step: 0.1, last: 15 };

@@ -11,10 +11,9 @@
 //! `32 * (t % 2) + l` of `ql` (low nibble for t < 2, else high) and its high bits at bit 2t of byte l
 //! of `qh`.
 
-use super::Block;
 use super::half::read_f16;
 use super::k_quants::{SUPERBLOCK, fit_symmetric};
-use super::nibbles::field;
+use super::{Block, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]

@@ -5,10 +5,10 @@
 //! | 0..2 | `d` | scale, f16 |
 //! | 2..34 | `qs` | q of element j as i8 |
 
-use super::Block;
 use super::half::{f32_to_f16, read_f16};
-use super::nibbles::{extreme, field, inverse};
+use super::nibbles::{extreme, inverse};
 use super::rounding::round_half_away;
+use super::{Block, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
