@@ -97,6 +97,11 @@ impl GgmlType {
         Self::ALL.into_iter().find(|t| t.name().eq_ignore_ascii_case(&name))
     }
 
+    /// The names of all types, for messages: `F32, F16, ...`.
+    pub fn names() -> String {
+        Self::ALL.map(GgmlType::name).join(", ")
+    }
+
     /// Bytes of a row of `len` elements.
     ///
     /// # Errors

@@ -1,6 +1,9 @@
 //! One error type for every format: which file, where in it, what was expected and found, what to do.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+
+use crate::dtype::GgmlType;
 
 /// Shorthand used across the crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -37,12 +40,79 @@ pub enum Place {
 #[non_exhaustive]
 #[allow(missing_docs, reason = "the messages document the variants")]
 pub enum Kind {
+    // Bytes on disk.
     #[error("{0}")]
     Io(#[from] std::io::Error),
+    #[error("is not a regular file")]
+    NotAFile,
+    #[error("{what} needs {needed} bytes, {left} are left")]
+    Truncated { what: &'static str, needed: u64, left: u64 },
+    #[error("declares {found} {what}, at most {limit} are possible here")]
+    TooMany { what: &'static str, found: u64, limit: u64 },
+    #[error("{what} has {found} bytes, at most {limit} are allowed")]
+    TooLong { what: &'static str, found: u64, limit: u64 },
+    #[error("{what} is not UTF-8")]
+    NotUtf8 { what: &'static str },
+
+    // Sizes of tensors, in every format.
     #[error("row length {row_len} is not a multiple of the {dtype} block length {block_len}")]
     PartialBlock { dtype: &'static str, block_len: usize, row_len: u64 },
     #[error("{what} overflow 64 bits")]
     SizeOverflow { what: &'static str },
+    #[error("data ends at byte {end}, the file at byte {len}")]
+    PastEnd { end: u64, len: u64 },
+
+    // GGUF: header and metadata.
+    #[error("starts with {found:02x?}, a GGUF file with `GGUF`")]
+    NotGguf { found: [u8; 4] },
+    #[error("is a big-endian GGUF file, only little-endian files are supported")]
+    BigEndian,
+    #[error("has GGUF version {found}, versions 2 and 3 are supported")]
+    UnsupportedVersion { found: u32 },
+    #[error("the key is empty")]
+    EmptyKey,
+    #[error("the key appears twice")]
+    DuplicateKey,
+    #[error("value type {found} does not exist, GGUF has types 0 to 12")]
+    UnknownValueType { found: u32 },
+    #[error("is an array of arrays, which is not supported")]
+    NestedArray,
+    #[error("is {found}, an alignment is a power of two from 1 to {limit}")]
+    BadAlignment { found: u64, limit: u64 },
+    #[error("is the first of {count} files, split models are not supported")]
+    SplitFile { count: u64 },
+    #[error("the key is missing")]
+    MissingKey,
+    #[error("is of type {found}, expected {expected}")]
+    WrongValueType { expected: &'static str, found: Box<str> },
+    #[error("value {found} does not fit {expected}")]
+    ValueOutOfRange { expected: &'static str, found: Box<str> },
+
+    // GGUF: tensors.
+    #[error("the tensor name is empty")]
+    EmptyTensorName,
+    #[error("the tensor name appears twice")]
+    DuplicateTensor,
+    #[error("has {found} dimensions, at most {limit} are allowed")]
+    TooManyDims { found: u64, limit: u64 },
+    #[error("dimension {dim} is {found}")]
+    NegativeDim { dim: usize, found: i64 },
+    #[error("tensor type {found} does not exist")]
+    UnknownTensorType { found: u32 },
+    #[error("data lies at offset {found}, expected {expected}")]
+    WrongOffset { expected: u64, found: u64 },
+    #[error("type {found} is not supported by this version; supported: {}", GgmlType::names())]
+    UnsupportedType { found: &'static str },
+    #[error("the tensor is missing")]
+    MissingTensor,
+
+    // GGUF: writing.
+    #[error("was given before tensor `{expected}` was complete")]
+    OutOfOrder { expected: Box<str> },
+    #[error("was not declared when the file was created")]
+    UndeclaredTensor,
+    #[error("has {expected} bytes, {found} were given")]
+    WrongLength { expected: u64, found: u64 },
 }
 
 impl Error {
@@ -76,7 +146,33 @@ impl Error {
 
     /// What the user can do about it, if there is something.
     pub fn hint(&self) -> Option<String> {
-        None
+        let hint = match &self.kind {
+            Kind::Io(e) => match e.kind() {
+                ErrorKind::NotFound => "check the path",
+                ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+                    "choose a folder in which you may read and write"
+                }
+                ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "free some space on the disk",
+                _ => return None,
+            },
+            Kind::Truncated { .. } | Kind::PastEnd { .. } => "the download may be incomplete; fetch it again",
+            Kind::TooMany { .. } | Kind::WrongOffset { .. } | Kind::NotUtf8 { .. } => {
+                "the file is damaged; fetch or convert it again"
+            }
+            Kind::NotGguf { .. } => "give the path of a `.gguf` file",
+            Kind::BigEndian => "convert the model again for a little-endian machine",
+            Kind::UnsupportedVersion { .. } => "convert the model again with a current converter",
+            Kind::SplitFile { .. } => "join the files first: `llama-gguf-split --merge FIRST OUTPUT`",
+            Kind::UnsupportedType { .. } => "quantize the model to a supported type: `llama-quantize`",
+            _ => return None,
+        };
+        Some(hint.to_owned())
+    }
+}
+
+impl From<std::io::Error> for Error {
+    fn from(e: std::io::Error) -> Error {
+        Error::new(Kind::Io(e))
     }
 }
 

@@ -5,8 +5,12 @@
 #![deny(unsafe_code)]
 
 pub mod blocks;
+mod bytes;
 pub mod dtype;
 pub mod error;
+pub mod file;
+pub mod gguf;
+pub mod limits;
 
 pub use dtype::GgmlType;
 pub use error::{Error, Result};

@@ -1,0 +1,325 @@
+//! Floor 0, bytes on disk: memory maps that many owners share, and writes that happen whole or not at all.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Read, Write};
+use std::ops::{Deref, Range};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, Kind, Result};
+
+/// A read-only memory map of a file.
+#[derive(Debug)]
+pub struct MappedFile {
+    map: memmap2::Mmap,
+}
+
+impl MappedFile {
+    /// Maps a regular file.
+    ///
+    /// # Errors
+    /// The file cannot be opened or mapped, or it is a folder.
+    pub fn open(path: &Path) -> Result<MappedFile> {
+        let map = || -> Result<MappedFile> {
+            let file = File::open(path)?;
+            if !file.metadata()?.is_file() {
+                return Err(Error::new(Kind::NotAFile));
+            }
+            // SAFETY: the map is read-only, and this program never changes a checkpoint in place: it
+            // writes beside it and renames, which leaves the mapped file as it was. Another program that
+            // truncates or rewrites the file under us breaks this; every reader that maps shares that
+            // limit, and a copy of a checkpoint in memory is the cost that mapping exists to avoid.
+            #[expect(unsafe_code, reason = "a memory map cannot be made without it")]
+            let map = unsafe { memmap2::Mmap::map(&file) }?;
+            Ok(MappedFile { map })
+        };
+        map().map_err(|e| e.in_file(path))
+    }
+}
+
+impl Deref for MappedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.map
+    }
+}
+
+#[derive(Clone)]
+enum Owner {
+    Mapped(Arc<MappedFile>),
+    Heap(Arc<Vec<u8>>),
+}
+
+/// A range of bytes that keeps its mapped file or buffer alive; a clone copies no bytes.
+#[derive(Clone)]
+pub struct Bytes {
+    owner: Owner,
+    range: Range<usize>,
+}
+
+impl Bytes {
+    /// The bytes of a whole file, mapped.
+    ///
+    /// # Errors
+    /// See [`MappedFile::open`].
+    pub fn map(path: &Path) -> Result<Bytes> {
+        MappedFile::open(path).map(Bytes::from)
+    }
+
+    /// A part of these bytes, with the same owner.
+    ///
+    /// # Panics
+    /// `range` does not lie inside.
+    #[must_use]
+    pub fn slice(&self, range: Range<usize>) -> Bytes {
+        assert!(range.start <= range.end && range.end <= self.len(), "slice outside of the bytes");
+        let start = self.range.start;
+        Bytes { owner: self.owner.clone(), range: start + range.start..start + range.end }
+    }
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let all: &[u8] = match &self.owner {
+            Owner::Mapped(file) => file,
+            Owner::Heap(bytes) => bytes,
+        };
+        &all[self.range.clone()]
+    }
+}
+
+impl AsRef<[u8]> for Bytes {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+impl From<Vec<u8>> for Bytes {
+    fn from(bytes: Vec<u8>) -> Bytes {
+        Bytes { range: 0..bytes.len(), owner: Owner::Heap(Arc::new(bytes)) }
+    }
+}
+
+impl From<MappedFile> for Bytes {
+    fn from(file: MappedFile) -> Bytes {
+        Bytes { range: 0..file.len(), owner: Owner::Mapped(Arc::new(file)) }
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let owner = match self.owner {
+            Owner::Mapped(_) => "mapped",
+            Owner::Heap(_) => "heap",
+        };
+        write!(f, "Bytes({owner}, {} bytes)", self.len())
+    }
+}
+
+/// The identity of a file's content: `blake3:` and 64 hexadecimal digits.
+///
+/// Reads through a small buffer, not through a map, so that hashing a model does not fill the
+/// process's resident memory with it.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn fingerprint(path: &Path) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    update_hasher(&mut hasher, path)?;
+    Ok(format!("blake3:{}", hasher.finalize()))
+}
+
+/// Feeds the content of a file to a hasher.
+pub(crate) fn update_hasher(hasher: &mut blake3::Hasher, path: &Path) -> Result<()> {
+    let mut hash = || -> io::Result<()> {
+        let mut file = File::open(path)?;
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            let len = file.read(&mut buffer)?;
+            if len == 0 {
+                return Ok(());
+            }
+            hasher.update(&buffer[..len]);
+        }
+    };
+    hash().map_err(|e| Error::from(e).in_file(path))
+}
+
+/// The temporary sibling of `path`: `.<name>.<pid>.tmp`.
+fn sibling(path: &Path, suffix: &str) -> Result<PathBuf> {
+    let name = path.file_name().ok_or_else(|| Error::new(Kind::NotAFile).in_file(path))?;
+    let name = format!(".{}.{}.{suffix}", name.to_string_lossy(), std::process::id());
+    Ok(path.with_file_name(name))
+}
+
+/// Makes a rename durable. Not every file system lets a folder be synced; the rename itself is done.
+fn sync_parent(path: &Path) {
+    if let Some(folder) = path.parent().filter(|p| !p.as_os_str().is_empty())
+        && let Ok(folder) = File::open(folder)
+    {
+        let _ = folder.sync_all();
+    }
+}
+
+/// A file that appears under its name only when it is complete.
+///
+/// Bytes go to a temporary sibling; [`AtomicFile::commit`] syncs and renames it, and dropping it
+/// without that removes it.
+#[derive(Debug)]
+pub struct AtomicFile {
+    /// `None` only while committing.
+    file: Option<BufWriter<File>>,
+    temporary: PathBuf,
+    path: PathBuf,
+    len: u64,
+}
+
+impl AtomicFile {
+    /// Starts to write `path`.
+    ///
+    /// # Errors
+    /// The folder is missing or read-only.
+    pub fn create(path: &Path) -> Result<AtomicFile> {
+        let temporary = sibling(path, "tmp")?;
+        let create = || File::options().write(true).create_new(true).open(&temporary);
+        let file = match create() {
+            // Only a killed process whose id this one inherited can have left it.
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                fs::remove_file(&temporary).and_then(|()| create())
+            }
+            other => other,
+        };
+        let file = file.map_err(|e| Error::from(e).in_file(path))?;
+        Ok(AtomicFile {
+            file: Some(BufWriter::with_capacity(1 << 16, file)),
+            temporary,
+            path: path.to_owned(),
+            len: 0,
+        })
+    }
+
+    /// The final name.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes written so far.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether nothing has been written.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Appends bytes.
+    ///
+    /// # Errors
+    /// The disk is full or fails.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let file = self.file.as_mut().expect("the file is there until `commit` consumes it");
+        file.write_all(bytes).map_err(|e| Error::from(e).in_file(&self.path))?;
+        self.len += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Makes the file appear under its name, replacing an older one.
+    ///
+    /// # Errors
+    /// The disk is full or fails; the older file is then still there.
+    pub fn commit(mut self) -> Result<()> {
+        let mut file = self.file.take().expect("the file is there until `commit` consumes it");
+        let commit = || -> io::Result<()> {
+            file.flush()?;
+            file.get_ref().sync_all()?;
+            drop(file);
+            fs::rename(&self.temporary, &self.path)
+        };
+        commit().map_err(|e| Error::from(e).in_file(&self.path))?;
+        sync_parent(&self.path);
+        Ok(())
+    }
+}
+
+impl Drop for AtomicFile {
+    fn drop(&mut self) {
+        // After a commit the temporary name is gone and this does nothing.
+        drop(self.file.take());
+        let _ = fs::remove_file(&self.temporary);
+    }
+}
+
+/// Writes a whole file at once; see [`AtomicFile`].
+///
+/// # Errors
+/// The folder is missing or read-only, or the disk is full or fails.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = AtomicFile::create(path)?;
+    file.write(bytes)?;
+    file.commit()
+}
+
+/// A folder that appears under its name only when it is complete.
+#[derive(Debug)]
+pub struct AtomicDir {
+    temporary: PathBuf,
+    path: PathBuf,
+}
+
+impl AtomicDir {
+    /// Starts to fill the folder `path`; write into [`AtomicDir::staging`].
+    ///
+    /// # Errors
+    /// The parent folder is missing or read-only.
+    pub fn create(path: &Path) -> Result<AtomicDir> {
+        let temporary = sibling(path, "tmp")?;
+        let create = || -> io::Result<()> {
+            match fs::create_dir(&temporary) {
+                // Only a killed process whose id this one inherited can have left it.
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                    fs::remove_dir_all(&temporary)?;
+                    fs::create_dir(&temporary)
+                }
+                other => other,
+            }
+        };
+        create().map_err(|e| Error::from(e).in_file(path))?;
+        Ok(AtomicDir { temporary, path: path.to_owned() })
+    }
+
+    /// The folder to write into until the commit.
+    pub fn staging(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Makes the folder appear under its name. An older one is moved away first and removed last, so a
+    /// kill in between can leave neither name, but never a folder that is half written.
+    ///
+    /// # Errors
+    /// A rename fails; an older folder is then put back.
+    pub fn commit(self) -> Result<()> {
+        let old = sibling(&self.path, "old")?;
+        let commit = || -> io::Result<()> {
+            if self.path.is_dir() {
+                fs::rename(&self.path, &old)?;
+            }
+            fs::rename(&self.temporary, &self.path).inspect_err(|_| {
+                let _ = fs::rename(&old, &self.path);
+            })
+        };
+        commit().map_err(|e| Error::from(e).in_file(&self.path))?;
+        sync_parent(&self.path);
+        let _ = fs::remove_dir_all(&old);
+        Ok(())
+    }
+}
+
+impl Drop for AtomicDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.temporary);
+    }
+}

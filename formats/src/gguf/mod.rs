@@ -1,0 +1,170 @@
+//! GGUF: one file with metadata, tensor descriptions and tensor data, as llama.cpp reads it.
+//!
+//! ```text
+//! "GGUF"  version u32  tensors i64  keys i64
+//! keys     x (key string, type u32, [element type u32, count u64], value)
+//! tensors  x (name string, dims u32, dims x i64, type u32, offset u64)
+//! padding to `general.alignment` (32 if absent)
+//! data     of each tensor, in order, each padded to the alignment
+//! ```
+//!
+//! Little-endian; a string is a u64 length and UTF-8 bytes. Shapes start with the row length, so a
+//! Linear weight of `out` rows and `in` columns has the shape `[in, out]`. Offsets count from the start
+//! of the data. Versions 2 and 3 (which differ only in that 3 may be big-endian) are read, version 3 is
+//! written. Source: `docs/gguf.md` of ggml, and the checks of llama.cpp's `gguf.cpp`.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+mod check;
+pub mod layout;
+mod read;
+pub mod tensor_type;
+pub mod value;
+mod write;
+
+use crate::dtype::GgmlType;
+use crate::error::{Error, Kind, Place, Result};
+use crate::file::{self, Bytes};
+pub use tensor_type::TensorType;
+pub use value::{Array, Metadata, Value};
+pub use write::{GgufWriter, TensorDecl};
+
+const MAGIC: &[u8; 4] = b"GGUF";
+
+/// Everything before the data, checked.
+#[derive(Debug, Clone)]
+struct Header {
+    version: u32,
+    alignment: u64,
+    metadata: Metadata,
+    tensors: Vec<TensorInfo>,
+    index: HashMap<String, usize>,
+    data_start: u64,
+}
+
+/// One tensor as the file describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Its name: `blk.0.attn_q.weight`.
+    pub name: String,
+    /// Its size, row length first; at most four dimensions, none for a scalar.
+    pub shape: Vec<u64>,
+    /// The type of its elements.
+    pub ty: TensorType,
+    /// Bytes from the start of the data section.
+    pub offset: u64,
+    /// Bytes without padding.
+    pub size: u64,
+}
+
+impl TensorInfo {
+    /// The type to compute with.
+    ///
+    /// # Errors
+    /// This version cannot compute with it; the message names the types that it can.
+    pub fn dtype(&self) -> Result<GgmlType> {
+        self.ty.dtype().map_err(|e| e.at(Place::Tensor(self.name.clone())))
+    }
+
+    /// Elements in a row; 1 for a scalar.
+    pub fn row_len(&self) -> usize {
+        self.shape.first().map_or(1, |&len| len as usize)
+    }
+
+    /// Rows, over all further dimensions; 1 for a vector.
+    pub fn n_rows(&self) -> usize {
+        self.shape.iter().skip(1).product::<u64>() as usize
+    }
+}
+
+/// An open GGUF file: mapped, and checked from the first byte of the header to the end of the data.
+#[derive(Debug, Clone)]
+pub struct GgufFile {
+    path: PathBuf,
+    bytes: Bytes,
+    header: Header,
+}
+
+impl GgufFile {
+    /// Maps a file and checks everything but the numbers in its tensors.
+    ///
+    /// # Errors
+    /// The file cannot be read, is damaged, or uses what is not supported; see [`Kind`].
+    pub fn open(path: &Path) -> Result<GgufFile> {
+        GgufFile::from_bytes(path, Bytes::map(path)?)
+    }
+
+    /// As [`GgufFile::open`], for bytes that are already there; `path` serves the messages.
+    ///
+    /// # Errors
+    /// See [`GgufFile::open`].
+    pub fn from_bytes(path: &Path, bytes: Bytes) -> Result<GgufFile> {
+        let mut header = read::header(&bytes).map_err(|e| e.in_file(path))?;
+        header.metadata.set_origin(path);
+        Ok(GgufFile { path: path.to_owned(), bytes, header })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// 2 or 3.
+    pub fn version(&self) -> u32 {
+        self.header.version
+    }
+
+    /// Bytes; each tensor's data starts at a multiple.
+    pub fn alignment(&self) -> u64 {
+        self.header.alignment
+    }
+
+    /// Keys and values.
+    pub fn metadata(&self) -> &Metadata {
+        &self.header.metadata
+    }
+
+    /// All tensors, in file order.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.header.tensors
+    }
+
+    /// The tensor with this name.
+    pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
+        self.header.index.get(name).map(|&i| &self.header.tensors[i])
+    }
+
+    /// The tensor with this name, which must be there.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn require(&self, name: &str) -> Result<&TensorInfo> {
+        self.tensor(name).ok_or_else(|| {
+            Error::new(Kind::MissingTensor).at(Place::Tensor(name.to_owned())).in_file(&self.path)
+        })
+    }
+
+    /// The data of one of this file's tensors, mapped.
+    ///
+    /// # Panics
+    /// `tensor` is not one of this file's.
+    pub fn bytes(&self, tensor: &TensorInfo) -> Bytes {
+        if tensor.size == 0 {
+            return Bytes::from(Vec::new());
+        }
+        let start = (self.header.data_start + tensor.offset) as usize;
+        self.bytes.slice(start..start + tensor.size as usize)
+    }
+
+    /// The identity of the whole file's content: `blake3:` and 64 hexadecimal digits.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn fingerprint(&self) -> Result<String> {
+        file::fingerprint(&self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests;
