@@ -1,0 +1,3 @@
+//! The training loop and its data.
+
+pub mod data;
