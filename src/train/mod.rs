@@ -1,3 +1,11 @@
-//! The training loop and its data.
+//! Training: time, data order, learning rates and the files of a run live here.
 
+pub mod config;
 pub mod data;
+pub mod error;
+pub mod log;
+pub mod run_files;
+pub mod schedule;
+
+pub use config::TrainConfig;
+pub use error::{Error, Result};
