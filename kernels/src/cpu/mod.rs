@@ -6,6 +6,9 @@
 
 pub mod math;
 pub(crate) mod rows;
+pub(crate) mod scratch;
+pub(crate) mod shared;
+pub(crate) mod tile;
 
 /// The instruction sets that loops are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
