@@ -1,6 +1,7 @@
 //! One f32 buffer per thread, for the tile that a task works on.
 //!
 //! It grows to the largest tile asked for and then stays, so that the step loop does not allocate.
+//! Memory that tasks need for the time of a tile: one buffer per thread, kept between calls.
 
 use std::cell::Cell;
 
@@ -13,6 +14,12 @@ thread_local! {
 /// A nested call gets a buffer of its own, which is dropped again.
 pub fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     let mut buffer = BUFFER.take();
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Runs `work` with `len` floats of unspecified content. A nested call gets a buffer of its own.
+pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+    let mut buffer = SCRATCH.take();
     if buffer.len() < len {
         buffer.resize(len, 0.0);
     }
@@ -34,4 +41,7 @@ mod tests {
         });
         with_scratch(3, |again| assert_eq!(again.len(), 3));
     }
+}
+    SCRATCH.set(buffer);
+    result
 }
