@@ -113,6 +113,9 @@ pub enum Kind {
     UndeclaredTensor,
     #[error("has {expected} bytes, {found} were given")]
     WrongLength { expected: u64, found: u64 },
+
+    #[error("element {index} is `{value}`, and only finite numbers can be quantized")]
+    NotFinite { index: u64, value: f32 },
 }
 
 impl Error {

@@ -278,6 +278,16 @@ impl<'a> ViewMut<'a> {
         View { rows: self.rows, cols: self.cols, stride: self.stride, data }
     }
 
+    /// Sets every element to zero.
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`]: the view is on another device, which `op` does not serve.
+    pub fn zero(self, op: &'static str) -> Result<()> {
+        let (cols, stride) = (self.cols, self.stride.max(1));
+        self.cpu(op)?.chunks_mut(stride).for_each(|row| row[..cols].fill(0.0));
+        Ok(())
+    }
+
     /// Rows `start..start + rows`.
     ///
     /// # Panics
@@ -304,6 +314,26 @@ impl<'a> ViewMut<'a> {
             other => other,
         };
         ViewMut { rows: self.rows, cols, stride: self.stride, data }
+    }
+
+    /// One row cut in two: columns before `at` and from it on.
+    ///
+    /// # Panics
+    /// The view has more than one row or fewer columns.
+    pub fn split_row(self, at: usize) -> (ViewMut<'a>, ViewMut<'a>) {
+        assert!(self.rows == 1 && at <= self.cols, "one row of {at} columns or more");
+        let rest = self.cols - at;
+        let (left, right) = match self.data {
+            DataMut::Cpu(data) => {
+                let (left, right) = data.split_at_mut(at);
+                (DataMut::Cpu(left), DataMut::Cpu(right))
+            }
+            DataMut::Cuda(device) => (DataMut::Cuda(device), DataMut::Cuda(device)),
+        };
+        (
+            ViewMut { rows: 1, cols: at, stride: at, data: left },
+            ViewMut { rows: 1, cols: rest, stride: rest, data: right },
+        )
     }
 
     /// `rows x cols` elements of a contiguous view from `start` on: one matrix of a flat buffer.

@@ -7,6 +7,8 @@
 //! The law of accumulation: gradients of parameters are added to (`+=`), gradients of activations are
 //! overwritten (`=`), except where an op says `Accumulates`.
 
+pub mod fold;
+pub mod gather;
 pub mod quant_linear;
 pub mod residual;
 pub mod rms_norm;

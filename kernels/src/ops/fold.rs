@@ -1,0 +1,80 @@
+//! What an adapter folds once per optimizer step, so that no token pays for it: the row factor
+//! `g = m / n` of DoRA, and the scaled second factor `scaling * diag(g) * B`.
+//!
+//! No backward: the branch's gradients are those of `low_rank`, the magnitude's that of `row_scale`,
+//! and the norm is a constant (DoRA, section 4.3).
+
+use crate::error::{Result, check};
+use crate::tensor::{View, ViewMut};
+
+const OP: &str = "fold";
+
+/// The factor that brings each row of a weight to its magnitude.
+///
+/// `g[i] = m[i] / n[i]`, and 0 where n is 0: a row of zeros has no direction, whatever its magnitude.
+///
+/// Shapes: g, m, n (1, N). Overwrites g. Precision: one f32 division.
+///
+/// # Errors
+/// Shapes that differ.
+pub fn fold_row_factor(g: ViewMut<'_>, m: View<'_>, n: View<'_>) -> Result<()> {
+    check(OP, "magnitudes", g.cols, m.cols)?;
+    check(OP, "norms", g.cols, n.cols)?;
+    let (g, m, n) = (g.cpu(OP)?, m.cpu(OP)?, n.cpu(OP)?);
+    for ((g, m), n) in g.iter_mut().zip(m).zip(n) {
+        *g = if *n == 0.0 { 0.0 } else { m / n };
+    }
+    Ok(())
+}
+
+/// The second low-rank factor with scaling and row factor in it.
+///
+/// `folded[i, r] = scaling * g[i] * b[i, r]`, with g = 1 where there is none.
+///
+/// Shapes: folded, b (N, R), g (1, N). Overwrites folded. Precision: f32.
+///
+/// # Errors
+/// Shapes that differ.
+pub fn fold_branch(folded: ViewMut<'_>, b: View<'_>, scaling: f32, g: Option<View<'_>>) -> Result<()> {
+    check(OP, "rows of b", folded.rows, b.rows)?;
+    check(OP, "columns of b", folded.cols, b.cols)?;
+    if let Some(g) = &g {
+        check(OP, "row factors", folded.rows, g.cols)?;
+    }
+    let (rows, r, f_stride, b_stride) = (folded.rows, folded.cols, folded.stride, b.stride);
+    let (folded, b) = (folded.cpu(OP)?, b.cpu(OP)?);
+    let g = g.map(|g| g.cpu(OP)).transpose()?;
+    for i in 0..rows {
+        let factor = scaling * g.map_or(1.0, |g| g[i]);
+        let (folded, b) = (&mut folded[i * f_stride..][..r], &b[i * b_stride..][..r]);
+        for (folded, b) in folded.iter_mut().zip(b) {
+            *folded = factor * b;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_zeros_get_the_factor_zero() {
+        let mut g = [f32::NAN; 3];
+        let (m, n) = ([3.0, 1.0, 0.0], [2.0, 0.0, 0.0]);
+        fold_row_factor(ViewMut::from_slice(&mut g, 1, 3), View::from_slice(&m, 1, 3), View::from_slice(&n, 1, 3))
+            .unwrap();
+        assert_eq!(g, [1.5, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn scaling_and_row_factor_are_in_the_folded_matrix() {
+        let (b, g) = ([1.0, 2.0, 3.0, 4.0], [10.0, 0.5]);
+        let mut folded = [f32::NAN; 4];
+        let (b, g) = (View::from_slice(&b, 2, 2), View::from_slice(&g, 1, 2));
+        fold_branch(ViewMut::from_slice(&mut folded, 2, 2), b, 2.0, Some(g)).unwrap();
+        assert_eq!(folded, [20.0, 40.0, 3.0, 4.0]);
+        fold_branch(ViewMut::from_slice(&mut folded, 2, 2), b, 2.0, None).unwrap();
+        assert_eq!(folded, [2.0, 4.0, 6.0, 8.0]);
+    }
+}

@@ -1,0 +1,145 @@
+//! DoRA: `y = diag(m / ‖W + s B A‖) (W + s B A) x`, with A, B and the magnitudes m (out) trained
+//! (Liu et al. 2024). On a quantized base this is QDoRA.
+//!
+//! The row norms depend on A and B alone, so they are computed once per optimizer step, in factored
+//! form: `‖W + sBA‖² = ‖W‖² + 2s rowsum((W Aᵀ) ⊙ B) + s² rowsum((B A Aᵀ) ⊙ B)`, with `‖W‖²` known
+//! for ever. The row factor g = m / norm then rides on the dequantized rows and on B, and a token pays
+//! what it pays for LoRA. The norm is a constant in the backward pass (section 4.3 of the paper, PEFT).
+
+use std::ops::Range;
+
+use qpeft_kernels::ops::fold::fold_row_factor;
+use qpeft_kernels::ops::quant_linear::quant_linear_forward;
+use qpeft_kernels::ops::row_norm::row_norm_forward;
+use qpeft_kernels::ops::row_scale::row_scale_backward;
+use qpeft_kernels::{Device, Tensor, View, ViewMut};
+
+use super::lora::Lora;
+use crate::error::Result;
+use crate::model::linear::{Adapter, BaseWeight, Entry, InputGradient, Pass, Saved, Scratch};
+
+/// A low-rank pair and a magnitude per output row.
+#[derive(Debug)]
+pub struct Dora {
+    lora: Lora,
+    /// (out): m.
+    magnitude: Entry,
+    /// (1, out): ‖W‖² of the dequantized rows, constant.
+    w_squared: Tensor,
+    /// (r, out): A Wᵀ.
+    wa: Tensor,
+    /// (1, out): ‖W + s B A‖.
+    norm: Tensor,
+    /// (1, out): g.
+    factor: Tensor,
+}
+
+impl Dora {
+    /// Puts a magnitude behind `lora`, right after it in the flat buffer.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn new(device: &Device, module: &str, weight: &BaseWeight, lora: Lora) -> Result<Dora> {
+        let out = weight.rows();
+        let magnitude = Entry {
+            key: format!("base_model.model.{module}.lora_magnitude_vector"),
+            shape: vec![out],
+            offset: lora.b.offset + lora.b.len(),
+        };
+        let row = || Tensor::zeros(device, 1, out);
+        let mut w_squared = row()?;
+        weight.row_norms_squared(w_squared.view_mut())?;
+        let wa = Tensor::zeros(device, lora.a.shape[0], out)?;
+        Ok(Dora { lora, magnitude, w_squared, wa, norm: row()?, factor: row()? })
+    }
+
+    fn refresh_norm(&mut self, params: View<'_>, weight: &BaseWeight) -> Result<()> {
+        let (a, b) = (self.lora.a.view(params), self.lora.b.view(params));
+        quant_linear_forward(self.wa.view_mut(), a, weight, None, None)?;
+        Ok(row_norm_forward(
+            self.norm.view_mut(),
+            self.w_squared.view(),
+            self.wa.view(),
+            a,
+            b,
+            self.lora.scaling,
+            weight,
+        )?)
+    }
+}
+
+impl Adapter for Dora {
+    fn entries(&self) -> Vec<&Entry> {
+        vec![&self.lora.a, &self.lora.b, &self.magnitude]
+    }
+
+    fn rank(&self) -> usize {
+        self.lora.rank()
+    }
+
+    fn needs_output(&self) -> bool {
+        true
+    }
+
+    fn drops_out(&self) -> bool {
+        self.lora.drops_out()
+    }
+
+    /// A and B as LoRA's; m = ‖W + s B A‖, so that training starts from the base's own output.
+    fn init(&mut self, values: &mut [f32], weight: &BaseWeight, seed: u64) -> Result<()> {
+        self.lora.init(values, weight, seed)?;
+        self.init_from_factors(values, weight)
+    }
+
+    fn init_from_factors(&mut self, values: &mut [f32], weight: &BaseWeight) -> Result<()> {
+        self.refresh_norm(View::from_slice(values, 1, values.len()), weight)?;
+        values[self.magnitude.range()].copy_from_slice(&self.norm.read()?);
+        Ok(())
+    }
+
+    fn refresh(&mut self, params: View<'_>, weight: &BaseWeight) -> Result<()> {
+        self.refresh_norm(params, weight)?;
+        fold_row_factor(self.factor.view_mut(), self.magnitude.view(params), self.norm.view())?;
+        self.lora.fold(params, Some(self.factor.view()))
+    }
+
+    fn forward(
+        &self,
+        y: ViewMut<'_>,
+        h: ViewMut<'_>,
+        x: View<'_>,
+        weight: &BaseWeight,
+        pass: &Pass<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        self.lora.forward_scaled(y, h, x, weight, Some(self.factor.view()), pass, scratch)
+    }
+
+    fn backward(
+        &self,
+        dx: Option<InputGradient<'_>>,
+        mut dparams: ViewMut<'_>,
+        dy: View<'_>,
+        saved: Saved<'_>,
+        weight: &BaseWeight,
+        pass: &Pass<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        // y = diag(m / norm) (W + s B A) x, so dm = sum over tokens of dy * y / m
+        let dm = self.magnitude.view_mut(dparams.reborrow());
+        row_scale_backward(dm, dy, saved.y, self.magnitude.view(pass.params))?;
+        let g = Some(self.factor.view());
+        self.lora.backward_scaled(dx, dparams, dy, saved, weight, g, pass, scratch)
+    }
+
+    /// The norm is taken of the merged rows themselves, in f64.
+    fn merge(&self, rows: Range<usize>, w: &mut [f32], params: &[f32]) {
+        self.lora.add_product(self.lora.scaling, rows.clone(), w, params);
+        let m = &params[self.magnitude.range()];
+        for (row, w) in rows.zip(w.chunks_exact_mut(self.lora.a.shape[1])) {
+            let norm = w.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
+            let factor = if norm == 0.0 { 0.0 } else { (f64::from(m[row]) / norm) as f32 };
+            w.iter_mut().for_each(|x| *x *= factor);
+        }
+    }
+}

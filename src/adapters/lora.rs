@@ -1,0 +1,228 @@
+//! LoRA: `y = W x + s B A x`, with A (r, in), B (out, r) trained and s = alpha / r (Hu et al. 2021; rsLoRA:
+//! alpha / sqrt(r)). Also the low-rank core that DoRA and PiSSA train.
+
+use std::ops::Range;
+
+use qpeft_kernels::ops::dropout::{dropout_backward, dropout_forward};
+use qpeft_kernels::ops::fold::fold_branch;
+use qpeft_kernels::ops::low_rank::{OutScale, low_rank_backward, low_rank_forward};
+use qpeft_kernels::ops::quant_linear::{Branch, quant_linear_backward, quant_linear_forward};
+use qpeft_kernels::rng::RngKey;
+use qpeft_kernels::{Device, Tensor, View, ViewMut};
+
+use crate::error::Result;
+use crate::model::linear::{Adapter, BaseWeight, Entry, InputGradient, Pass, Saved, Scratch};
+
+/// The low-rank pair on one linear.
+#[derive(Debug)]
+pub struct Lora {
+    /// (r, in).
+    pub a: Entry,
+    /// (out, r).
+    pub b: Entry,
+    /// s.
+    pub scaling: f32,
+    /// Probability with which an input of the branch is zeroed while training.
+    pub dropout: f32,
+    /// Tells the dropout of this linear from that of the others.
+    pub id: u64,
+    /// (out, r): s diag(g) B, folded once per optimizer step.
+    folded: Tensor,
+}
+
+impl Lora {
+    /// The pair at `offset` of the flat buffer, A before B.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn new(
+        device: &Device,
+        module: &str,
+        weight: &BaseWeight,
+        rank: usize,
+        scaling: f32,
+        dropout: f32,
+        offset: usize,
+        id: u64,
+    ) -> Result<Lora> {
+        let key = |matrix: &str| format!("base_model.model.{module}.{matrix}.weight");
+        let a = Entry { key: key("lora_A"), shape: vec![rank, weight.cols()], offset };
+        let b = Entry { key: key("lora_B"), shape: vec![weight.rows(), rank], offset: offset + a.len() };
+        Ok(Lora { a, b, scaling, dropout, id, folded: Tensor::zeros(device, weight.rows(), rank)? })
+    }
+
+    /// Folds s and the row factor g into B; see [`Adapter::refresh`].
+    ///
+    /// # Errors
+    /// An op refuses.
+    pub fn fold(&mut self, params: View<'_>, g: Option<View<'_>>) -> Result<()> {
+        Ok(fold_branch(self.folded.view_mut(), self.b.view(params), self.scaling, g)?)
+    }
+
+    /// y = diag(g) W x + folded B (A drop(x)); leaves h = A drop(x).
+    ///
+    /// # Errors
+    /// An op refuses.
+    pub fn forward_scaled(
+        &self,
+        y: ViewMut<'_>,
+        mut h: ViewMut<'_>,
+        x: View<'_>,
+        weight: &BaseWeight,
+        g: Option<View<'_>>,
+        pass: &Pass<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let input = self.drop(x, pass, &mut scratch.dropped)?;
+        low_rank_forward(h.reborrow(), input, self.a.view(pass.params))?;
+        let branch = Branch { h: h.as_view(), b: self.folded.view() };
+        Ok(quant_linear_forward(y, x, weight, g, Some(branch))?)
+    }
+
+    /// The mirror of [`Lora::forward_scaled`].
+    ///
+    /// # Errors
+    /// An op refuses.
+    pub fn backward_scaled(
+        &self,
+        dx: Option<InputGradient<'_>>,
+        dparams: ViewMut<'_>,
+        dy: View<'_>,
+        saved: Saved<'_>,
+        weight: &BaseWeight,
+        g: Option<View<'_>>,
+        pass: &Pass<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let rank = self.a.shape[0];
+        let Scratch { dropped, dh } = scratch;
+        let mut dh = dh.top_mut(dy.rows).into_column_range(0, rank);
+        let a = self.a.view(pass.params);
+        let scale = OutScale { scaling: self.scaling, rows: g };
+        // A and B lie next to each other in the flat buffer, A first.
+        let (da, db) = dparams.into_slice(self.a.offset, 1, self.a.len() + self.b.len()).split_row(self.a.len());
+        let da = da.into_slice(0, self.a.shape[0], self.a.shape[1]);
+        let db = db.into_slice(0, self.b.shape[0], self.b.shape[1]);
+
+        // y = diag(g) W x + h folded^T
+        let mut dx = match dx {
+            Some(InputGradient { mut dx, accumulate }) => {
+                let to = dx.reborrow();
+                quant_linear_backward(to, Some(dh.reborrow()), dy, weight, g, Some(self.folded.view()), accumulate)?;
+                Some(dx)
+            }
+            None => {
+                low_rank_forward_transposed(dh.reborrow(), dy, self.folded.view())?;
+                None
+            }
+        };
+        // h = A drop(x)
+        match self.dropout_key(pass) {
+            None => {
+                let dh = dh.as_view();
+                low_rank_backward(dx, da, db, dh, dy, saved.h, saved.x, a, scale)?;
+            }
+            Some(key) => {
+                let t = saved.x.rows;
+                let mut input = dropped.top_mut(t).into_column_range(0, saved.x.cols);
+                dropout_forward(input.reborrow(), saved.x, self.dropout, key)?;
+                low_rank_backward(None, da, db, dh.as_view(), dy, saved.h, input.as_view(), a, scale)?;
+                if let Some(dx) = &mut dx {
+                    input.reborrow().zero("dropout")?;
+                    low_rank_input_gradient(input.reborrow(), dh.as_view(), a)?;
+                    dropout_backward(dx.reborrow(), input.as_view(), self.dropout, key)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn dropout_key(&self, pass: &Pass<'_>) -> Option<RngKey> {
+        let key = pass.dropout.filter(|_| self.dropout > 0.0)?;
+        Some(RngKey { seed: key.seed, stream: key.stream << 20 | self.id })
+    }
+
+    /// The branch's input: x itself, or x with dropout in `dropped`.
+    fn drop<'a>(&self, x: View<'a>, pass: &Pass<'_>, dropped: &'a mut Tensor) -> Result<View<'a>> {
+        let Some(key) = self.dropout_key(pass) else { return Ok(x) };
+        dropout_forward(dropped.top_mut(x.rows).into_column_range(0, x.cols), x, self.dropout, key)?;
+        Ok(dropped.top(x.rows).column_range(0, x.cols))
+    }
+
+    /// Adds `factor B A` to dense rows.
+    pub fn add_product(&self, factor: f32, rows: Range<usize>, w: &mut [f32], params: &[f32]) {
+        let (a, b) = (&params[self.a.range()], &params[self.b.range()]);
+        let (rank, cols) = (self.a.shape[0], self.a.shape[1]);
+        for (row, w) in rows.zip(w.chunks_exact_mut(cols)) {
+            for (k, a) in a.chunks_exact(cols).enumerate() {
+                let factor = factor * b[row * rank + k];
+                for (w, a) in w.iter_mut().zip(a) {
+                    *w += factor * a;
+                }
+            }
+        }
+    }
+}
+
+impl Adapter for Lora {
+    fn entries(&self) -> Vec<&Entry> {
+        vec![&self.a, &self.b]
+    }
+
+    fn rank(&self) -> usize {
+        self.a.shape[0]
+    }
+
+    fn needs_output(&self) -> bool {
+        false
+    }
+
+    fn drops_out(&self) -> bool {
+        self.dropout > 0.0
+    }
+
+    /// PEFT's: A uniform in ±1/sqrt(in) (Kaiming with a = sqrt(5)), B zero.
+    fn init(&mut self, values: &mut [f32], _weight: &BaseWeight, seed: u64) -> Result<()> {
+        let bound = 1.0 / (self.a.shape[1] as f32).sqrt();
+        RngKey { seed, stream: self.id }.fill_uniform(&mut values[self.a.range()], -bound, bound);
+        values[self.b.range()].fill(0.0);
+        Ok(())
+    }
+
+    fn init_from_factors(&mut self, _values: &mut [f32], _weight: &BaseWeight) -> Result<()> {
+        Ok(())
+    }
+
+    fn refresh(&mut self, params: View<'_>, _weight: &BaseWeight) -> Result<()> {
+        self.fold(params, None)
+    }
+
+    fn forward(
+        &self,
+        y: ViewMut<'_>,
+        h: ViewMut<'_>,
+        x: View<'_>,
+        weight: &BaseWeight,
+        pass: &Pass<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        self.forward_scaled(y, h, x, weight, None, pass, scratch)
+    }
+
+    fn backward(
+        &self,
+        dx: Option<InputGradient<'_>>,
+        dparams: ViewMut<'_>,
+        dy: View<'_>,
+        saved: Saved<'_>,
+        weight: &BaseWeight,
+        pass: &Pass<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        self.backward_scaled(dx, dparams, dy, saved, weight, None, pass, scratch)
+    }
+
+    fn merge(&self, rows: Range<usize>, w: &mut [f32], params: &[f32]) {
+        self.add_product(self.scaling, rows, w, params);
+    }
+}

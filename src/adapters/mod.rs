@@ -1,0 +1,192 @@
+//! The adapter methods, one file each, behind the seam [`Adapter`]; this file puts them on a decoder,
+//! and their values into and out of PEFT folders.
+
+pub mod dora;
+pub mod folder;
+pub mod lora;
+pub mod method;
+pub mod pissa;
+pub mod staged;
+
+use qpeft_formats::peft::{HostTensor, PeftAdapter, PeftConfig, TargetModules};
+use qpeft_kernels::Tensor;
+
+pub use folder::AdapterFolder;
+pub use method::Method;
+
+use crate::error::{Error, Result};
+use crate::model::layer::Slot;
+use crate::model::{Adapter, Decoder, Linear, Parameters};
+use dora::Dora;
+use lora::Lora;
+
+/// Puts an adapter on every linear that `config` targets; all values are zero until they are
+/// initialized ([`initialize`]) or loaded ([`load`]).
+///
+/// # Errors
+/// Nothing is targeted, a listed name matches no linear, or the device is out of memory.
+pub fn attach(decoder: &mut Decoder, config: &PeftConfig) -> Result<Parameters> {
+    check_targets(decoder, config)?;
+    let device = decoder.device.clone();
+    let mut entries = Vec::new();
+    let mut offset = 0;
+    for (id, linear) in decoder.linears_mut().enumerate() {
+        linear.adapter = None;
+        if !config.targets(&linear.module)? {
+            continue;
+        }
+        let lora = new_lora(config, linear, offset, id as u64, &device)?;
+        let adapter: Box<dyn Adapter> = if config.use_dora {
+            Box::new(Dora::new(&device, &linear.module, &linear.weight, lora)?)
+        } else {
+            Box::new(lora)
+        };
+        entries.extend(adapter.entries().into_iter().cloned());
+        offset = entries.last().map_or(0, |e| e.range().end);
+        linear.adapter = Some(adapter);
+    }
+    Ok(Parameters { entries, values: Tensor::zeros(&device, 1, offset)? })
+}
+
+fn new_lora(
+    config: &PeftConfig,
+    linear: &Linear,
+    offset: usize,
+    id: u64,
+    device: &qpeft_kernels::Device,
+) -> Result<Lora> {
+    let (rank, scaling) = (config.rank_of(&linear.module)?, config.scaling(&linear.module)? as f32);
+    Lora::new(device, &linear.module, &linear.weight, rank, scaling, config.lora_dropout as f32, offset, id)
+}
+
+/// Refuses targets that are not there, naming those that are.
+fn check_targets(decoder: &Decoder, config: &PeftConfig) -> Result<()> {
+    let modules = || Slot::ALL.map(|s| s.module().rsplit('.').next().unwrap_or_default()).join(", ");
+    if let Some(TargetModules::List(names)) = &config.target_modules {
+        for name in names {
+            let mut alone = config.clone();
+            alone.target_modules = Some(TargetModules::List(vec![name.clone()]));
+            alone.exclude_modules = None;
+            if !any_target(decoder, &alone)? {
+                return Err(Error::refused(format!("target module `{name}` matches no linear of the model"))
+                    .with_hint(format!("the linears are {}, or `all-linear` for all of them", modules())));
+            }
+        }
+    }
+    if any_target(decoder, config)? {
+        return Ok(());
+    }
+    Err(Error::refused("the target modules match no linear of the model")
+        .with_hint(format!("the linears are {}, or `all-linear` for all of them", modules())))
+}
+
+fn any_target(decoder: &Decoder, config: &PeftConfig) -> Result<bool> {
+    for linear in decoder.linears() {
+        if config.targets(&linear.module)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Gives every adapter its method's initial values.
+///
+/// # Errors
+/// An op refuses.
+pub fn initialize(decoder: &mut Decoder, params: &mut Parameters, seed: u64) -> Result<()> {
+    let mut values = params.values.read()?;
+    for linear in decoder.linears_mut() {
+        if let Some(adapter) = &mut linear.adapter {
+            adapter.init(&mut values, &linear.weight, seed)?;
+        }
+    }
+    Ok(params.values.write(&values)?)
+}
+
+/// Takes the values of a PEFT folder. All that does not fit is listed in one error.
+///
+/// # Errors
+/// A tensor is missing, is not expected, has another shape, or holds a value that is not finite.
+pub fn load(params: &mut Parameters, adapter: &PeftAdapter) -> Result<()> {
+    let mut values = params.values.read()?;
+    let mut wrong = Vec::new();
+    for entry in &params.entries {
+        match adapter.tensors.get(&entry.key) {
+            None => wrong.push(format!("`{}` is missing, expected shape {:?}", entry.key, entry.shape)),
+            Some(tensor) if tensor.shape != entry.shape => {
+                wrong.push(format!("`{}` has shape {:?}, expected {:?}", entry.key, tensor.shape, entry.shape));
+            }
+            Some(tensor) => match tensor.data.iter().position(|x| !x.is_finite()) {
+                Some(at) => wrong.push(format!("`{}` holds {} at element {at}", entry.key, tensor.data[at])),
+                None => values[entry.range()].copy_from_slice(&tensor.data),
+            },
+        }
+    }
+    let known = |key: &str| params.entries.iter().any(|e| e.key == key);
+    wrong.extend(adapter.tensors.keys().filter(|k| !known(k)).map(|k| format!("`{k}` fits no linear of the model")));
+    if wrong.is_empty() {
+        return Ok(params.values.write(&values)?);
+    }
+    Err(Error::refused(format!(
+        "the adapter does not fit the model, {} mismatch{}:\n  {}",
+        wrong.len(),
+        if wrong.len() == 1 { "" } else { "es" },
+        wrong.join("\n  ")
+    ))
+    .with_hint("use the model that the adapter was trained on, and its own adapter_config.json"))
+}
+
+/// The values as a PEFT folder.
+///
+/// # Errors
+/// The device refuses to be read.
+pub fn save(params: &Parameters, config: &PeftConfig) -> Result<PeftAdapter> {
+    let values = params.values.read()?;
+    let tensor = |range: std::ops::Range<usize>, shape: &[usize]| HostTensor {
+        shape: shape.to_vec(),
+        data: values[range].to_vec(),
+    };
+    let tensors = params.entries.iter().map(|e| (e.key.clone(), tensor(e.range(), &e.shape))).collect();
+    Ok(PeftAdapter { config: config.clone(), tensors })
+}
+
+/// Splits every target of `decoder` by PiSSA: the targets' weights become their residuals, and the
+/// factors come back as the values of an adapter of `config`.
+///
+/// `given`: factors to take in place of computing them.
+///
+/// # Errors
+/// A rank exceeds its weight, given factors do not fit, or a residual is not finite.
+pub fn split_targets(
+    decoder: &mut Decoder,
+    config: &PeftConfig,
+    given: Option<&PeftAdapter>,
+    options: &qpeft_kernels::svd::SvdOptions,
+    mut progress: impl FnMut(usize, usize),
+) -> Result<(PeftAdapter, Vec<(String, pissa::SplitError)>)> {
+    let mut plain = config.clone();
+    plain.use_dora = false;
+    let mut params = attach(decoder, &plain)?;
+    if let Some(given) = given {
+        load(&mut params, given)?;
+    }
+    let mut values = params.values.read()?;
+    let mut errors = Vec::new();
+    let device = decoder.device.clone();
+    let targets = decoder.linears().filter(|l| l.adapter.is_some()).count();
+    let mut offset = 0;
+    for (id, linear) in decoder.linears_mut().enumerate().filter(|(_, l)| l.adapter.is_some()) {
+        let lora = new_lora(&plain, linear, offset, id as u64, &device)?;
+        offset = lora.b.range().end;
+        if given.is_none() {
+            pissa::factorize(&lora, &mut values, &linear.weight, options)?;
+        }
+        let split = pissa::split(&lora, &values, &linear.weight)?;
+        linear.weight = split.residual;
+        linear.adapter = None;
+        errors.push((linear.module.clone(), split.error));
+        progress(errors.len(), targets);
+    }
+    params.values.write(&values)?;
+    Ok((save(&params, &plain)?, errors))
+}

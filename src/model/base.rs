@@ -1,0 +1,196 @@
+//! The base model as a file: a GGUF or a Hugging Face folder, asked for by Hugging Face names.
+//!
+//! Whatever the file does to its rows (llama-architecture GGUFs permute those of q and k per head) is
+//! undone here, so that everything above sees one layout: that of the adapters.
+
+use std::path::Path;
+
+use qpeft_formats::file::Bytes;
+use qpeft_formats::gguf::{GgufFile, names};
+use qpeft_formats::safetensors::{Checkpoint, Dtype};
+use qpeft_formats::{GgmlType, blocks};
+use qpeft_kernels::{Device, Tensor};
+
+use super::config::Config;
+use super::linear::BaseWeight;
+use super::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+
+/// An opened and checked base model.
+#[derive(Debug)]
+pub enum Base {
+    /// One GGUF file.
+    Gguf(GgufFile),
+    /// A folder with `config.json` and safetensors.
+    Folder(Checkpoint),
+}
+
+impl Base {
+    /// Opens a `.gguf` file or a Hugging Face folder.
+    ///
+    /// # Errors
+    /// The path is neither, or what is there is refused.
+    pub fn open(path: &Path) -> Result<Base> {
+        if path.is_dir() {
+            return Ok(Base::Folder(Checkpoint::open(path)?));
+        }
+        Ok(Base::Gguf(GgufFile::open(path)?))
+    }
+
+    /// The file or folder.
+    pub fn path(&self) -> &Path {
+        match self {
+            Base::Gguf(file) => file.path(),
+            Base::Folder(folder) => folder.dir(),
+        }
+    }
+
+    /// Name of the file or folder, without its parents.
+    pub fn name(&self) -> String {
+        self.path().file_name().map_or_else(|| self.path().display().to_string(), |n| n.to_string_lossy().into_owned())
+    }
+
+    /// `blake3:` and the hash of the weights: what ties an adapter to its base.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn fingerprint(&self) -> Result<String> {
+        Ok(match self {
+            Base::Gguf(file) => file.fingerprint()?,
+            Base::Folder(folder) => folder.fingerprint()?,
+        })
+    }
+
+    /// The decoder's shapes.
+    ///
+    /// # Errors
+    /// Another architecture, or settings that the decoder does not have.
+    pub fn config(&self) -> Result<Config> {
+        match self {
+            Base::Gguf(file) => Config::from_gguf(file),
+            Base::Folder(folder) => {
+                Config::from_hf(folder.config(), &folder.config_path().display().to_string())
+            }
+        }
+    }
+
+    /// The tokenizer that belongs to the model.
+    ///
+    /// # Errors
+    /// There is none, or one that is not supported.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        Ok(match self {
+            Base::Gguf(file) => Tokenizer::from_gguf(file.metadata())?,
+            Base::Folder(folder) => Tokenizer::from_hf_dir(folder.dir())?,
+        })
+    }
+
+    /// Whether the file has this tensor (Hugging Face name).
+    pub fn has(&self, name: &str) -> bool {
+        match self {
+            Base::Gguf(file) => names::gguf_tensor(name).is_some_and(|name| file.tensor(&name).is_some()),
+            Base::Folder(folder) => folder.tensor(name).is_some(),
+        }
+    }
+
+    /// A packed matrix (rows, cols) by its Hugging Face name, rows in Hugging Face order.
+    ///
+    /// `heads`: the matrix is a q or k projection of so many heads.
+    ///
+    /// # Errors
+    /// The tensor is missing, has another shape, or a type that is not supported.
+    pub fn matrix(&self, name: &str, rows: usize, cols: usize, heads: Option<usize>) -> Result<BaseWeight> {
+        match self {
+            Base::Gguf(file) => {
+                let info = file.require(&gguf_name(name)?)?;
+                let dtype = info.dtype()?;
+                self.expect_shape(&info.name, &[rows, cols], &[info.n_rows(), info.row_len()])?;
+                let mut bytes = file.bytes(info);
+                if let Some(heads) = heads {
+                    let mut reordered = vec![0; bytes.len()];
+                    names::rows_to_hf(&mut reordered, &bytes, dtype.row_bytes(cols)?, heads, rows / heads)?;
+                    bytes = Bytes::from(reordered);
+                }
+                Ok(BaseWeight::from_ggml(dtype, rows, cols, bytes)?)
+            }
+            Base::Folder(folder) => {
+                let view = folder.require(name)?;
+                self.expect_shape(name, &[rows, cols], &view.shape)?;
+                match dense_type(view.dtype) {
+                    Some(dtype) => Ok(BaseWeight::from_ggml(dtype, rows, cols, view.bytes.clone())?),
+                    None => Ok(BaseWeight::from_f32(rows, cols, &view.to_f32()?)?),
+                }
+            }
+        }
+    }
+
+    /// A vector, as one row on `device`.
+    ///
+    /// # Errors
+    /// The tensor is missing, has another length, or a type that is not supported.
+    pub fn vector(&self, device: &Device, name: &str, len: usize) -> Result<Tensor> {
+        let values = match self {
+            Base::Gguf(file) => {
+                let info = file.require(&gguf_name(name)?)?;
+                self.expect_shape(&info.name, &[len], &[info.n_rows() * info.row_len()])?;
+                let mut values = vec![0.0; len];
+                blocks::dequantize_row(info.dtype()?, &file.bytes(info), &mut values);
+                values
+            }
+            Base::Folder(folder) => {
+                let view = folder.require(name)?;
+                self.expect_shape(name, &[len], &view.shape)?;
+                view.to_f32()?
+            }
+        };
+        Ok(Tensor::from_slice(device, 1, len, &values)?)
+    }
+
+    /// The quantization of the linears, for people: the type of most of them.
+    pub fn main_type(&self) -> String {
+        let mut counts: Vec<(String, u64)> = Vec::new();
+        let mut count = |name: String, size: u64| match counts.iter_mut().find(|(n, _)| *n == name) {
+            Some((_, total)) => *total += size,
+            None => counts.push((name, size)),
+        };
+        match self {
+            Base::Gguf(file) => {
+                for info in file.tensors().iter().filter(|info| info.name.starts_with("blk.")) {
+                    count(info.ty.name().to_owned(), info.size);
+                }
+            }
+            Base::Folder(folder) => {
+                for name in folder.names() {
+                    if let Some(view) = folder.tensor(name) {
+                        count(view.dtype.to_string(), view.bytes.len() as u64);
+                    }
+                }
+            }
+        }
+        counts.into_iter().max_by_key(|(_, size)| *size).map_or_else(|| "none".to_owned(), |(name, _)| name)
+    }
+
+    fn expect_shape(&self, name: &str, expected: &[usize], found: &[usize]) -> Result<()> {
+        if expected == found {
+            return Ok(());
+        }
+        Err(Error::refused(format!(
+            "`{}`: tensor `{name}`: shape {found:?}, expected {expected:?} from the model's configuration",
+            self.path().display()
+        )))
+    }
+}
+
+/// The ggml type with the same bytes, for the dense types that both know.
+pub fn dense_type(dtype: Dtype) -> Option<GgmlType> {
+    match dtype {
+        Dtype::F32 => Some(GgmlType::F32),
+        Dtype::F16 => Some(GgmlType::F16),
+        Dtype::BF16 => Some(GgmlType::BF16),
+        _ => None,
+    }
+}
+
+fn gguf_name(name: &str) -> Result<String> {
+    names::gguf_tensor(name).ok_or_else(|| Error::refused(format!("tensor `{name}` has no place in a GGUF file")))
+}

@@ -1,0 +1,288 @@
+//! One decoder layer: the list of ops forward, and the same list mirrored backward.
+
+use qpeft_kernels::ops::attention::{AttentionShape, attention_backward, attention_forward};
+use qpeft_kernels::ops::residual::residual_forward;
+use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_forward};
+use qpeft_kernels::ops::rope::{rope_backward, rope_forward};
+use qpeft_kernels::ops::swiglu::{swiglu_backward, swiglu_forward};
+use qpeft_kernels::{Tensor, View, ViewMut};
+
+use super::buffers::{GradientBuffers, LayerBuffers};
+use super::config::Config;
+use super::linear::{InputGradient, Linear, Pass, Saved, Scratch};
+use crate::error::Result;
+
+/// The linears of a layer, in forward order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names are those of the modules")]
+pub enum Slot {
+    Q,
+    K,
+    V,
+    O,
+    Gate,
+    Up,
+    Down,
+}
+
+/// Number of [`Slot`]s.
+pub const SLOTS: usize = 7;
+
+impl Slot {
+    /// All slots, in forward order.
+    pub const ALL: [Slot; SLOTS] = [Slot::Q, Slot::K, Slot::V, Slot::O, Slot::Gate, Slot::Up, Slot::Down];
+
+    /// The module within a layer, as Hugging Face names it.
+    pub const fn module(self) -> &'static str {
+        match self {
+            Slot::Q => "self_attn.q_proj",
+            Slot::K => "self_attn.k_proj",
+            Slot::V => "self_attn.v_proj",
+            Slot::O => "self_attn.o_proj",
+            Slot::Gate => "mlp.gate_proj",
+            Slot::Up => "mlp.up_proj",
+            Slot::Down => "mlp.down_proj",
+        }
+    }
+
+    /// (out, in) features.
+    pub const fn shape(self, config: &Config) -> (usize, usize) {
+        let (c, f) = (config.hidden_size, config.intermediate_size);
+        let (queries, keys) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
+        match self {
+            Slot::Q => (queries, c),
+            Slot::K | Slot::V => (keys, c),
+            Slot::O => (c, queries),
+            Slot::Gate | Slot::Up => (f, c),
+            Slot::Down => (c, f),
+        }
+    }
+
+    /// Heads whose rows llama-architecture GGUF files permute; `None` for the other linears.
+    pub const fn permuted_heads(self, config: &Config) -> Option<usize> {
+        match self {
+            Slot::Q => Some(config.n_heads),
+            Slot::K => Some(config.n_kv_heads),
+            _ => None,
+        }
+    }
+}
+
+/// The frozen weights of one layer, with their adapters.
+#[derive(Debug)]
+pub struct Layer {
+    /// (1, C).
+    pub attn_norm: Tensor,
+    /// (1, C).
+    pub ffn_norm: Tensor,
+    /// By [`Slot`].
+    pub linears: [Linear; SLOTS],
+}
+
+/// What all layers need to know of the micro-batch.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// The decoder's shapes.
+    pub config: &'a Config,
+    /// Rotary table.
+    pub rope: View<'a>,
+    /// Position of every token in its sequence.
+    pub positions: &'a [u32],
+    /// Boundaries of the sequences among the queries.
+    pub q_starts: &'a [u32],
+    /// Boundaries of the sequences among the keys: the same, unless there is a cache.
+    pub k_starts: &'a [u32],
+}
+
+impl Place<'_> {
+    fn attention(&self) -> AttentionShape {
+        AttentionShape {
+            n_heads: self.config.n_heads,
+            n_kv_heads: self.config.n_kv_heads,
+            head_dim: self.config.head_dim,
+            scale: self.config.attention_scale(),
+        }
+    }
+}
+
+/// Keys and values of the tokens seen so far, (capacity, G D) each.
+#[derive(Debug)]
+pub struct LayerCache {
+    /// Rotated keys.
+    pub k: Tensor,
+    /// Values.
+    pub v: Tensor,
+}
+
+impl Layer {
+    fn linear(&self, slot: Slot) -> &Linear {
+        &self.linears[slot as usize]
+    }
+
+    /// y = the layer's output for the residual stream x, both (T, C).
+    ///
+    /// With a cache, the new keys and values are written behind its first `cached` rows and attention
+    /// looks at all of them.
+    ///
+    /// # Errors
+    /// An op refuses.
+    pub fn forward(
+        &self,
+        y: ViewMut<'_>,
+        x: View<'_>,
+        s: &mut LayerBuffers,
+        branch: &mut Tensor,
+        place: &Place<'_>,
+        cache: Option<(&mut LayerCache, usize)>,
+        pass: &Pass<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let t = x.rows;
+        let d = place.config.head_dim;
+        rms_norm_forward(
+            s.attn_norm.top_mut(t),
+            s.attn_rstd.view_mut().into_column_range(0, t),
+            x,
+            self.attn_norm.view(),
+            place.config.rms_norm_eps,
+        )?;
+        let norm = s.attn_norm.top(t);
+        let (k_all, v_all, cached) = match cache {
+            Some((cache, cached)) => (&mut cache.k, &mut cache.v, cached),
+            None => (&mut s.k, &mut s.v, 0),
+        };
+        self.project(Slot::Q, s.q.top_mut(t), &mut s.h, norm, pass, scratch)?;
+        self.project(Slot::K, k_all.view_mut().into_row_range(cached, t), &mut s.h, norm, pass, scratch)?;
+        self.project(Slot::V, v_all.view_mut().into_row_range(cached, t), &mut s.h, norm, pass, scratch)?;
+        rope_forward(s.q.top_mut(t), place.rope, place.positions, d)?;
+        rope_forward(k_all.view_mut().into_row_range(cached, t), place.rope, place.positions, d)?;
+        attention_forward(
+            s.attn.top_mut(t),
+            s.lse.view_mut().into_column_range(0, t),
+            s.q.top(t),
+            k_all.top(cached + t),
+            v_all.top(cached + t),
+            place.q_starts,
+            place.k_starts,
+            &place.attention(),
+        )?;
+        let attn_out = if s.attn_out.rows() == 0 { &mut *branch } else { &mut s.attn_out };
+        self.project(Slot::O, attn_out.top_mut(t), &mut s.h, s.attn.top(t), pass, scratch)?;
+        residual_forward(s.middle.top_mut(t), x, attn_out.top(t))?;
+
+        rms_norm_forward(
+            s.ffn_norm.top_mut(t),
+            s.ffn_rstd.view_mut().into_column_range(0, t),
+            s.middle.top(t),
+            self.ffn_norm.view(),
+            place.config.rms_norm_eps,
+        )?;
+        let norm = s.ffn_norm.top(t);
+        self.project(Slot::Gate, s.gate.top_mut(t), &mut s.h, norm, pass, scratch)?;
+        self.project(Slot::Up, s.up.top_mut(t), &mut s.h, norm, pass, scratch)?;
+        swiglu_forward(s.act.top_mut(t), s.gate.top(t), s.up.top(t))?;
+        let ffn_out = if s.ffn_out.rows() == 0 { branch } else { &mut s.ffn_out };
+        self.project(Slot::Down, ffn_out.top_mut(t), &mut s.h, s.act.top(t), pass, scratch)?;
+        Ok(residual_forward(y, s.middle.top(t), ffn_out.top(t))?)
+    }
+
+    fn project(
+        &self,
+        slot: Slot,
+        y: ViewMut<'_>,
+        h: &mut [Tensor; SLOTS],
+        x: View<'_>,
+        pass: &Pass<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let linear = self.linear(slot);
+        let h = h[slot as usize].top_mut(x.rows).into_column_range(0, linear.rank());
+        linear.forward(y, h, x, pass, scratch)
+    }
+
+    /// The mirror of [`Layer::forward`]: `g.stream` holds the gradient of y on entry and that of x on
+    /// return, unless `input_gradient` is false because nothing below is trained.
+    ///
+    /// # Errors
+    /// An op refuses.
+    pub fn backward(
+        &self,
+        g: &mut GradientBuffers,
+        x: View<'_>,
+        s: &mut LayerBuffers,
+        place: &Place<'_>,
+        input_gradient: bool,
+        dparams: &mut ViewMut<'_>,
+        pass: &Pass<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let t = x.rows;
+        let d = place.config.head_dim;
+        let mut back = |slot: Slot, dx: Option<InputGradient<'_>>, dy, x, y, h: &[Tensor; SLOTS]| {
+            let linear = self.linear(slot);
+            let h = h[slot as usize].top(t).column_range(0, linear.rank());
+            linear.backward(dx, dparams.reborrow(), dy, Saved { x, h, y }, pass, scratch)
+        };
+        let set = |dx| Some(InputGradient { dx, accumulate: false });
+        let add = |dx| Some(InputGradient { dx, accumulate: true });
+
+        // y = middle + down(swiglu(gate(norm), up(norm))); the stream's own gradient passes through
+        let ffn_out = if s.ffn_out.rows() == 0 { s.act.top(t) } else { s.ffn_out.top(t) };
+        back(Slot::Down, set(g.act.top_mut(t)), g.stream.top(t), s.act.top(t), ffn_out, &s.h)?;
+        swiglu_backward(g.gate.top_mut(t), g.up.top_mut(t), g.act.top(t), s.gate.top(t), s.up.top(t))?;
+        back(Slot::Up, set(g.norm.top_mut(t)), g.up.top(t), s.ffn_norm.top(t), s.up.top(t), &s.h)?;
+        back(Slot::Gate, add(g.norm.top_mut(t)), g.gate.top(t), s.ffn_norm.top(t), s.gate.top(t), &s.h)?;
+        rms_norm_backward(
+            g.stream.top_mut(t),
+            g.norm.top(t),
+            s.middle.top(t),
+            s.ffn_rstd.view().column_range(0, t),
+            self.ffn_norm.view(),
+        )?;
+
+        // middle = x + o(attention(rope(q(norm)), rope(k(norm)), v(norm)))
+        let attn_out = if s.attn_out.rows() == 0 { s.attn.top(t) } else { s.attn_out.top(t) };
+        back(Slot::O, set(g.attn.top_mut(t)), g.stream.top(t), s.attn.top(t), attn_out, &s.h)?;
+        attention_backward(
+            g.q.top_mut(t),
+            g.k.top_mut(t),
+            g.v.top_mut(t),
+            g.delta.view_mut().into_column_range(0, t),
+            g.attn.top(t),
+            s.attn.top(t),
+            s.lse.view().column_range(0, t),
+            s.q.top(t),
+            s.k.top(t),
+            s.v.top(t),
+            place.q_starts,
+            &place.attention(),
+        )?;
+        rope_backward(g.q.top_mut(t), place.rope, place.positions, d)?;
+        rope_backward(g.k.top_mut(t), place.rope, place.positions, d)?;
+        // An adapter that reads its output wants it as the linear gave it, before the rotation.
+        if self.linear(Slot::Q).needs_output() {
+            rope_backward(s.q.top_mut(t), place.rope, place.positions, d)?;
+        }
+        if self.linear(Slot::K).needs_output() {
+            rope_backward(s.k.top_mut(t), place.rope, place.positions, d)?;
+        }
+        let norm = s.attn_norm.top(t);
+        if input_gradient {
+            back(Slot::Q, set(g.norm.top_mut(t)), g.q.top(t), norm, s.q.top(t), &s.h)?;
+            back(Slot::K, add(g.norm.top_mut(t)), g.k.top(t), norm, s.k.top(t), &s.h)?;
+            back(Slot::V, add(g.norm.top_mut(t)), g.v.top(t), norm, s.v.top(t), &s.h)?;
+            rms_norm_backward(
+                g.stream.top_mut(t),
+                g.norm.top(t),
+                x,
+                s.attn_rstd.view().column_range(0, t),
+                self.attn_norm.view(),
+            )?;
+        } else {
+            back(Slot::Q, None, g.q.top(t), norm, s.q.top(t), &s.h)?;
+            back(Slot::K, None, g.k.top(t), norm, s.k.top(t), &s.h)?;
+            back(Slot::V, None, g.v.top(t), norm, s.v.top(t), &s.h)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,255 @@
+//! One frozen linear and the seam behind which every adapter method lives.
+//!
+//! A linear is `y = W x` with a packed, frozen `W`. An adapter replaces that product by its own,
+//! built from the verbs of [`BaseWeight`] and a few ops, so methods never see a quantization format
+//! and formats never see a method. The trained values of all adapters lie in one flat buffer
+//! ([`Parameters`]), because the optimizer, the clipping norm and a checkpoint want them so.
+
+use std::ops::Range;
+
+use qpeft_kernels::ops::quant_linear::{quant_linear_backward, quant_linear_forward};
+use qpeft_kernels::rng::RngKey;
+use qpeft_kernels::{Device, Tensor, View, ViewMut};
+
+pub use qpeft_kernels::weight::BaseWeight;
+
+use crate::error::Result;
+
+/// One trained matrix: its name in an adapter file and its place in the flat buffer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The tensor's key in a PEFT folder.
+    pub key: String,
+    /// Shape in that file: (r, in), (out, r) or (out).
+    pub shape: Vec<usize>,
+    /// First element in the flat buffer.
+    pub offset: usize,
+}
+
+impl Entry {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// (rows, cols) as a matrix; a vector is one row.
+    fn dims(&self) -> (usize, usize) {
+        match self.shape[..] {
+            [rows, cols] => (rows, cols),
+            _ => (1, self.len()),
+        }
+    }
+
+    /// The matrix in a flat buffer of values.
+    pub fn view<'a>(&self, flat: View<'a>) -> View<'a> {
+        let (rows, cols) = self.dims();
+        flat.slice(self.offset, rows, cols)
+    }
+
+    /// The matrix in a flat buffer of gradients.
+    pub fn view_mut<'a>(&self, flat: ViewMut<'a>) -> ViewMut<'a> {
+        let (rows, cols) = self.dims();
+        flat.into_slice(self.offset, rows, cols)
+    }
+
+    /// The elements in a flat host buffer.
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.len()
+    }
+}
+
+/// All trained values, in one flat f32 buffer.
+#[derive(Debug)]
+pub struct Parameters {
+    /// The matrices, in the order of their offsets.
+    pub entries: Vec<Entry>,
+    /// (1, total).
+    pub values: Tensor,
+}
+
+impl Parameters {
+    /// No parameter at all: the frozen model.
+    ///
+    /// # Errors
+    /// The device refuses an empty tensor.
+    pub fn none(device: &Device) -> Result<Parameters> {
+        Ok(Parameters { entries: Vec::new(), values: Tensor::zeros(device, 1, 0)? })
+    }
+
+    /// Trained scalars.
+    pub fn count(&self) -> usize {
+        self.values.len()
+    }
+}
+
+/// What one forward or backward pass carries besides activations.
+#[derive(Debug, Clone, Copy)]
+pub struct Pass<'a> {
+    /// The flat buffer of [`Parameters`].
+    pub params: View<'a>,
+    /// Seed and number of this micro-batch while training; `None` switches dropout off.
+    pub dropout: Option<RngKey>,
+}
+
+/// Buffers that adapters may use within one call; nothing in them outlives it.
+#[derive(Debug)]
+pub struct Scratch {
+    /// (T, largest in-features): the input after dropout. Empty when no adapter drops out.
+    pub dropped: Tensor,
+    /// (T, largest rank): gradient of the low-rank activations.
+    pub dh: Tensor,
+}
+
+/// What the forward pass left for the backward pass of one linear.
+#[derive(Debug, Clone, Copy)]
+pub struct Saved<'a> {
+    /// (T, in): the input.
+    pub x: View<'a>,
+    /// (T, rank): the low-rank activations.
+    pub h: View<'a>,
+    /// (T, out): the output; only there if [`Adapter::needs_output`].
+    pub y: View<'a>,
+}
+
+/// Where the gradient of a linear's input goes.
+#[derive(Debug)]
+pub struct InputGradient<'a> {
+    /// (T, in).
+    pub dx: ViewMut<'a>,
+    /// Add to what is there instead of overwriting it: linears that share an input.
+    pub accumulate: bool,
+}
+
+/// One method on one linear.
+pub trait Adapter: Send + Sync + std::fmt::Debug {
+    /// The trained matrices of this linear.
+    fn entries(&self) -> Vec<&Entry>;
+
+    /// Columns of the low-rank activations that forward leaves for backward.
+    fn rank(&self) -> usize;
+
+    /// Whether backward reads the linear's output.
+    fn needs_output(&self) -> bool;
+
+    /// Whether forward uses [`Scratch::dropped`].
+    fn drops_out(&self) -> bool;
+
+    /// Writes the method's initial values into their places in the flat buffer.
+    ///
+    /// # Errors
+    /// An op refuses.
+    fn init(&mut self, values: &mut [f32], weight: &BaseWeight, seed: u64) -> Result<()>;
+
+    /// Fills in the values that follow from given low-rank factors (DoRA's magnitudes); the others stay.
+    ///
+    /// # Errors
+    /// An op refuses.
+    fn init_from_factors(&mut self, values: &mut [f32], weight: &BaseWeight) -> Result<()>;
+
+    /// Recomputes what depends on the parameters alone. Called after they are loaded and after every
+    /// optimizer step, never per micro-batch.
+    ///
+    /// # Errors
+    /// An op refuses.
+    fn refresh(&mut self, params: View<'_>, weight: &BaseWeight) -> Result<()>;
+
+    /// y (T, out) = the adapted linear of x (T, in); leaves h (T, rank).
+    ///
+    /// # Errors
+    /// An op refuses.
+    fn forward(
+        &self,
+        y: ViewMut<'_>,
+        h: ViewMut<'_>,
+        x: View<'_>,
+        weight: &BaseWeight,
+        pass: &Pass<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()>;
+
+    /// Adds the parameters' gradients to `dparams` (flat) and gives the input's gradient, if asked for.
+    ///
+    /// # Errors
+    /// An op refuses.
+    fn backward(
+        &self,
+        dx: Option<InputGradient<'_>>,
+        dparams: ViewMut<'_>,
+        dy: View<'_>,
+        saved: Saved<'_>,
+        weight: &BaseWeight,
+        pass: &Pass<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()>;
+
+    /// Turns dense rows `rows` of `W` (row-major f32, `in` columns) into the adapted weight's rows.
+    fn merge(&self, rows: Range<usize>, w: &mut [f32], params: &[f32]);
+}
+
+/// A frozen linear of the decoder, adapted or not.
+#[derive(Debug)]
+pub struct Linear {
+    /// Path of the module, as Hugging Face names it: `model.layers.0.self_attn.q_proj`.
+    pub module: String,
+    /// The frozen weight, (out, in).
+    pub weight: BaseWeight,
+    /// The method on it, if it is a target.
+    pub adapter: Option<Box<dyn Adapter>>,
+}
+
+impl Linear {
+    /// Columns of the low-rank activations to keep.
+    pub fn rank(&self) -> usize {
+        self.adapter.as_ref().map_or(0, |a| a.rank())
+    }
+
+    /// Whether the output has to be kept for the backward pass.
+    pub fn needs_output(&self) -> bool {
+        self.adapter.as_ref().is_some_and(|a| a.needs_output())
+    }
+
+    /// y (T, out) = the linear of x (T, in).
+    ///
+    /// # Errors
+    /// An op refuses.
+    pub fn forward(
+        &self,
+        y: ViewMut<'_>,
+        h: ViewMut<'_>,
+        x: View<'_>,
+        pass: &Pass<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        match &self.adapter {
+            Some(adapter) => adapter.forward(y, h, x, &self.weight, pass, scratch),
+            None => Ok(quant_linear_forward(y, x, &self.weight, None, None)?),
+        }
+    }
+
+    /// The mirror of [`Linear::forward`].
+    ///
+    /// # Errors
+    /// An op refuses.
+    pub fn backward(
+        &self,
+        dx: Option<InputGradient<'_>>,
+        dparams: ViewMut<'_>,
+        dy: View<'_>,
+        saved: Saved<'_>,
+        pass: &Pass<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        match (&self.adapter, dx) {
+            (Some(adapter), dx) => adapter.backward(dx, dparams, dy, saved, &self.weight, pass, scratch),
+            (None, Some(dx)) => {
+                Ok(quant_linear_backward(dx.dx, None, dy, &self.weight, None, None, dx.accumulate)?)
+            }
+            (None, None) => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! From an opened base to a decoder: every weight fetched by name, nothing converted.
+
+use qpeft_kernels::Device;
+use qpeft_kernels::ops::rope::rope_table;
+
+use super::base::Base;
+use super::config::Config;
+use super::decoder::Decoder;
+use super::layer::{Layer, SLOTS, Slot};
+use super::linear::{BaseWeight, Linear};
+use crate::error::Result;
+
+/// Path of a linear's module: `model.layers.0.self_attn.q_proj`.
+pub fn module_path(layer: usize, slot: Slot) -> String {
+    format!("model.layers.{layer}.{}", slot.module())
+}
+
+impl Decoder {
+    /// The frozen decoder of a base; packed weights stay mapped.
+    ///
+    /// # Errors
+    /// A tensor is missing, has another shape, or a type that is not supported.
+    pub fn load(base: &Base, device: &Device) -> Result<Decoder> {
+        let config = base.config()?;
+        let embedding = base.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size, None)?;
+        let head = base
+            .has("lm_head.weight")
+            .then(|| base.matrix("lm_head.weight", config.vocab_size, config.hidden_size, None))
+            .transpose()?;
+        Ok(Decoder {
+            layers: (0..config.n_layers).map(|l| load_layer(base, device, &config, l)).collect::<Result<_>>()?,
+            final_norm: base.vector(device, "model.norm.weight", config.hidden_size)?,
+            rope: rope_table(
+                device,
+                config.max_positions,
+                config.head_dim,
+                config.rope_theta,
+                &config.rope_scaling,
+            )?,
+            device: device.clone(),
+            embedding,
+            head,
+            config,
+        })
+    }
+}
+
+fn load_layer(base: &Base, device: &Device, config: &Config, layer: usize) -> Result<Layer> {
+    let norm = |name: &str| base.vector(device, &format!("model.layers.{layer}.{name}.weight"), config.hidden_size);
+    let linear = |slot: Slot| -> Result<Linear> {
+        let module = module_path(layer, slot);
+        let (rows, cols) = slot.shape(config);
+        let weight: BaseWeight =
+            base.matrix(&format!("{module}.weight"), rows, cols, slot.permuted_heads(config))?;
+        Ok(Linear { module, weight, adapter: None })
+    };
+    let linears: Vec<Linear> = Slot::ALL.into_iter().map(linear).collect::<Result<_>>()?;
+    Ok(Layer {
+        attn_norm: norm("input_layernorm")?,
+        ffn_norm: norm("post_attention_layernorm")?,
+        linears: <[Linear; SLOTS]>::try_from(linears).expect("one linear per slot"),
+    })
+}

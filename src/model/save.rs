@@ -1,0 +1,181 @@
+//! The mirror of `load`: a base written again with some of its matrices replaced.
+//!
+//! Everything else is copied byte for byte, so that a residual base or a merged model differs from its
+//! base in nothing but what was trained. GGUF rows of q and k go back into the file's order.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use qpeft_formats::file::AtomicDir;
+use qpeft_formats::gguf::{GgufFile, GgufWriter, Metadata, TensorDecl, TensorInfo, names};
+use qpeft_formats::safetensors::{Checkpoint, TensorRef, TensorView, write_safetensors};
+use qpeft_formats::{GgmlType, blocks};
+
+use super::base::Base;
+use super::config::Config;
+use super::layer::Slot;
+use super::linear::BaseWeight;
+use crate::error::{Error, Result};
+
+/// A matrix in the layout of its base file.
+#[derive(Debug)]
+pub struct Replacement {
+    /// Its type in the new file.
+    pub dtype: GgmlType,
+    /// Packed rows, in the order of the file.
+    pub bytes: Vec<u8>,
+}
+
+/// Packs f32 rows (Hugging Face order) as the file wants them.
+///
+/// # Errors
+/// A value is not finite, or the row length does not divide into blocks.
+pub fn pack_rows(
+    values: &[f32],
+    cols: usize,
+    dtype: GgmlType,
+    heads: Option<usize>,
+    name: &str,
+) -> Result<Replacement> {
+    let row_bytes = dtype.row_bytes(cols)?;
+    if let Err(index) = blocks::check_finite(values) {
+        return Err(Error::refused(format!(
+            "tensor `{name}`: row {}, column {} is {}; only finite weights can be stored",
+            index / cols,
+            index % cols,
+            values[index]
+        )));
+    }
+    use rayon::prelude::*;
+    let mut bytes = vec![0; values.len() / cols * row_bytes];
+    bytes
+        .par_chunks_mut(row_bytes)
+        .zip(values.par_chunks(cols))
+        .for_each(|(bytes, row)| blocks::quantize_row(dtype, row, bytes));
+    Ok(Replacement { dtype, bytes: file_order(bytes, row_bytes, heads)? })
+}
+
+/// A packed weight (Hugging Face row order) as the file wants it.
+///
+/// # Errors
+/// The weight has no ggml type.
+pub fn repack(weight: &BaseWeight, heads: Option<usize>) -> Result<Replacement> {
+    let (dtype, bytes) = weight.ggml().ok_or_else(|| {
+        Error::refused(format!("a {} weight cannot be written to this file", weight.type_name()))
+    })?;
+    let row_bytes = dtype.row_bytes(weight.cols())?;
+    Ok(Replacement { dtype, bytes: file_order(bytes.to_vec(), row_bytes, heads)? })
+}
+
+/// Rows in Hugging Face order to the order of the file.
+fn file_order(bytes: Vec<u8>, row_bytes: usize, heads: Option<usize>) -> Result<Vec<u8>> {
+    let Some(heads) = heads else { return Ok(bytes) };
+    let mut permuted = vec![0; bytes.len()];
+    names::rows_to_gguf(&mut permuted, &bytes, row_bytes, heads, bytes.len() / row_bytes / heads)?;
+    Ok(permuted)
+}
+
+/// The slot and layer of a linear's weight, by its Hugging Face name.
+pub fn slot_of(name: &str) -> Option<(usize, Slot)> {
+    let rest = name.strip_prefix("model.layers.")?;
+    let (layer, module) = rest.split_once('.')?;
+    let module = module.strip_suffix(".weight")?;
+    let slot = Slot::ALL.into_iter().find(|slot| slot.module() == module)?;
+    Some((layer.parse().ok()?, slot))
+}
+
+/// Heads whose rows the base's file permutes in this tensor.
+pub fn permuted_heads(base: &Base, config: &Config, name: &str) -> Option<usize> {
+    match base {
+        Base::Gguf(_) => slot_of(name).and_then(|(_, slot)| slot.permuted_heads(config)),
+        Base::Folder(_) => None,
+    }
+}
+
+/// Writes a GGUF like `file`: tensor types from `dtype_of`, bytes from `replace` or, where that gives
+/// `None`, from the file itself. Both get the tensor's Hugging Face name, or `None` if it has none.
+///
+/// # Errors
+/// The output cannot be written, a type is not supported, or `replace` fails. Nothing is left at `path`.
+pub fn write_gguf(
+    file: &GgufFile,
+    path: &Path,
+    metadata: &Metadata,
+    dtype_of: impl Fn(Option<&str>, &TensorInfo) -> Result<GgmlType>,
+    mut replace: impl FnMut(Option<&str>, &TensorInfo) -> Result<Option<Replacement>>,
+) -> Result<()> {
+    let hf_names: Vec<Option<String>> = file.tensors().iter().map(|t| names::hf_tensor(&t.name)).collect();
+    let declared = file
+        .tensors()
+        .iter()
+        .zip(&hf_names)
+        .map(|(info, hf)| {
+            Ok(TensorDecl {
+                name: info.name.clone(),
+                shape: info.shape.clone(),
+                dtype: dtype_of(hf.as_deref(), info)?,
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let mut writer = GgufWriter::create(path, metadata, &declared)?;
+    for ((info, hf), declared) in file.tensors().iter().zip(&hf_names).zip(&declared) {
+        match replace(hf.as_deref(), info)? {
+            Some(replacement) => {
+                assert_eq!(replacement.dtype, declared.dtype, "`{}` was declared as another type", info.name);
+                writer.write(&info.name, &replacement.bytes)?;
+            }
+            None => writer.write(&info.name, &file.bytes(info))?,
+        }
+    }
+    Ok(writer.finish()?)
+}
+
+/// Writes a Hugging Face folder like `folder` with some tensors replaced, each in its own type.
+///
+/// # Errors
+/// The output cannot be written or `replace` fails. Nothing is left at `path`.
+pub fn write_folder(
+    folder: &Checkpoint,
+    path: &Path,
+    mut replace: impl FnMut(&str) -> Result<Option<Replacement>>,
+) -> Result<()> {
+    let staged = AtomicDir::create(path)?;
+    let mut tensors: Vec<TensorView> = Vec::new();
+    for name in folder.names() {
+        let mut view = folder.require(name)?;
+        if let Some(replacement) = replace(name)? {
+            view.bytes = replacement.bytes.into();
+        }
+        tensors.push(view);
+    }
+    let refs: Vec<TensorRef<'_>> =
+        tensors.iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice(), &*t.bytes)).collect();
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    write_safetensors(&staged.staging().join("model.safetensors"), &refs, &metadata)?;
+    copy_side_files(folder.dir(), staged.staging())?;
+    Ok(staged.commit()?)
+}
+
+/// Configuration and tokenizer: the small files that make a folder of weights a model.
+const SIDE_FILES: [&str; 9] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+];
+
+fn copy_side_files(from: &Path, to: &Path) -> Result<()> {
+    for name in SIDE_FILES {
+        let file = from.join(name);
+        if file.exists() {
+            std::fs::copy(&file, to.join(name))
+                .map_err(|e| Error::refused(format!("cannot copy `{}`: {e}", file.display())))?;
+        }
+    }
+    Ok(())
+}

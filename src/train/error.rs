@@ -1,0 +1,132 @@
+//! What the files of a run can be refused for: each with the path, what was expected and what was found.
+
+use std::path::{Path, PathBuf};
+
+/// Shorthand used across the module.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A file of a run that cannot be written, read or used here.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused.
+    #[error("cannot {doing} `{}`: {source}", path.display())]
+    Io {
+        /// The verb: open, read, write.
+        doing: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// A file of a finished checkpoint or run is not there.
+    #[error("`{}` is missing", path.display())]
+    Missing {
+        /// The file.
+        path: PathBuf,
+    },
+    /// There is nothing to resume from.
+    #[error("`{}` has no checkpoint", path.display())]
+    NoCheckpoint {
+        /// The folder of the run.
+        path: PathBuf,
+    },
+    /// A JSON file that does not have the fields it must have.
+    #[error("`{}`: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where, and what was expected.
+        source: serde_json::Error,
+    },
+    /// A file written by another version of the layout.
+    #[error("`{}`: layout version {found}, expected {expected}", path.display())]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// The version that this program writes.
+        expected: u32,
+        /// The version in the file.
+        found: u32,
+    },
+    /// The bytes are not those that were written.
+    #[error("`{}`: blake3 is `{found}`, expected `{expected}`", path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// The hash that was stored with it.
+        expected: String,
+        /// The hash of its bytes.
+        found: String,
+    },
+    /// A checkpoint whose tensors are not f32.
+    #[error("`{}`: tensor `{name}` is {found}, expected F32", path.display())]
+    NotF32 {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// Its type.
+        found: String,
+    },
+    /// The checkpoint belongs to a run with other settings.
+    #[error("the checkpoint was made with other settings: {}", differences(settings))]
+    OtherConfig {
+        /// Setting, value in the checkpoint, value now.
+        settings: Vec<(String, String, String)>,
+    },
+    /// The checkpoint belongs to other data.
+    #[error("the checkpoint was made with other data: blake3 is `{found}`, expected `{expected}`")]
+    OtherData {
+        /// The hash in the checkpoint.
+        expected: String,
+        /// The hash of the data given now.
+        found: String,
+    },
+    /// The checkpoint belongs to another base model.
+    #[error("the checkpoint was made with another base model: fingerprint is `{found}`, expected `{expected}`")]
+    OtherBase {
+        /// The fingerprint in the checkpoint.
+        expected: String,
+        /// The fingerprint of the model given now.
+        found: String,
+    },
+    /// A container file is malformed or cannot be written.
+    #[error(transparent)]
+    Format(#[from] qpeft_formats::Error),
+}
+
+fn differences(settings: &[(String, String, String)]) -> String {
+    let each = settings.iter().map(|(key, then, now)| format!("`{key}` is `{now}`, expected `{then}`"));
+    each.collect::<Vec<_>>().join("; ")
+}
+
+impl Error {
+    pub(crate) fn io(doing: &'static str, path: &Path, source: std::io::Error) -> Error {
+        Error::Io { doing, path: path.to_owned(), source }
+    }
+
+    /// What the user can do about it, if there is something.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Error::Io { .. } => None,
+            Error::NoCheckpoint { .. } => Some("start the run without `--resume`".to_owned()),
+            Error::Missing { path } | Error::Corrupt { path, .. } | Error::NotF32 { path, .. } => Some(format!(
+                "delete `{}` to resume from the checkpoint before it",
+                path.parent().unwrap_or(path).display()
+            )),
+            Error::Json { .. } => Some("the file was edited or is not one of qpeft's".to_owned()),
+            Error::Version { .. } => Some("use the version of qpeft that wrote it".to_owned()),
+            Error::OtherConfig { .. } => {
+                Some("resume with the same settings, or start a new run in another `--output`".to_owned())
+            }
+            Error::OtherData { .. } => {
+                Some("give the same `--data` file, or start a new run in another `--output`".to_owned())
+            }
+            Error::OtherBase { .. } => {
+                Some("give the same `--model`, or start a new run in another `--output`".to_owned())
+            }
+            Error::Format(e) => e.hint(),
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! Training: time, data order, learning rates and the files of a run live here.
+
+pub mod config;
+pub mod data;
+pub mod error;
+pub mod log;
+pub mod run_files;
+pub mod schedule;
+
+pub use config::TrainConfig;
+pub use error::{Error, Result};
