@@ -239,3 +239,86 @@ by_isa! {
         sums.iter().sum::<f64>() + rest
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Mat;
+
+    fn zeros(dtype: GgmlType, rows: usize, cols: usize) -> BaseWeight {
+        BaseWeight::from_ggml(dtype, rows, cols, Bytes::from(vec![0; rows * dtype.row_bytes(cols).unwrap()]))
+            .unwrap()
+    }
+
+    #[test]
+    fn rows_and_tiles_of_every_type_are_parts_of_the_whole() {
+        for dtype in GgmlType::ALL {
+            let (rows, cols) = (37, 768);
+            let weight =
+                zeros(dtype, rows, cols).requantize(&Mat::random(1, rows, cols, 1.0).values()).unwrap();
+            let whole = weight.dequantize();
+            let mut out = vec![f32::NAN; 3 * cols];
+            weight.dequantize_rows(34..37, &mut out);
+            assert_eq!(out, whole[34 * cols..], "{dtype}");
+            let mut out = vec![f32::NAN; 5 * 256];
+            weight.dequantize_tile(7..12, 256..512, &mut out);
+            for (r, tile) in out.chunks(256).enumerate() {
+                assert_eq!(tile, &whole[(7 + r) * cols + 256..][..256], "{dtype} row {r}");
+            }
+            assert_eq!(weight.type_name(), dtype.name());
+            assert_eq!(weight.block_len(), dtype.block_len());
+            assert_eq!(weight.size_bytes(), rows * dtype.row_bytes(cols).unwrap());
+        }
+    }
+
+    #[test]
+    fn values_on_the_grid_of_a_type_requantize_to_themselves() {
+        // The symmetric types with one scale per block reproduce their own grid exactly.
+        for dtype in [GgmlType::F32, GgmlType::F16, GgmlType::BF16, GgmlType::Q4_0, GgmlType::Q8_0] {
+            let weight = zeros(dtype, 5, 64).requantize(&Mat::random(1, 5, 64, 1.0).values()).unwrap();
+            let again = weight.requantize(&weight.dequantize()).unwrap();
+            assert_eq!(again.dequantize(), weight.dequantize(), "{dtype}");
+        }
+    }
+
+    #[test]
+    fn row_norms_are_summed_in_f64() {
+        let weight = BaseWeight::from_f32(40, 129, &Mat::random(3, 40, 129, 100.0).values()).unwrap();
+        let mut out = Mat::poisoned(1, 40);
+        weight.row_norms_squared(out.view_mut()).unwrap();
+        for (row, found) in weight.dequantize().chunks(129).zip(out.values()) {
+            let expected: f64 = row.iter().map(|&x| x as f64 * x as f64).sum();
+            assert!((found as f64 - expected).abs() <= expected * 6e-8, "{found} for {expected}");
+        }
+    }
+
+    #[test]
+    fn a_size_that_does_not_fit_the_shape_is_refused() {
+        let error = |dtype, rows, cols, bytes: usize| {
+            BaseWeight::from_ggml(dtype, rows, cols, Bytes::from(vec![0; bytes])).unwrap_err().to_string()
+        };
+        assert_eq!(error(GgmlType::Q8_0, 2, 64, 135), "weight: size in bytes is 135, expected 136");
+        assert!(error(GgmlType::Q8_0, 2, 63, 0).contains("63 is not a multiple of the Q8_0 block length 32"));
+        assert!(error(GgmlType::F32, usize::MAX, 64, 4).starts_with("weight: size in bytes is 4, expected "));
+        assert_eq!(
+            BaseWeight::from_f32(2, 3, &[0.0; 5]).unwrap_err().to_string(),
+            "weight: size in bytes is 20, expected 24"
+        );
+    }
+
+    #[test]
+    fn requantize_names_the_first_element_that_is_not_finite() {
+        let weight = zeros(GgmlType::Q4_0, 2, 32);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut values = vec![1.0; 64];
+            values[32 + 5] = bad;
+            values[32 + 9] = bad;
+            assert_eq!(
+                weight.requantize(&values).unwrap_err().to_string(),
+                format!("requantize: row 1, column 5 is `{bad}`, expected a finite number")
+            );
+        }
+        let error = weight.requantize(&[0.0; 63]).unwrap_err().to_string();
+        assert_eq!(error, "requantize: elements is 63, expected 64");
+    }
+}

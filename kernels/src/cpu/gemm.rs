@@ -193,7 +193,7 @@ impl<'a> ViewMut<'a> {
 /// `dst = alpha a b`, or `dst += alpha a b` with `accumulate`; on the calling thread.
 ///
 /// Without `accumulate` the old contents of `dst` are not read. f32 with fused multiply-add where the
-/// processor has it; the order of summation depends on the sizes alone.
+/// processor has it; the order of summation depends on sizes and strides alone.
 ///
 /// # Panics
 /// The sizes do not belong together.
