@@ -43,6 +43,8 @@ pub enum Kind {
     PartialBlock { dtype: &'static str, block_len: usize, row_len: u64 },
     #[error("{what} overflow 64 bits")]
     SizeOverflow { what: &'static str },
+    #[error("element {index} is `{value}`, and only finite numbers can be quantized")]
+    NotFinite { index: u64, value: f32 },
 }
 
 impl Error {

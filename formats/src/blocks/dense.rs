@@ -3,7 +3,7 @@
 //! F16 and BF16 are written rounded to nearest, ties to even; F16 overflows to infinity.
 
 use super::Block;
-use super::half::{bf16_to_f32, f16_to_f32};
+use super::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use crate::dtype::GgmlType;
 
 /// IEEE binary32.
@@ -20,6 +20,11 @@ impl Block<4, 1> for F32 {
     fn dequantize(block: &[u8; 4], out: &mut [f32; 1]) {
         out[0] = f32::from_le_bytes(*block);
     }
+
+    #[inline(always)]
+    fn quantize(x: &[f32; 1], block: &mut [u8; 4]) {
+        *block = x[0].to_le_bytes();
+    }
 }
 
 impl Block<2, 1> for F16 {
@@ -29,6 +34,11 @@ impl Block<2, 1> for F16 {
     fn dequantize(block: &[u8; 2], out: &mut [f32; 1]) {
         out[0] = f16_to_f32(u16::from_le_bytes(*block));
     }
+
+    #[inline(always)]
+    fn quantize(x: &[f32; 1], block: &mut [u8; 2]) {
+        *block = f32_to_f16(x[0]).to_le_bytes();
+    }
 }
 
 impl Block<2, 1> for BF16 {
@@ -37,5 +47,10 @@ impl Block<2, 1> for BF16 {
     #[inline(always)]
     fn dequantize(block: &[u8; 2], out: &mut [f32; 1]) {
         out[0] = bf16_to_f32(u16::from_le_bytes(*block));
+    }
+
+    #[inline(always)]
+    fn quantize(x: &[f32; 1], block: &mut [u8; 2]) {
+        *block = f32_to_bf16(x[0]).to_le_bytes();
     }
 }

@@ -1,6 +1,6 @@
 //! Every codec against files that llama.cpp's own quantizer wrote (testdata/ggml/blocks.safetensors).
 
-use super::dequantize_row;
+use super::{dequantize_row, quantize_row};
 use crate::dtype::GgmlType;
 use safetensors::SafeTensors;
 
@@ -36,6 +36,23 @@ fn dequantizes(dtype: GgmlType) {
     assert_eq!(compared, 2 * 768 + 4 * 512, "{dtype}");
 }
 
+/// Quantizes every source tensor and compares all bytes.
+fn quantizes(dtype: GgmlType) {
+    let file = SafeTensors::deserialize(GOLDEN).expect("the golden file is a safetensors file");
+    for name in TENSORS {
+        let (columns, source) = tensor(&file, &format!("F32.{name}")).expect("the source rows");
+        let (row_bytes, expected) =
+            tensor(&file, &format!("{dtype}.{name}.bytes")).expect("the bytes of the type");
+        for (r, (row, expected)) in
+            floats(&source).chunks(columns).zip(expected.chunks(row_bytes)).enumerate()
+        {
+            let mut bytes = vec![0xa5; row_bytes];
+            quantize_row(dtype, row, &mut bytes);
+            assert_eq!(bytes, expected, "{dtype} {name} row {r}");
+        }
+    }
+}
+
 #[test]
 fn f32_passes_through() {
     let file = SafeTensors::deserialize(GOLDEN).expect("the golden file is a safetensors file");
@@ -43,6 +60,9 @@ fn f32_passes_through() {
     let mut values = vec![0.0; bytes.len() / 4];
     dequantize_row(GgmlType::F32, &bytes, &mut values);
     assert_eq!(values, floats(&bytes));
+    let mut back = vec![0; bytes.len()];
+    quantize_row(GgmlType::F32, &values, &mut back);
+    assert_eq!(back, bytes);
 }
 
 macro_rules! golden {
@@ -52,6 +72,11 @@ macro_rules! golden {
             #[test]
             fn dequantizes_to_the_bits_of_llama_cpp() {
                 super::dequantizes(super::GgmlType::$dtype);
+            }
+
+            #[test]
+            fn quantizes_to_the_bytes_of_llama_cpp() {
+                super::quantizes(super::GgmlType::$dtype);
             }
         }
     )*};

@@ -20,6 +20,7 @@ mod q5_1;
 mod q5_k;
 mod q6_k;
 mod q8_0;
+mod rounding;
 
 use crate::dtype::GgmlType;
 
@@ -30,6 +31,9 @@ trait Block<const BYTES: usize, const LEN: usize> {
 
     /// Block -> values. Branch-free, and always inlined to be vectorized with its caller.
     fn dequantize(block: &[u8; BYTES], out: &mut [f32; LEN]);
+
+    /// Values -> block, without an importance matrix. Overwrites every byte.
+    fn quantize(x: &[f32; LEN], block: &mut [u8; BYTES]);
 }
 
 /// Calls `$row::<Codec, _, _>(args)` with the codec of a type.
@@ -64,11 +68,24 @@ pub fn dequantize_row(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) {
 
 /// Quantizes one row; `bytes` receives `row.len() / block_len` blocks.
 ///
+/// NaN and infinities give blocks without meaning (see [`check_finite`]); so do finite values whose
+/// block scale is beyond 65504 in the types with an f16 scale. The reference does the same.
+///
 /// # Panics
 /// The lengths do not belong together; callers take both from [`GgmlType::row_bytes`].
 pub fn quantize_row(dtype: GgmlType, row: &[f32], bytes: &mut [u8]) {
-    let _ = (dtype, row, bytes);
-    unreachable!("placeholder until the codecs land")
+    with_codec!(dtype, quantize_blocks(row, bytes));
+}
+
+/// Looks for NaN and infinities before quantizing.
+///
+/// # Errors
+/// The index of the first element that is not finite.
+pub fn check_finite(row: &[f32]) -> Result<(), usize> {
+    match row.iter().position(|x| !x.is_finite()) {
+        Some(index) => Err(index),
+        None => Ok(()),
+    }
 }
 
 #[inline(always)]
@@ -88,6 +105,28 @@ fn dequantize_blocks<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>
     }
 }
 
+fn quantize_blocks<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
+    row: &[f32],
+    bytes: &mut [u8],
+) {
+    const { assert_sizes::<B, BYTES, LEN>() };
+    let (values, values_left) = row.as_chunks::<LEN>();
+    let (blocks, bytes_left) = bytes.as_chunks_mut::<BYTES>();
+    assert!(
+        blocks.len() == values.len() && bytes_left.is_empty() && values_left.is_empty(),
+        "bytes and values of a row must be the same number of whole blocks"
+    );
+    for (values, block) in values.iter().zip(blocks) {
+        B::quantize(values, block);
+    }
+}
+
+/// The `N` bytes of a block from byte `at`.
+#[inline(always)]
+fn field<const N: usize, const BYTES: usize>(block: &[u8; BYTES], at: usize) -> &[u8; N] {
+    block[at..].first_chunk().expect("the byte map of the block holds this field")
+}
+
 /// Fails the build when a codec and the type table disagree.
 const fn assert_sizes<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>() {
     assert!(B::DTYPE.block_bytes() == BYTES, "block bytes differ from the type table");
@@ -96,3 +135,5 @@ const fn assert_sizes<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize
 
 #[cfg(test)]
 mod golden;
+#[cfg(test)]
+mod properties;

@@ -27,8 +27,52 @@ pub(super) fn unpack5(qh: [u8; 4], qs: &[u8; 16]) -> [u8; 32] {
     q
 }
 
-/// The `N` bytes of a block from byte `at`.
+/// Inverse of [`unpack4`].
 #[inline(always)]
-pub(super) fn field<const N: usize, const BYTES: usize>(block: &[u8; BYTES], at: usize) -> &[u8; N] {
-    block[at..].first_chunk().expect("the byte map of the block holds this field")
+pub(super) fn pack4(q: &[u8; 32]) -> [u8; 16] {
+    let mut qs = [0; 16];
+    for j in 0..16 {
+        qs[j] = (q[j] & 0x0f) | (q[j + 16] << 4);
+    }
+    qs
+}
+
+/// Inverse of [`unpack5`]: the high bits, then the nibbles.
+#[inline(always)]
+pub(super) fn pack5(q: &[u8; 32]) -> ([u8; 4], [u8; 16]) {
+    let mut high = 0u32;
+    for j in 0..32 {
+        high |= u32::from((q[j] >> 4) & 1) << j;
+    }
+    (high.to_le_bytes(), pack4(q))
+}
+
+/// The element of largest magnitude, with its sign; the first of several, 0 if none compares.
+#[inline(always)]
+pub(super) fn extreme(x: &[f32; 32]) -> f32 {
+    let (mut largest, mut value) = (0.0, 0.0);
+    for &v in x {
+        if largest < v.abs() {
+            largest = v.abs();
+            value = v;
+        }
+    }
+    value
+}
+
+/// Smallest and largest element.
+#[inline(always)]
+pub(super) fn min_max(x: &[f32; 32]) -> (f32, f32) {
+    let (mut min, mut max) = (f32::MAX, -f32::MAX);
+    for &v in x {
+        min = if v < min { v } else { min };
+        max = if v > max { v } else { max };
+    }
+    (min, max)
+}
+
+/// `1 / d`, or 0 for a block without spread.
+#[inline(always)]
+pub(super) fn inverse(d: f32) -> f32 {
+    if d == 0.0 { 0.0 } else { 1.0 / d }
 }

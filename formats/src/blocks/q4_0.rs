@@ -5,9 +5,10 @@
 //! | 0..2 | `d` | scale, f16 |
 //! | 2..18 | `qs` | q of element j in the low nibble of byte j, of element j + 16 in the high nibble |
 
-use super::Block;
-use super::half::read_f16;
-use super::nibbles::{field, unpack4};
+use super::half::{f32_to_f16, read_f16};
+use super::nibbles::{extreme, inverse, pack4, unpack4};
+use super::rounding::truncate;
+use super::{Block, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
@@ -23,5 +24,13 @@ impl Block<18, 32> for Q4_0 {
         for j in 0..32 {
             out[j] = (i32::from(q[j]) - 8) as f32 * d;
         }
+    }
+
+    fn quantize(x: &[f32; 32], block: &mut [u8; 18]) {
+        let d = extreme(x) / -8.0;
+        let id = inverse(d);
+        let q = x.map(|x| (truncate(x * id + 8.5) as i8).min(15) as u8);
+        block[0..2].copy_from_slice(&f32_to_f16(d).to_le_bytes());
+        block[2..18].copy_from_slice(&pack4(&q));
     }
 }

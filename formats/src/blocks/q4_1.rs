@@ -6,9 +6,10 @@
 //! | 2..4 | `m` | smallest element, f16 |
 //! | 4..20 | `qs` | q of element j in the low nibble of byte j, of element j + 16 in the high nibble |
 
-use super::Block;
-use super::half::read_f16;
-use super::nibbles::{field, unpack4};
+use super::half::{f32_to_f16, read_f16};
+use super::nibbles::{inverse, min_max, pack4, unpack4};
+use super::rounding::truncate;
+use super::{Block, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
@@ -25,5 +26,15 @@ impl Block<20, 32> for Q4_1 {
         for j in 0..32 {
             out[j] = f32::from(q[j]) * d + m;
         }
+    }
+
+    fn quantize(x: &[f32; 32], block: &mut [u8; 20]) {
+        let (min, max) = min_max(x);
+        let d = (max - min) / 15.0;
+        let id = inverse(d);
+        let q = x.map(|x| (truncate((x - min) * id + 0.5) as i8).min(15) as u8);
+        block[0..2].copy_from_slice(&f32_to_f16(d).to_le_bytes());
+        block[2..4].copy_from_slice(&f32_to_f16(min).to_le_bytes());
+        block[4..20].copy_from_slice(&pack4(&q));
     }
 }

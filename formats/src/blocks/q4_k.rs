@@ -7,11 +7,12 @@
 //! | 4..16 | `scales` | 6-bit sc and m of each sub-block, packed as `k_quants::unpack_scales` reads them |
 //! | 16..144 | `qs` | 4 runs of 32 bytes; run r has sub-block 2r in its low nibbles, 2r + 1 in its high |
 
-use super::Block;
 use super::half::read_f16;
-use super::k_quants::{SUPERBLOCK, unpack_scales};
-use super::nibbles::field;
+use super::k_quants::{SUPERBLOCK, Search, fit_affine, unpack_scales};
+use super::{Block, field};
 use crate::dtype::GgmlType;
+
+const SEARCH: Search = Search { q_max: 15, first: -1.0, step: 0.1, last: 20 };
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
 pub(super) struct Q4_K;
@@ -33,6 +34,19 @@ impl Block<144, SUPERBLOCK> for Q4_K {
             }
             for l in 0..32 {
                 out[64 * run + 32 + l] = d_hi * f32::from(qs[32 * run + l] >> 4) - m_hi;
+            }
+        }
+    }
+
+    fn quantize(x: &[f32; SUPERBLOCK], block: &mut [u8; 144]) {
+        let fit = fit_affine(x, &SEARCH);
+        block[0..2].copy_from_slice(&fit.d.to_le_bytes());
+        block[2..4].copy_from_slice(&fit.dmin.to_le_bytes());
+        block[4..16].copy_from_slice(&fit.scales);
+        for run in 0..4 {
+            for l in 0..32 {
+                let (lo, hi) = (fit.q[64 * run + l], fit.q[64 * run + 32 + l]);
+                block[16 + 32 * run + l] = lo | (hi << 4);
             }
         }
     }

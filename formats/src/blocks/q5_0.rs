@@ -6,9 +6,10 @@
 //! | 2..6 | `qh` | bit 4 of q of element j in bit j |
 //! | 6..22 | `qs` | low bits of element j in the low nibble of byte j, of element j + 16 in the high nibble |
 
-use super::Block;
-use super::half::read_f16;
-use super::nibbles::{field, unpack5};
+use super::half::{f32_to_f16, read_f16};
+use super::nibbles::{extreme, inverse, pack5, unpack5};
+use super::rounding::truncate;
+use super::{Block, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
@@ -24,5 +25,15 @@ impl Block<22, 32> for Q5_0 {
         for j in 0..32 {
             out[j] = (i32::from(q[j]) - 16) as f32 * d;
         }
+    }
+
+    fn quantize(x: &[f32; 32], block: &mut [u8; 22]) {
+        let d = extreme(x) / -16.0;
+        let id = inverse(d);
+        let q = x.map(|x| (truncate(x * id + 16.5) as i8).min(31) as u8);
+        let (qh, qs) = pack5(&q);
+        block[0..2].copy_from_slice(&f32_to_f16(d).to_le_bytes());
+        block[2..6].copy_from_slice(&qh);
+        block[6..22].copy_from_slice(&qs);
     }
 }

@@ -7,9 +7,10 @@
 //! | 4..8 | `qh` | bit 4 of q of element j in bit j |
 //! | 8..24 | `qs` | low bits of element j in the low nibble of byte j, of element j + 16 in the high nibble |
 
-use super::Block;
-use super::half::read_f16;
-use super::nibbles::{field, unpack5};
+use super::half::{f32_to_f16, read_f16};
+use super::nibbles::{inverse, min_max, pack5, unpack5};
+use super::rounding::truncate;
+use super::{Block, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
@@ -26,5 +27,17 @@ impl Block<24, 32> for Q5_1 {
         for j in 0..32 {
             out[j] = f32::from(q[j]) * d + m;
         }
+    }
+
+    fn quantize(x: &[f32; 32], block: &mut [u8; 24]) {
+        let (min, max) = min_max(x);
+        let d = (max - min) / 31.0;
+        let id = inverse(d);
+        let q = x.map(|x| truncate((x - min) * id + 0.5) as u8);
+        let (qh, qs) = pack5(&q);
+        block[0..2].copy_from_slice(&f32_to_f16(d).to_le_bytes());
+        block[2..4].copy_from_slice(&f32_to_f16(min).to_le_bytes());
+        block[4..8].copy_from_slice(&qh);
+        block[8..24].copy_from_slice(&qs);
     }
 }

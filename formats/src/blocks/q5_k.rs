@@ -8,11 +8,12 @@
 //! | 16..48 | `qh` | bit s of byte l is bit 4 of element l of sub-block s |
 //! | 48..176 | `qs` | 4 runs of 32 bytes; run r has sub-block 2r in its low nibbles, 2r + 1 in its high |
 
-use super::Block;
 use super::half::read_f16;
-use super::k_quants::{SUPERBLOCK, unpack_scales};
-use super::nibbles::field;
+use super::k_quants::{SUPERBLOCK, Search, fit_affine, unpack_scales};
+use super::{Block, field};
 use crate::dtype::GgmlType;
+
+const SEARCH: Search = Search { q_max: 31, first: -0.5, step: 0.1, last: 15 };
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
 pub(super) struct Q5_K;
@@ -38,6 +39,22 @@ impl Block<176, SUPERBLOCK> for Q5_K {
             for l in 0..32 {
                 let q = (qs[32 * run + l] >> 4) | (((qh[l] >> hi) & 1) << 4);
                 out[64 * run + 32 + l] = d_hi * f32::from(q) - m_hi;
+            }
+        }
+    }
+
+    fn quantize(x: &[f32; SUPERBLOCK], block: &mut [u8; 176]) {
+        let fit = fit_affine(x, &SEARCH);
+        block[0..2].copy_from_slice(&fit.d.to_le_bytes());
+        block[2..4].copy_from_slice(&fit.dmin.to_le_bytes());
+        block[4..16].copy_from_slice(&fit.scales);
+        for l in 0..32 {
+            block[16 + l] = (0..8).map(|sub| (fit.q[32 * sub + l] >> 4) << sub).sum();
+        }
+        for run in 0..4 {
+            for l in 0..32 {
+                let (lo, hi) = (fit.q[64 * run + l], fit.q[64 * run + 32 + l]);
+                block[48 + 32 * run + l] = (lo & 0x0f) | (hi << 4);
             }
         }
     }

@@ -11,10 +11,9 @@
 //! `32 * (t % 2) + l` of `ql` (low nibble for t < 2, else high) and its high bits at bit 2t of byte l
 //! of `qh`.
 
-use super::Block;
 use super::half::read_f16;
-use super::k_quants::SUPERBLOCK;
-use super::nibbles::field;
+use super::k_quants::{SUPERBLOCK, fit_symmetric};
+use super::{Block, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
@@ -42,5 +41,20 @@ impl Block<210, SUPERBLOCK> for Q6_K {
                 }
             }
         }
+    }
+
+    fn quantize(x: &[f32; SUPERBLOCK], block: &mut [u8; 210]) {
+        let fit = fit_symmetric(x);
+        for half in 0..2 {
+            for l in 0..32 {
+                let q = |quarter: usize| fit.q[128 * half + 32 * quarter + l];
+                block[64 * half + l] = (q(0) & 0x0f) | (q(2) << 4);
+                block[64 * half + 32 + l] = (q(1) & 0x0f) | (q(3) << 4);
+                block[128 + 32 * half + l] =
+                    (q(0) >> 4) | (q(1) >> 4 << 2) | (q(2) >> 4 << 4) | (q(3) >> 4 << 6);
+            }
+        }
+        block[192..208].copy_from_slice(&fit.scales.map(|sc| sc as u8));
+        block[208..210].copy_from_slice(&fit.d.to_le_bytes());
     }
 }

@@ -5,9 +5,10 @@
 //! | 0..2 | `d` | scale, f16 |
 //! | 2..34 | `qs` | q of element j as i8 |
 
-use super::Block;
-use super::half::read_f16;
-use super::nibbles::field;
+use super::half::{f32_to_f16, read_f16};
+use super::nibbles::{extreme, inverse};
+use super::rounding::round_half_away;
+use super::{Block, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
@@ -23,5 +24,13 @@ impl Block<34, 32> for Q8_0 {
         for j in 0..32 {
             out[j] = f32::from(qs[j] as i8) * d;
         }
+    }
+
+    fn quantize(x: &[f32; 32], block: &mut [u8; 34]) {
+        let d = extreme(x).abs() / 127.0;
+        let id = inverse(d);
+        let q = x.map(|x| round_half_away(x * id) as u8);
+        block[0..2].copy_from_slice(&f32_to_f16(d).to_le_bytes());
+        block[2..34].copy_from_slice(&q);
     }
 }
