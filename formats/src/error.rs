@@ -147,6 +147,8 @@ pub enum Kind {
     WrongShape { expected: Box<str>, found: Box<str> },
     #[error("holds no adapter tensors")]
     NoTensors,
+    #[error("element {index} is `{value}`, and only finite numbers can be quantized")]
+    NotFinite { index: u64, value: f32 },
 }
 
 impl Error {

@@ -135,3 +135,5 @@ const fn assert_sizes<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize
 
 #[cfg(test)]
 mod golden;
+#[cfg(test)]
+mod properties;
