@@ -114,8 +114,6 @@ pub enum Kind {
     #[error("needs {expected} bytes, {found} were given")]
     WrongLength { expected: u64, found: u64 },
 
-    #[error("element {index} is `{value}`, and only finite numbers can be quantized")]
-    NotFinite { index: u64, value: f32 },
     // JSON, safetensors and checkpoint folders.
     #[error("is not the expected JSON: {0}")]
     Json(#[from] serde_json::Error),

@@ -1,7 +1,6 @@
 //! One f32 buffer per thread, for the tile that a task works on.
 //!
 //! It grows to the largest tile asked for and then stays, so that the step loop does not allocate.
-//! Memory that tasks need for the time of a tile: one buffer per thread, kept between calls.
 
 use std::cell::Cell;
 
@@ -12,14 +11,8 @@ thread_local! {
 /// Runs `work` with `len` f32 of unspecified content.
 ///
 /// A nested call gets a buffer of its own, which is dropped again.
-pub fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
-    let mut buffer = BUFFER.take();
-    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-}
-
-/// Runs `work` with `len` floats of unspecified content. A nested call gets a buffer of its own.
 pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
-    let mut buffer = SCRATCH.take();
+    let mut buffer = BUFFER.take();
     if buffer.len() < len {
         buffer.resize(len, 0.0);
     }
@@ -41,7 +34,4 @@ mod tests {
         });
         with_scratch(3, |again| assert_eq!(again.len(), 3));
     }
-}
-    SCRATCH.set(buffer);
-    result
 }
