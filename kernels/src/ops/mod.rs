@@ -7,8 +7,11 @@
 //! The law of accumulation: gradients of parameters are added to (`+=`), gradients of activations are
 //! overwritten (`=`), except where an op says `Accumulates`.
 
+pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
+pub mod dropout;
+pub mod global_norm;
 pub mod residual;
 pub mod rms_norm;
 pub mod rope;
