@@ -62,8 +62,12 @@ mod tests {
     fn rows_of_zeros_get_the_factor_zero() {
         let mut g = [f32::NAN; 3];
         let (m, n) = ([3.0, 1.0, 0.0], [2.0, 0.0, 0.0]);
-        fold_row_factor(ViewMut::from_slice(&mut g, 1, 3), View::from_slice(&m, 1, 3), View::from_slice(&n, 1, 3))
-            .unwrap();
+        fold_row_factor(
+            ViewMut::from_slice(&mut g, 1, 3),
+            View::from_slice(&m, 1, 3),
+            View::from_slice(&n, 1, 3),
+        )
+        .unwrap();
         assert_eq!(g, [1.5, 0.0, 0.0]);
     }
 

@@ -74,7 +74,8 @@ mod tests {
     #[test]
     fn an_index_outside_is_refused() {
         let mut y = [0.0; 3];
-        let error = gather_forward(ViewMut::from_slice(&mut y, 1, 3), View::from_slice(&[0.0; 6], 2, 3), &[2]);
+        let error =
+            gather_forward(ViewMut::from_slice(&mut y, 1, 3), View::from_slice(&[0.0; 6], 2, 3), &[2]);
         assert!(matches!(error, Err(Error::IndexOutOfRange { index: 2, limit: 2, .. })));
     }
 }
