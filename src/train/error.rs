@@ -84,7 +84,9 @@ pub enum Error {
         found: String,
     },
     /// The checkpoint belongs to another base model.
-    #[error("the checkpoint was made with another base model: fingerprint is `{found}`, expected `{expected}`")]
+    #[error(
+        "the checkpoint was made with another base model: fingerprint is `{found}`, expected `{expected}`"
+    )]
     OtherBase {
         /// The fingerprint in the checkpoint.
         expected: String,
@@ -111,10 +113,12 @@ impl Error {
         match self {
             Error::Io { .. } => None,
             Error::NoCheckpoint { .. } => Some("start the run without `--resume`".to_owned()),
-            Error::Missing { path } | Error::Corrupt { path, .. } | Error::NotF32 { path, .. } => Some(format!(
-                "delete `{}` to resume from the checkpoint before it",
-                path.parent().unwrap_or(path).display()
-            )),
+            Error::Missing { path } | Error::Corrupt { path, .. } | Error::NotF32 { path, .. } => {
+                Some(format!(
+                    "delete `{}` to resume from the checkpoint before it",
+                    path.parent().unwrap_or(path).display()
+                ))
+            }
             Error::Json { .. } => Some("the file was edited or is not one of qpeft's".to_owned()),
             Error::Version { .. } => Some("use the version of qpeft that wrote it".to_owned()),
             Error::OtherConfig { .. } => {

@@ -52,7 +52,8 @@ impl RunFile {
     /// The folder is missing or read-only, or the disk is full.
     pub fn write(&self, run: &Path) -> Result<()> {
         let path = run.join(FILE_NAME);
-        let mut text = serde_json::to_vec_pretty(self).map_err(|source| Error::Json { path: path.clone(), source })?;
+        let mut text =
+            serde_json::to_vec_pretty(self).map_err(|source| Error::Json { path: path.clone(), source })?;
         text.push(b'\n');
         Ok(qpeft_formats::file::write_atomic(&path, &text)?)
     }
@@ -81,11 +82,7 @@ pub(super) fn read_layout(path: &Path, text: &[u8], expected: u32) -> Result<()>
     }
     let Layout { layout: found } =
         serde_json::from_slice(text).map_err(|source| Error::Json { path: path.to_owned(), source })?;
-    if found == expected {
-        Ok(())
-    } else {
-        Err(Error::Version { path: path.to_owned(), expected, found })
-    }
+    if found == expected { Ok(()) } else { Err(Error::Version { path: path.to_owned(), expected, found }) }
 }
 
 #[cfg(test)]
