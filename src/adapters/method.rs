@@ -1,9 +1,16 @@
 //! The registry: every method by name. Flags, tables and the error for an unknown name come from here.
 
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
 /// A training method.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[allow(missing_docs, reason = "the table below says what they are")]
 pub enum Method {
+    #[default]
     Lora,
     Dora,
     Pissa,
@@ -63,5 +70,22 @@ impl Method {
     /// What is typed after `--method`.
     pub fn name(self) -> &'static str {
         self.info().name
+    }
+}
+
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Method {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Method, String> {
+        METHODS.iter().find(|row| row.name == name).map(|row| row.method).ok_or_else(|| {
+            let names: Vec<String> = METHODS.iter().map(|row| format!("`{}`", row.name)).collect();
+            format!("expected one of {}", names.join(", "))
+        })
     }
 }

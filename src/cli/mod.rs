@@ -4,11 +4,19 @@
 //! terminal, `report` owns failures. Each command has its own file with `run(args, printer)`.
 
 pub mod args;
+pub mod bench;
 pub mod config;
+pub mod convert;
+pub mod demo;
+pub mod eval;
+pub mod generate;
 pub mod inspect;
+pub mod merge;
 pub mod printer;
 pub mod progress;
 pub mod report;
+pub mod session;
+pub mod train;
 mod values;
 
 use std::ffi::OsString;
@@ -31,24 +39,20 @@ pub enum Parsed {
 }
 
 /// Runs a command.
+///
+/// # Errors
+/// Whatever the command refuses; see its file.
 pub fn run(command: &Command, printer: &Printer) -> anyhow::Result<()> {
     match command {
-        Command::Train(args) => {
-            args.resolve()?;
-            absent("train")
-        }
-        Command::Convert(ConvertCommand::PissaToLora(_)) => absent("convert pissa-to-lora"),
-        Command::Merge(_) => absent("merge"),
-        Command::Eval(_) => absent("eval"),
-        Command::Generate(_) => absent("generate"),
+        Command::Train(args) => train::run(args, printer),
+        Command::Convert(ConvertCommand::PissaToLora(args)) => convert::pissa(args, printer),
+        Command::Merge(args) => merge::run(args, printer),
+        Command::Eval(args) => eval::run(args, printer),
+        Command::Generate(args) => generate::run(args, printer),
         Command::Inspect(args) => inspect::run(args, printer),
-        Command::Bench(BenchCommand::Train(_)) => absent("bench train"),
-        Command::Demo(_) => absent("demo"),
+        Command::Bench(BenchCommand::Train(args)) => bench::run(args, printer),
+        Command::Demo(args) => demo::run(args, printer),
     }
-}
-
-fn absent(command: &str) -> anyhow::Result<()> {
-    anyhow::bail!("`qpeft {command}` is not part of this build")
 }
 
 /// Reads the arguments of the process and the file of `--config`: flag > file > default.

@@ -111,6 +111,7 @@ impl State {
 }
 
 /// Writes `checkpoints/step-N` of the folder `run`, N being the state's step, and returns its path.
+/// `also` may put more files (the adapter as a PEFT folder) into the folder before it appears.
 ///
 /// # Errors
 /// The folder is read-only, the disk is full, or two tensors share a name.
@@ -118,6 +119,7 @@ pub fn save<'a>(
     run: &Path,
     state: &State,
     tensors: impl IntoIterator<Item = (&'a str, &'a [usize], &'a [f32])>,
+    also: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
     let folder = run.join(FOLDER);
     fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
@@ -131,6 +133,7 @@ pub fn save<'a>(
         serde_json::to_vec_pretty(&file).map_err(|source| Error::Json { path: path.join(STATE), source })?;
     text.push(b'\n');
     write_atomic(&staging.staging().join(STATE), &text)?;
+    also(staging.staging())?;
     staging.commit()?;
     Ok(path)
 }

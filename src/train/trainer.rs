@@ -14,7 +14,7 @@ use qpeft_kernels::svd::SvdOptions;
 
 use super::checkpoint::{self, Checkpoint, State};
 use super::config::TrainConfig;
-use super::data::{self, Dataset, Sampler};
+use super::data::{self, Dataset, EvalSize, Sampler};
 use super::error::{Error, Result};
 use super::log::{EvalRecord, LogWriter, StepRecord};
 use super::optimizer::Optimizer;
@@ -22,6 +22,7 @@ use super::run_files::RunFile;
 use super::schedule::{Schedule, warmup_steps};
 use crate::adapters::staged::{self, FileId, Manifest, Settings};
 use crate::adapters::{self, AdapterFolder, folder};
+use crate::model::tokenizer::Tokenizer;
 use crate::model::{Base, Batch, Buffers, Decoder, Keep, Loss, Parameters, Pass};
 
 /// What is about to be trained, said before the first step.
@@ -67,6 +68,8 @@ pub struct Plan {
 pub trait Observer {
     /// A phase before the first step: what, done, total.
     fn phase(&mut self, what: &str, done: usize, total: usize);
+    /// Something to know that does not stop the run.
+    fn warn(&mut self, text: &str);
     /// Everything is ready.
     fn plan(&mut self, plan: &Plan);
     /// An optimizer step is done.
@@ -127,17 +130,16 @@ impl<'a> Run<'a> {
     ) -> Result<Run<'a>> {
         // The cheapest refusal first: an output folder that cannot be written.
         std::fs::create_dir_all(&config.output).map_err(|e| Error::io("create", &config.output, e))?;
-        let checkpoint = if resume { Some(checkpoint::load(&checkpoint::latest_required(&config.output)?)?) } else { None };
+        let checkpoint = if resume { Some(checkpoint::load(&checkpoint::latest(&config.output)?)?) } else { None };
 
         observer.phase("open model", 0, 0);
         let model = Base::open(&config.model)?;
         let base_id = FileId::of(&model)?;
         let tokenizer = match &config.tokenizer {
-            Some(path) => crate::model::tokenizer::Tokenizer::from_file(path).map_err(crate::Error::from)?,
+            Some(path) => Tokenizer::from_file(path).map_err(crate::Error::from)?,
             None => model.tokenizer()?,
         };
-        let mut data_progress = |done: u64, total: u64| observer.phase("tokenize", done as usize, total as usize);
-        let (data, eval_data) = load_data(config, &tokenizer, &mut data_progress)?;
+        let (data, eval_data) = load_data(config, &tokenizer, observer)?;
 
         let init = config.init_adapter.as_deref().map(AdapterFolder::open).transpose()?;
         let start = Start { config, device, model, init: init.as_ref(), resume };
@@ -175,7 +177,7 @@ impl<'a> Run<'a> {
         };
         if let Some(checkpoint) = checkpoint {
             checkpoint.state.check(config, &data.hash, &base_id.fingerprint)?;
-            sampler = Sampler::at(data.examples.len(), config.seed, !config.no_shuffle, checkpoint.state.sampler_position);
+            sampler = Sampler::from_position(data.examples.len(), config.seed, !config.no_shuffle, checkpoint.state.sampler_position);
             restore(&checkpoint, &mut params, &mut optimizer)?;
             state = checkpoint.state;
         }
@@ -232,7 +234,7 @@ impl<'a> Run<'a> {
                 observer.saved(&self.save()?);
             }
         }
-        adapters::save(&self.params, &self.peft)?.write(&self.config.output).map_err(crate::Error::from)?;
+        adapters::save(&self.params, &self.peft)?.write(&self.config.output)?;
         Ok(Outcome {
             steps: self.state.step,
             last_loss: self.state.last_loss.unwrap_or(f64::NAN),
@@ -266,7 +268,7 @@ impl<'a> Run<'a> {
                 step,
                 loss: loss.mean(),
                 grad_norm,
-                last_checkpoint: checkpoint::latest(&self.config.output)?,
+                last_checkpoint: checkpoint::latest(&self.config.output).ok(),
             });
         }
         let learning_rate = self.schedule.learning_rate(self.state.step);
@@ -276,7 +278,7 @@ impl<'a> Run<'a> {
         self.state.step = step;
         self.state.optimizer_step = self.optimizer.updates;
         self.state.sampler_position = self.sampler.position();
-        self.state.epoch = self.sampler.epoch();
+        self.state.epoch = self.sampler.epoch() as u64;
         self.state.tokens += tokens as u64;
         self.state.last_loss = Some(loss.mean());
         Ok(StepRecord {
@@ -287,7 +289,7 @@ impl<'a> Run<'a> {
             tokens: self.state.tokens,
             tokens_per_second: tokens as f64 / began.elapsed().as_secs_f64(),
             elapsed_seconds: start.elapsed().as_secs_f64(),
-            epoch: self.sampler.position() as f64 / self.data.examples.len() as f64,
+            epoch: self.sampler.epoch(),
         })
     }
 
@@ -315,7 +317,7 @@ impl<'a> Run<'a> {
             perplexity: loss.mean().exp(),
             tokens: loss.tokens as u64,
             elapsed_seconds: start.elapsed().as_secs_f64(),
-            epoch: self.sampler.position() as f64 / self.data.examples.len() as f64,
+            epoch: self.sampler.epoch(),
         };
         self.log.eval(&record)?;
         observer.eval(&record);
@@ -325,15 +327,15 @@ impl<'a> Run<'a> {
     }
 
     fn save(&self) -> Result<std::path::PathBuf> {
-        let values = self.params.values.read().map_err(crate::Error::from)?;
+        let values = self.params.values.read()?;
         let (m, v) = self.optimizer.moments()?;
         let shape = [values.len()];
         let path = checkpoint::save(
             &self.config.output,
             &self.state,
             [("parameters", &shape[..], &values[..]), ("adamw.m", &shape, &m), ("adamw.v", &shape, &v)],
+            |dir| Ok(adapters::save(&self.params, &self.peft)?.write(dir)?),
         )?;
-        adapters::save(&self.params, &self.peft)?.write(&path).map_err(crate::Error::from)?;
         if let Some(keep) = self.config.save_total_limit {
             checkpoint::prune(&self.config.output, keep)?;
         }
@@ -428,7 +430,7 @@ impl Start<'_> {
         match continued {
             Some(folder) => adapters::load(&mut params, &folder.adapter)?,
             None => {
-                let factors = PeftAdapter::read(&staged::initial_adapter(run)).map_err(crate::Error::from)?;
+                let factors = PeftAdapter::read(&staged::initial_adapter(run))?;
                 adapters::load_factors(&mut decoder, &mut params, &factors)?;
             }
         }
@@ -438,13 +440,13 @@ impl Start<'_> {
     fn settings(&self, decoder: &Decoder, peft: &PeftConfig, given: Option<&PeftAdapter>) -> Result<Settings> {
         let mut targets = Vec::new();
         for linear in decoder.linears() {
-            if peft.targets(&linear.module).map_err(crate::Error::from)? {
+            if peft.targets(&linear.module)? {
                 targets.push(linear.module.clone());
             }
         }
         Ok(Settings {
             rank: peft.r,
-            scaling: peft.scaling("").map_err(crate::Error::from)?,
+            scaling: peft.scaling("")?,
             iterations: given.is_none().then_some(self.config.pissa_niter),
             seed: self.config.seed,
             factors: given.map(staged::hash_of),
@@ -477,15 +479,24 @@ impl Start<'_> {
 
 fn load_data(
     config: &TrainConfig,
-    tokenizer: &crate::model::tokenizer::Tokenizer,
-    progress: &mut dyn FnMut(u64, u64),
+    tokenizer: &Tokenizer,
+    observer: &mut dyn Observer,
 ) -> Result<(Dataset, Option<Dataset>)> {
     let options = config.data_options();
-    let data = data::load(&config.data, tokenizer, &options, progress)?;
+    let template = tokenizer.template()?;
+    let mut load = |path: &Path| -> Result<Dataset> {
+        let mut progress = |done: u64, total: u64| observer.phase("tokenize", done as usize, total as usize);
+        let data = data::load(path, tokenizer, template.as_ref(), &options, &mut progress)?;
+        if let Some(warning) = data.warning() {
+            observer.warn(&warning);
+        }
+        Ok(data)
+    };
+    let data = load(&config.data)?;
     match &config.eval_data {
-        Some(path) => Ok((data, Some(data::load(path, tokenizer, &options, progress)?))),
+        Some(path) => Ok((data, Some(load(path)?))),
         None if config.eval_split > 0.0 => {
-            let (data, eval) = data.split_eval(config.eval_split, config.seed)?;
+            let (data, eval) = data.split_eval(EvalSize::Fraction(config.eval_split), config.seed)?;
             Ok((data, Some(eval)))
         }
         None => Ok((data, None)),
@@ -502,14 +513,11 @@ fn used_data(data: &Dataset, eval: Option<&Dataset>) -> Vec<FileId> {
 
 fn restore(checkpoint: &Checkpoint, params: &mut Parameters, optimizer: &mut Optimizer) -> Result<()> {
     let tensor = |name: &str| {
-        checkpoint.tensors.get(name).map(|t| t.data.as_slice()).ok_or_else(|| {
-            crate::Error::refused(format!("the checkpoint has no tensor `{name}`")).into()
-        })
+        let missing = || crate::Error::refused(format!("the checkpoint has no tensor `{name}`"));
+        checkpoint.tensors.get(name).map(|t| t.data.as_slice()).ok_or_else(missing)
     };
-    let write = |e: qpeft_kernels::Error| Error::from(crate::Error::from(e));
-    params.values.write(tensor("parameters").map_err(|e: Error| e)?).map_err(write)?;
-    let (m, v) = (tensor("adamw.m").map_err(|e: Error| e)?, tensor("adamw.v").map_err(|e: Error| e)?);
-    Ok(optimizer.restore(m, v, checkpoint.state.optimizer_step)?)
+    params.values.write(tensor("parameters")?)?;
+    Ok(optimizer.restore(tensor("adamw.m")?, tensor("adamw.v")?, checkpoint.state.optimizer_step)?)
 }
 
 fn describe(config: &TrainConfig, peft: &PeftConfig) -> String {
