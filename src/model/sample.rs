@@ -73,9 +73,15 @@ fn choose(logits: &[f32], sampling: &Sampling, draw: f32) -> u32 {
         order.iter().map(|&i| ((f64::from(logits[i as usize]) - top) / sampling.temperature).exp()).collect();
     let total: f64 = weights.iter().sum();
     let mut nucleus = 0.0;
-    let kept = weights.iter().take_while(|&&w| std::mem::replace(&mut nucleus, nucleus + w) < sampling.top_p * total);
-    let kept: Vec<f64> = kept.copied().collect();
-    let mut left = f64::from(draw) * kept.iter().sum::<f64>();
+    let mut kept = Vec::new();
+    for weight in weights {
+        if nucleus >= sampling.top_p * total {
+            break;
+        }
+        nucleus += weight;
+        kept.push(weight);
+    }
+    let mut left = f64::from(draw) * nucleus;
     for (&token, weight) in order.iter().zip(&kept) {
         left -= weight;
         if left < 0.0 {

@@ -225,6 +225,33 @@ pub fn clean(run: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Files and folders that a run leaves besides its checkpoints. `init/` is not among them: it is found
+/// again by what it was made of, and written anew if it does not fit.
+const RUN_FILES: [&str; 4] = ["qpeft.json", "adapter_config.json", "adapter_model.safetensors", "log.jsonl"];
+
+/// Whether the folder holds a run, finished or not.
+pub fn holds_run(run: &Path) -> bool {
+    run.join(FOLDER).exists() || RUN_FILES.iter().any(|name| run.join(name).exists())
+}
+
+/// Removes the run in a folder; other files stay.
+///
+/// # Errors
+/// A file cannot be removed.
+pub fn clear_run(run: &Path) -> Result<()> {
+    for name in RUN_FILES {
+        let path = run.join(name);
+        if path.exists() {
+            fs::remove_file(&path).map_err(|e| Error::io("remove", &path, e))?;
+        }
+    }
+    let folder = run.join(FOLDER);
+    if folder.exists() {
+        fs::remove_dir_all(&folder).map_err(|e| Error::io("remove", &folder, e))?;
+    }
+    Ok(())
+}
+
 fn remove(path: &Path) -> Result<()> {
     // Out of the list first: a kill while the files go away must not leave half a `step-N`.
     let name = path.file_name().expect("a checkpoint has a name").to_string_lossy();

@@ -1,7 +1,6 @@
 //! Training: time, data order, learning rates and the files of a run live here.
 
 pub mod checkpoint;
-pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod error;

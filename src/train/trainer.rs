@@ -231,7 +231,8 @@ impl<'a> Run<'a> {
                 last_eval = Some(self.evaluate(&start, observer)?);
             }
             if due(self.config.save_steps) || self.state.step == total_steps {
-                observer.saved(&self.save()?);
+                let path = self.save()?;
+                observer.saved(&path);
             }
         }
         adapters::save(&self.params, &self.peft)?.write(&self.config.output)?;
@@ -404,7 +405,7 @@ impl Start<'_> {
         let continued = self.init.filter(|folder| folder.manifest.is_some());
         let given = self.init.filter(|folder| folder.manifest.is_none()).map(|folder| &folder.adapter);
         if let Some(folder) = continued {
-            staged::copy(folder, run)?;
+            staged::copy(&folder.run, run)?;
         }
         let base_id = FileId::of(&self.model)?;
         let mut decoder = Decoder::load(&self.model, self.device)?;
