@@ -1,4 +1,4 @@
-//! Elementary functions and sums that the compiler turns into vector code inside of [`by_isa!`] bodies.
+//! Elementary functions and sums that the compiler turns into vector code inside of `by_isa!` bodies.
 //!
 //! No branch, no table, no fused multiply-add: every instruction set gives the same bits.
 #![expect(clippy::inline_always, reason = "inlining carries the target features of the caller into the body")]
