@@ -235,7 +235,9 @@ fn backward_naive(
 ) {
     let &AttentionShape { n_heads, n_kv_heads, head_dim, scale } = shape;
     let tokens = lse.len() / n_heads;
-    [&mut *dq, &mut *dk, &mut *dv].into_iter().for_each(|x| x.fill(0.0));
+    for x in [&mut *dq, &mut *dk, &mut *dv] {
+        x.fill(0.0);
+    }
     for_each_query(starts, starts, shape, |head, query, keys| {
         let kv_head = head / (n_heads / n_kv_heads);
         let i = head_of(query, head, n_heads, head_dim);

@@ -90,7 +90,9 @@ fn forward_backward_naive(nll: &mut [f64], logits: &mut [f64], targets: &[u32], 
         let logits = &mut logits[t * vocabulary..][..vocabulary];
         // nll = ln sum exp(logits) - logits_target
         let log_sum = nll[t] + logits[target as usize];
-        logits.iter_mut().for_each(|x| *x = (*x - log_sum).exp() * scale);
+        for x in logits.iter_mut() {
+            *x = (*x - log_sum).exp() * scale;
+        }
         logits[target as usize] -= scale;
     }
 }
@@ -109,7 +111,10 @@ fn forward_fast(nll: ViewMut, logits: View, targets: &[u32]) -> Result<()> {
 by_isa! {
     fn forward_row(logits: &[f32], target: usize) -> f32 {
         let max = math::max(logits);
-        let sum: f64 = logits.chunks(SUM_BLOCK).map(|block| math::sum_of_exp(block, max) as f64).sum();
+        let mut sum = 0.0;
+        for block in logits.chunks(SUM_BLOCK) {
+            sum += math::sum_of_exp(block, max) as f64;
+        }
         (sum.ln() + (max as f64 - logits[target] as f64)) as f32
     }
 }
