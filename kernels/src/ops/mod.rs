@@ -7,10 +7,14 @@
 //! The law of accumulation: gradients of parameters are added to (`+=`), gradients of activations are
 //! overwritten (`=`), except where an op says `Accumulates`.
 
+pub mod embedding;
 pub mod fold;
 pub mod gather;
+pub mod low_rank;
 pub mod quant_linear;
 pub mod residual;
 pub mod rms_norm;
 pub mod rope;
+pub mod row_norm;
+pub mod row_scale;
 pub mod swiglu;
