@@ -59,6 +59,22 @@ pub enum Error {
         /// The element.
         value: f32,
     },
+    /// A rank that a matrix of this size cannot have.
+    #[error("{op}: rank {rank} is outside of 1..={limit}")]
+    RankOutOfRange {
+        /// The op that was called.
+        op: &'static str,
+        /// The rank asked for.
+        rank: usize,
+        /// The smaller side of the matrix.
+        limit: usize,
+    },
+    /// An iteration did not reach its tolerance.
+    #[error("{op} does not converge")]
+    NoConvergence {
+        /// The op that was called.
+        op: &'static str,
+    },
     /// A packed weight does not fit its description.
     #[error(transparent)]
     Format(#[from] qpeft_formats::Error),
@@ -70,7 +86,11 @@ impl Error {
         match self {
             Error::Device { .. } | Error::NoKernel { .. } => Some("run with `--device cpu`".to_owned()),
             Error::Format(e) => e.hint(),
-            Error::ShapeMismatch { .. } | Error::IndexOutOfRange { .. } | Error::NotFinite { .. } => None,
+            Error::ShapeMismatch { .. }
+            | Error::IndexOutOfRange { .. }
+            | Error::NotFinite { .. }
+            | Error::RankOutOfRange { .. }
+            | Error::NoConvergence { .. } => None,
         }
     }
 }

@@ -8,6 +8,7 @@ pub mod device;
 pub mod error;
 pub mod ops;
 pub mod rng;
+pub mod svd;
 pub mod tensor;
 #[cfg(test)]
 pub(crate) mod testing;

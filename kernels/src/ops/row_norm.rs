@@ -1,0 +1,267 @@
+//! Row norms of W + s B A without the sum: what DoRA divides by, once per optimizer step.
+//!
+//! There is no backward: DoRA treats the norm as a constant (section 4.3), and so does PEFT.
+
+use std::cell::Cell;
+
+use rayon::prelude::*;
+
+use crate::cpu::by_isa;
+use crate::cpu::gemm::Mat;
+use crate::cpu::scratch::with_scratch;
+use crate::error::{Result, check};
+use crate::tensor::{View, ViewMut};
+use crate::weight::BaseWeight;
+
+const FORWARD: &str = "row_norm_forward";
+
+/// The Euclidean length of every row of W + s B A, in factored form.
+///
+/// norm_n = sqrt(|W_n|^2 + 2 s B_n . (W A^T)_n + s^2 B_n (A A^T) B_n^T).
+///
+/// Where B A nearly cancels W (the sum is below a thousandth of |W_n|^2 + s^2 |(B A)_n|^2) the three
+/// terms have lost their leading digits, and the row itself is built and measured.
+///
+/// Shapes: `norm`, `w_squared` (1, N), the latter from
+/// [`row_norms_squared`](BaseWeight::row_norms_squared); `wa` (R, N) = A W^T, a
+/// [`quant_linear_forward`](super::quant_linear::quant_linear_forward) of A; `a` (R, K); `b` (N, R);
+/// `weight` (N, K).
+/// Accumulates: nothing, `norm` is overwritten.
+/// Precision: sums in f64 over f32 operands; within 1e-6 of f64, relative, and within 1e-4 near the
+/// cancellation limit.
+///
+/// # Errors
+/// Shapes that do not belong together, or no kernel for the device.
+///
+/// Source: Liu et al. (DoRA), arXiv 2402.09353, equation 5 and section 4.3; the square multiplied out.
+pub fn row_norm_forward(
+    norm: ViewMut,
+    w_squared: View,
+    wa: View,
+    a: View,
+    b: View,
+    scaling: f32,
+    weight: &BaseWeight,
+) -> Result<()> {
+    check(FORWARD, "rows of norm", 1, norm.rows)?;
+    check(FORWARD, "columns of norm", weight.rows(), norm.cols)?;
+    check(FORWARD, "rows of w_squared", 1, w_squared.rows)?;
+    check(FORWARD, "columns of w_squared", weight.rows(), w_squared.cols)?;
+    check(FORWARD, "columns of a", weight.cols(), a.cols)?;
+    check(FORWARD, "rows of wa", a.rows, wa.rows)?;
+    check(FORWARD, "columns of wa", weight.rows(), wa.cols)?;
+    check(FORWARD, "rows of b", weight.rows(), b.rows)?;
+    check(FORWARD, "columns of b", a.rows, b.cols)?;
+    let norm = norm.cpu(FORWARD)?;
+    let (w_squared, wa) = (w_squared.cpu(FORWARD)?, wa.mat(FORWARD)?);
+    forward_fast(norm, w_squared, wa, a.mat(FORWARD)?, b.mat(FORWARD)?, scaling as f64, weight);
+    Ok(())
+}
+
+// ------------------------------------------------------------------------------------------ CPU
+
+/// Below this part of |W|^2 + s^2 |B A|^2 the factored square is not trusted.
+const CANCELLATION: f64 = 1e-3;
+
+/// Rows of one task.
+const ROW_TILE: usize = 32;
+
+thread_local! {
+    /// A A^T in f64, kept between calls so that the step loop does not allocate.
+    static GRAM: Cell<Vec<f64>> = const { Cell::new(Vec::new()) };
+}
+
+/// The definition: the rows themselves.
+#[cfg(test)]
+fn forward_naive(norm: &mut [f64], w: &[f64], a: &[f64], b: &[f64], scaling: f64) {
+    let (k_cols, rank) = (w.len() / norm.len(), b.len() / norm.len());
+    for (n, norm) in norm.iter_mut().enumerate() {
+        let square = |k: usize| {
+            let low_rank: f64 = (0..rank).map(|r| b[n * rank + r] * a[r * k_cols + k]).sum();
+            (w[n * k_cols + k] + scaling * low_rank).powi(2)
+        };
+        *norm = (0..k_cols).map(square).sum::<f64>().sqrt();
+    }
+}
+
+fn forward_fast(
+    norm: &mut [f32],
+    w_squared: &[f32],
+    wa: Mat<'_>,
+    a: Mat<'_>,
+    b: Mat<'_>,
+    scaling: f64,
+    weight: &BaseWeight,
+) {
+    let rank = a.rows();
+    let mut gram = GRAM.take();
+    gram.clear();
+    gram.resize(rank * rank, 0.0);
+    gram.par_chunks_mut(rank.max(1)).enumerate().for_each(|(i, row)| {
+        for (j, product) in row.iter_mut().enumerate() {
+            *product = dot(a.row(i), a.row(j));
+        }
+    });
+    let gram_rows = &gram;
+    norm[..weight.rows()].par_chunks_mut(ROW_TILE).enumerate().for_each(|(tile, norm)| {
+        for (i, norm) in norm.iter_mut().enumerate() {
+            let n = tile * ROW_TILE + i;
+            let b = b.row(n);
+            let cross: f64 = (0..rank).map(|r| wa.row(r)[n] as f64 * b[r] as f64).sum();
+            let low_rank: f64 =
+                (0..rank).map(|r| b[r] as f64 * mixed_dot(&gram_rows[r * rank..][..rank], b)).sum();
+            let low_rank = scaling * scaling * low_rank;
+            let mut square = w_squared[n] as f64 + 2.0 * scaling * cross + low_rank;
+            if square < CANCELLATION * (w_squared[n] as f64 + low_rank).max(0.0) || square < 0.0 {
+                square = direct_square(weight, n, a, b, scaling);
+            }
+            *norm = square.sqrt() as f32;
+        }
+    });
+    GRAM.set(gram);
+}
+
+/// |W_n + s (B A)_n|^2 from the row itself.
+fn direct_square(weight: &BaseWeight, n: usize, a: Mat<'_>, b: &[f32], scaling: f64) -> f64 {
+    with_scratch(weight.cols(), |w| {
+        weight.dequantize_rows(n..n + 1, w);
+        let element = |k: usize| {
+            let low_rank: f64 = b.iter().enumerate().map(|(r, &b)| b as f64 * a.row(r)[k] as f64).sum();
+            w[k] as f64 + scaling * low_rank
+        };
+        (0..w.len()).map(|k| element(k).powi(2)).sum()
+    })
+}
+
+by_isa! {
+    /// sum a b in f64, in eight interleaved sums that fit vector registers.
+    fn dot(a: &[f32], b: &[f32]) -> f64 {
+        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+        let mut sums = [0.0; 8];
+        for (a, b) in a.iter().zip(b) {
+            for i in 0..8 {
+                sums[i] += a[i] as f64 * b[i] as f64;
+            }
+        }
+        let rest: f64 = a_rest.iter().zip(b_rest).map(|(&a, &b)| a as f64 * b as f64).sum();
+        sums.iter().sum::<f64>() + rest
+    }
+}
+
+by_isa! {
+    fn mixed_dot(a: &[f64], b: &[f32]) -> f64 {
+        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+        let mut sums = [0.0; 8];
+        for (a, b) in a.iter().zip(b) {
+            for i in 0..8 {
+                sums[i] += a[i] * b[i] as f64;
+            }
+        }
+        let rest: f64 = a_rest.iter().zip(b_rest).map(|(&a, &b)| a * b as f64).sum();
+        sums.iter().sum::<f64>() + rest
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::quant_linear::quant_linear_forward;
+    use crate::testing::{Mat as TestMat, Out, check_fast, tolerance};
+
+    fn f64s(values: &[f32]) -> Vec<f64> {
+        values.iter().map(|&x| x as f64).collect()
+    }
+
+    /// (w_squared, wa) as a training step prepares them.
+    fn prepared(weight: &BaseWeight, a: &TestMat) -> (TestMat, TestMat) {
+        let mut w_squared = TestMat::poisoned(1, weight.rows());
+        weight.row_norms_squared(w_squared.view_mut()).unwrap();
+        let mut wa = TestMat::poisoned(a.rows, weight.rows());
+        quant_linear_forward(wa.view_mut(), a.view(), weight, None, None).unwrap();
+        (w_squared, wa)
+    }
+
+    fn check_case(what: &str, weight: &BaseWeight, a: &TestMat, b: &TestMat, scaling: f32, rel: f64) {
+        let (w_squared, wa) = prepared(weight, a);
+        let mut norm = vec![0.0; weight.rows()];
+        forward_naive(&mut norm, &f64s(&weight.dequantize()), &a.f64(), &b.f64(), scaling as f64);
+        check_fast(
+            what,
+            [(Out::Set(1, weight.rows()), &norm)],
+            [&w_squared, &wa, a, b],
+            tolerance(rel, 0.0),
+            |[norm], [w_squared, wa, a, b]| row_norm_forward(norm, w_squared, wa, a, b, scaling, weight),
+        );
+    }
+
+    #[test]
+    fn factored_norms_equal_the_norms_of_the_rows() {
+        for (n, k, r) in [(1, 1, 1), (7, 129, 1), (129, 127, 7), (70, 300, 16)] {
+            let weight = BaseWeight::from_f32(n, k, &TestMat::random(1, n, k, 1.0).values()).unwrap();
+            let a = TestMat::random(2, r, k, 0.5);
+            for (size, scaling) in [(0.0, 2.0), (0.01, 1.0), (0.5, 0.5), (5.0, 2.0)] {
+                let b = TestMat::random(3, n, r, size);
+                // A row may come near the cancellation limit by chance when k = 1.
+                let rel = if k == 1 { 1e-4 } else { 1e-6 };
+                check_case(&format!("{n} x {k}, rank {r}, b {size}"), &weight, &a, &b, scaling, rel);
+            }
+        }
+    }
+
+    #[test]
+    fn rows_that_the_adapter_cancels_are_measured_directly() {
+        let (n, k, r, scaling) = (40, 64, 4, 2.0f32);
+        let (a, b) = (TestMat::random(1, r, k, 1.0), TestMat::random(2, n, r, 1.0));
+        let noise = TestMat::random(3, n, k, 1e-5).values();
+        let (a_values, b_values) = (a.values(), b.values());
+        let minus_ba = |i: usize| {
+            let (n, k_) = (i / k, i % k);
+            -scaling * (0..r).map(|r_| b_values[n * r + r_] * a_values[r_ * k + k_]).sum::<f32>()
+        };
+        let values: Vec<f32> = (0..n * k).map(|i| minus_ba(i) + noise[i]).collect();
+        let weight = BaseWeight::from_f32(n, k, &values).unwrap();
+        check_case("cancelled", &weight, &a, &b, scaling, 1e-6);
+    }
+
+    #[test]
+    fn a_row_of_zeros_has_norm_zero_and_nan_stays_visible() {
+        let weight = BaseWeight::from_f32(2, 3, &[0.0, 0.0, 0.0, 1.0, 2.0, 2.0]).unwrap();
+        let a = TestMat::random(1, 2, 3, 1.0);
+        let (w_squared, wa) = prepared(&weight, &a);
+        let norm = |b: TestMat| {
+            let mut norm = TestMat::poisoned(1, 2);
+            let (w_squared, wa, a) = (w_squared.view(), wa.view(), a.view());
+            row_norm_forward(norm.view_mut(), w_squared, wa, a, b.view(), 1.0, &weight).unwrap();
+            norm.values()
+        };
+        assert_eq!(norm(TestMat::new(2, 2, vec![0.0; 4])), [0.0, 3.0]);
+        let found = norm(TestMat::new(2, 2, vec![f32::NAN, 0.0, 0.0, 0.0]));
+        assert!(found[0].is_nan() && found[1] == 3.0, "{found:?}");
+    }
+
+    #[test]
+    fn operands_that_do_not_belong_together_are_refused() {
+        // N 5, K 4, R 3: norm, w_squared, wa, a, b; one of them wrong at a time.
+        let weight = BaseWeight::from_f32(5, 4, &[0.0; 20]).unwrap();
+        let right = [(1, 5), (1, 5), (3, 5), (3, 4), (5, 3)];
+        for (wrong, shape, expected) in [
+            (0, (2, 5), "rows of norm is 2, expected 1"),
+            (0, (1, 4), "columns of norm is 4, expected 5"),
+            (1, (2, 5), "rows of w_squared is 2, expected 1"),
+            (1, (1, 4), "columns of w_squared is 4, expected 5"),
+            (2, (2, 5), "rows of wa is 2, expected 3"),
+            (2, (3, 4), "columns of wa is 4, expected 5"),
+            (3, (3, 5), "columns of a is 5, expected 4"),
+            (4, (4, 3), "rows of b is 4, expected 5"),
+            (4, (5, 2), "columns of b is 2, expected 3"),
+        ] {
+            let mut shapes = right;
+            shapes[wrong] = shape;
+            let [mut norm, w_squared, wa, a, b] =
+                shapes.map(|(rows, cols)| TestMat::new(rows, cols, vec![0.0; rows * cols]));
+            let (w_squared, wa, a, b) = (w_squared.view(), wa.view(), a.view(), b.view());
+            let error = row_norm_forward(norm.view_mut(), w_squared, wa, a, b, 1.0, &weight);
+            assert_eq!(error.unwrap_err().to_string(), format!("row_norm_forward: {expected}"));
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! A learned factor per output column: the magnitude of DoRA, the vectors of IA3.
+//!
+//! Where the factor is folded into the rows of the weight ([`quant_linear`](super::quant_linear)), only
+//! the backward pass of this op runs, on the output that the linear wrote.
+
+use rayon::prelude::*;
+
+use crate::cpu::by_isa;
+use crate::cpu::rows::{row, rows_per_task};
+use crate::error::{Result, check};
+use crate::tensor::{View, ViewMut};
+
+const FORWARD: &str = "row_scale_forward";
+const BACKWARD: &str = "row_scale_backward";
+
+/// Multiplies every channel by its factor.
+///
+/// y_tn = scale_n * x_tn.
+///
+/// Shapes: `y`, `x` (T, N); `scale` (1, N).
+/// Accumulates: nothing, `y` is overwritten.
+/// Precision: f32, one rounding.
+///
+/// # Errors
+/// Shapes that do not belong together, or no kernel for the device.
+///
+/// Source: Liu et al. (IA3), arXiv 2205.05638, section 3.3; Liu et al. (DoRA), arXiv 2402.09353, equation 5.
+pub fn row_scale_forward(y: ViewMut, x: View, scale: View) -> Result<()> {
+    check(FORWARD, "rows of y", x.rows, y.rows)?;
+    check(FORWARD, "columns of y", x.cols, y.cols)?;
+    check(FORWARD, "rows of scale", 1, scale.rows)?;
+    check(FORWARD, "columns of scale", x.cols, scale.cols)?;
+    forward_fast(y, x, scale)
+}
+
+/// The gradient of [`row_scale_forward`] by the factors, from the output y instead of the input x.
+///
+/// dscale_n += sum_t dy_tn * y_tn / scale_n. The input's gradient, dx = scale * dy, is a forward.
+///
+/// The linear stores y and not x, so x_tn = y_tn / scale_n is recovered. A factor of exactly 0 has
+/// erased x and leaves y = 0: its sum is 0 / 0, and such a channel adds nothing. The factor then stays
+/// where it is until weight decay or another run moves it; a caller that must move it from 0 gives the
+/// unscaled x as `y` and ones as `scale`, which is the exact gradient for any factor.
+///
+/// Shapes: `dscale`, `scale` (1, N); `dy`, `y` (T, N), y without bias.
+/// Accumulates: `dscale` is added to.
+/// Precision: f32 products summed over tokens in f64, one rounding; within 1e-6 of f64, relative to
+/// sum |dy y / scale|.
+///
+/// # Errors
+/// Shapes that do not belong together, or no kernel for the device.
+///
+/// Source: derived from the formula above; DoRA, arXiv 2402.09353, section 4.3 (the norm is a constant).
+pub fn row_scale_backward(dscale: ViewMut, dy: View, y: View, scale: View) -> Result<()> {
+    check(BACKWARD, "rows of dy", y.rows, dy.rows)?;
+    check(BACKWARD, "columns of dy", y.cols, dy.cols)?;
+    check(BACKWARD, "rows of scale", 1, scale.rows)?;
+    check(BACKWARD, "columns of scale", y.cols, scale.cols)?;
+    check(BACKWARD, "rows of dscale", 1, dscale.rows)?;
+    check(BACKWARD, "columns of dscale", y.cols, dscale.cols)?;
+    backward_fast(dscale, dy, y, scale)
+}
+
+// ------------------------------------------------------------------------------------------ CPU
+
+/// Channels whose sums one backward task keeps on its stack.
+const CHANNELS: usize = 64;
+
+#[cfg(test)]
+fn forward_naive(y: &mut [f64], x: &[f64], scale: &[f64]) {
+    for (i, y) in y.iter_mut().enumerate() {
+        *y = scale[i % scale.len()] * x[i];
+    }
+}
+
+fn forward_fast(y: ViewMut, x: View, scale: View) -> Result<()> {
+    let (cols, y_stride, x_stride) = (x.cols, y.stride, x.stride);
+    let (y, x, scale) = (y.cpu(FORWARD)?, x.cpu(FORWARD)?, scale.cpu(FORWARD)?);
+    if cols == 0 {
+        return Ok(());
+    }
+    y.par_chunks_mut(y_stride)
+        .enumerate()
+        .with_min_len(rows_per_task(cols))
+        .for_each(|(t, y)| forward_row(&mut y[..cols], row(x, t, cols, x_stride), scale));
+    Ok(())
+}
+
+by_isa! {
+    fn forward_row(y: &mut [f32], x: &[f32], scale: &[f32]) {
+        for ((y, x), scale) in y.iter_mut().zip(x).zip(scale) {
+            *y = scale * x;
+        }
+    }
+}
+
+#[cfg(test)]
+fn backward_naive(dscale: &mut [f64], dy: &[f64], y: &[f64], scale: &[f64]) {
+    let channels = scale.len();
+    for n in 0..channels {
+        if scale[n] != 0.0 {
+            // y[t][n] = scale[n] * x[t][n]
+            let sum: f64 = dy.iter().zip(y).skip(n).step_by(channels).map(|(dy, y)| dy * y).sum();
+            dscale[n] += sum / scale[n];
+        }
+    }
+}
+
+fn backward_fast(dscale: ViewMut, dy: View, y: View, scale: View) -> Result<()> {
+    let (tokens, cols, dy_stride, y_stride) = (y.rows, y.cols, dy.stride, y.stride);
+    let (dscale, dy, y, scale) =
+        (dscale.cpu(BACKWARD)?, dy.cpu(BACKWARD)?, y.cpu(BACKWARD)?, scale.cpu(BACKWARD)?);
+    dscale[..cols].par_chunks_mut(CHANNELS).enumerate().for_each(|(i, dscale)| {
+        let (start, width) = (i * CHANNELS, dscale.len());
+        let mut sums = [0.0; CHANNELS];
+        for t in 0..tokens {
+            let (dy, y) = (row(dy, t, cols, dy_stride), row(y, t, cols, y_stride));
+            add_products(&mut sums[..width], &dy[start..start + width], &y[start..start + width]);
+        }
+        for ((dscale, sum), &scale) in dscale.iter_mut().zip(sums).zip(&scale[start..]) {
+            if scale != 0.0 {
+                *dscale += (sum / scale as f64) as f32;
+            }
+        }
+    });
+    Ok(())
+}
+
+by_isa! {
+    fn add_products(sums: &mut [f64], dy: &[f32], y: &[f32]) {
+        for ((sum, &dy), &y) in sums.iter_mut().zip(dy).zip(y) {
+            *sum += dy as f64 * y as f64;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Mat, Out, check_fast, check_gradient, inner, tolerance};
+
+    const SHAPES: [(usize, usize); 6] = [(1, 1), (1, 127), (7, 129), (129, 7), (33, 576), (0, 8)];
+
+    #[test]
+    fn fast_equals_naive_and_the_backward_adds() {
+        for (tokens, channels) in SHAPES {
+            let what = format!("row_scale {tokens} x {channels}");
+            let [x, dy] = [1, 2].map(|seed| Mat::random(seed, tokens, channels, 1.0));
+            let [scale, start] = [3, 4].map(|seed| Mat::random(seed, 1, channels, 1.0));
+            let mut y = vec![0.0; tokens * channels];
+            forward_naive(&mut y, &x.f64(), &scale.f64());
+            check_fast(
+                &what,
+                [(Out::Set(tokens, channels), &y)],
+                [&x, &scale],
+                tolerance(1e-7, 0.0),
+                |[y], [x, scale]| row_scale_forward(y, x, scale),
+            );
+            // The op only sees y and scale: give both in f32, so that naive and fast divide the same numbers.
+            let y = Mat::new(tokens, channels, y.iter().map(|&y| y as f32).collect());
+            let mut dscale = start.f64();
+            backward_naive(&mut dscale, &dy.f64(), &y.f64(), &scale.f64());
+            check_fast(
+                &what,
+                [(Out::Add(&start), &dscale)],
+                [&dy, &y, &scale],
+                tolerance(2e-7, 2e-6),
+                |[dscale], [dy, y, scale]| row_scale_backward(dscale, dy, y, scale),
+            );
+        }
+    }
+
+    #[test]
+    fn the_naive_backward_is_the_derivative_of_the_naive_forward() {
+        let (tokens, channels) = (5, 7);
+        let [x, dy] = [1, 2].map(|seed| Mat::random(seed, tokens, channels, 1.0).f64());
+        let scale = Mat::random(3, 1, channels, 1.0).f64();
+        let forward = |scale: &[f64]| {
+            let mut y = vec![0.0; tokens * channels];
+            forward_naive(&mut y, &x, scale);
+            y
+        };
+        let mut dscale = vec![0.0; channels];
+        backward_naive(&mut dscale, &dy, &forward(&scale), &scale);
+        check_gradient("row_scale", &scale, &dscale, |scale| inner(&forward(scale), &dy));
+    }
+
+    #[test]
+    fn a_factor_of_zero_adds_nothing_and_stays_finite() {
+        let (dy, y) = (Mat::random(1, 3, 2, 1.0), Mat::new(3, 2, vec![0.0, 1.0, 0.0, 2.0, 0.0, 3.0]));
+        for zero in [0.0, -0.0] {
+            let mut dscale = Mat::new(1, 2, vec![5.0, 0.0]);
+            let scale = Mat::new(1, 2, vec![zero, 2.0]);
+            row_scale_backward(dscale.view_mut(), dy.view(), y.view(), scale.view()).unwrap();
+            assert_eq!(dscale.values()[0], 5.0);
+            assert!(dscale.values()[1].is_finite());
+        }
+    }
+
+    #[test]
+    fn operands_that_do_not_belong_together_are_refused() {
+        let mat = |rows, cols| Mat::random(1, rows, cols, 1.0);
+        let forward = |mut y: Mat, scale: Mat| {
+            row_scale_forward(y.view_mut(), mat(2, 4).view(), scale.view()).unwrap_err().to_string()
+        };
+        assert_eq!(forward(mat(3, 4), mat(1, 4)), "row_scale_forward: rows of y is 3, expected 2");
+        assert_eq!(forward(mat(2, 3), mat(1, 4)), "row_scale_forward: columns of y is 3, expected 4");
+        assert_eq!(forward(mat(2, 4), mat(2, 4)), "row_scale_forward: rows of scale is 2, expected 1");
+        assert_eq!(forward(mat(2, 4), mat(1, 3)), "row_scale_forward: columns of scale is 3, expected 4");
+        let backward = |mut dscale: Mat, dy: Mat, scale: Mat| {
+            row_scale_backward(dscale.view_mut(), dy.view(), mat(2, 4).view(), scale.view())
+                .unwrap_err()
+                .to_string()
+        };
+        let (one, two) = (|| mat(1, 4), || mat(2, 4));
+        assert_eq!(backward(one(), mat(3, 4), one()), "row_scale_backward: rows of dy is 3, expected 2");
+        assert_eq!(backward(one(), mat(2, 3), one()), "row_scale_backward: columns of dy is 3, expected 4");
+        assert_eq!(backward(one(), two(), two()), "row_scale_backward: rows of scale is 2, expected 1");
+        assert_eq!(
+            backward(one(), two(), mat(1, 3)),
+            "row_scale_backward: columns of scale is 3, expected 4"
+        );
+        assert_eq!(backward(two(), two(), one()), "row_scale_backward: rows of dscale is 2, expected 1");
+        assert_eq!(
+            backward(mat(1, 3), two(), one()),
+            "row_scale_backward: columns of dscale is 3, expected 4"
+        );
+    }
+}
