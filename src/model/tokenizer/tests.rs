@@ -223,8 +223,9 @@ fn an_unknown_or_missing_pre_tokenizer_is_refused_with_a_way_out() {
 #[test]
 fn a_damaged_vocabulary_is_refused() {
     type E = TokenizerError;
+    type Case = (Fields, fn(&E) -> bool);
     let token = "long".repeat(20);
-    let cases: Vec<(Fields, fn(&E) -> bool)> = vec![
+    let cases: Vec<Case> = vec![
         (Fields { tokens: vec![], token_types: None, ..small() }, |e| matches!(e, E::EmptyVocabulary)),
         (Fields { token_types: Some(vec![1]), ..small() }, |e| {
             matches!(e, E::Length { expected: 6, found: 1, .. })
