@@ -15,6 +15,9 @@ pub enum Error {
     /// There is no usable tokenizer, or it refused a text.
     #[error(transparent)]
     Tokenizer(#[from] crate::model::tokenizer::TokenizerError),
+    /// The chat template does not parse, or refuses a conversation.
+    #[error(transparent)]
+    ChatTemplate(#[from] crate::model::chat::ChatTemplateError),
     /// The pieces do not fit together, or the pipeline does not support them.
     #[error("{message}")]
     Refused {
@@ -46,6 +49,7 @@ impl Error {
             Error::Format(e) => e.hint(),
             Error::Kernel(e) => e.hint(),
             Error::Tokenizer(e) => e.hint(),
+            Error::ChatTemplate(e) => e.hint(),
             Error::Refused { hint, .. } => hint.clone(),
         }
     }

@@ -17,6 +17,7 @@ use std::path::Path;
 
 use qpeft_formats::gguf::Metadata;
 
+use super::chat::{ChatTemplate, ChatTemplateError};
 pub use error::TokenizerError;
 
 use error::Result;
@@ -229,6 +230,23 @@ impl Tokenizer {
     /// The Jinja source that came with the vocabulary.
     pub fn chat_template(&self) -> Option<&str> {
         self.specials.chat_template.as_deref()
+    }
+
+    /// The chat template, ready to render; `None` if the model has none.
+    ///
+    /// # Errors
+    /// The template does not parse.
+    pub fn template(&self) -> std::result::Result<Option<ChatTemplate>, ChatTemplateError> {
+        let token = |id: Option<u32>| id.and_then(|id| self.id_to_token(id));
+        self.chat_template()
+            .map(|source| ChatTemplate::new(source, token(self.bos()), token(self.eos())))
+            .transpose()
+    }
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer").field("vocab_size", &self.vocab_size()).finish_non_exhaustive()
     }
 }
 

@@ -12,7 +12,6 @@
 //! prompt and completion become a user and an assistant turn. Order, masks and ids depend on nothing but
 //! the file, the tokenizer and the options.
 
-mod batch;
 mod dataset;
 mod error;
 mod mask;
@@ -26,7 +25,7 @@ use rayon::prelude::*;
 use crate::model::chat::ChatTemplate;
 use crate::model::tokenizer::Tokenizer;
 
-pub use batch::Batch;
+pub use crate::model::batch::IGNORE;
 pub use dataset::{Dataset, EvalSize, Skipped};
 pub use error::{DataError, DataErrorKind};
 pub use sampler::Sampler;
@@ -34,9 +33,6 @@ pub use sampler::Sampler;
 use error::Result;
 use mask::Masker;
 use record::{Record, Shape};
-
-/// The label of a token that carries no loss.
-pub const IGNORE: i32 = -100;
 
 /// Lines that are tokenized between two reports of progress.
 const CHUNK: usize = 256;

@@ -226,7 +226,8 @@ impl<'a> Run<'a> {
                 observer.step(&record, total_steps);
             }
             self.log.step(&record)?;
-            let due = |every: u64| every > 0 && self.state.step.is_multiple_of(every);
+            let done = self.state.step;
+            let due = |every: u64| every > 0 && done.is_multiple_of(every);
             if self.eval_data.is_some() && (due(self.config.eval_steps) || self.state.step == total_steps) {
                 last_eval = Some(self.evaluate(&start, observer)?);
             }
@@ -311,7 +312,8 @@ impl<'a> Run<'a> {
 
     fn evaluate(&mut self, start: &Instant, observer: &mut dyn Observer) -> Result<f64> {
         let data = self.eval_data.as_ref().expect("called only with evaluation data");
-        let loss = dataset_loss(&self.decoder, &mut self.buffers, &self.params, data, self.config.batch_size)?;
+        let (buffers, batch_size) = (&mut self.buffers, self.config.batch_size);
+        let loss = dataset_loss(&self.decoder, buffers, &self.params, data, batch_size, &mut |_| {})?;
         let record = EvalRecord {
             step: self.state.step,
             loss: loss.mean(),
@@ -354,12 +356,14 @@ pub fn dataset_loss(
     params: &Parameters,
     data: &Dataset,
     batch_size: usize,
+    progress: &mut dyn FnMut(usize),
 ) -> Result<Loss> {
     let pass = Pass { params: params.values.view(), dropout: None };
     let mut loss = Loss::default();
     let indices: Vec<usize> = (0..data.examples.len()).collect();
     for indices in indices.chunks(batch_size) {
         loss += decoder.loss(buffers, &data.batch(indices), &pass)?;
+        progress(indices.last().map_or(0, |i| i + 1));
     }
     Ok(loss)
 }
@@ -484,7 +488,7 @@ fn load_data(
     observer: &mut dyn Observer,
 ) -> Result<(Dataset, Option<Dataset>)> {
     let options = config.data_options();
-    let template = tokenizer.template()?;
+    let template = tokenizer.template().map_err(crate::Error::from)?;
     let mut load = |path: &Path| -> Result<Dataset> {
         let mut progress = |done: u64, total: u64| observer.phase("tokenize", done as usize, total as usize);
         let data = data::load(path, tokenizer, template.as_ref(), &options, &mut progress)?;

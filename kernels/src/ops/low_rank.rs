@@ -97,6 +97,46 @@ pub fn low_rank_backward(
     Ok(())
 }
 
+/// The gradient of the projection's input alone: dropout stands between it and dx.
+///
+/// dx += dh A.
+///
+/// Shapes: `dx` (T, K); `dh` (T, R); `a` (R, K).
+/// Accumulates: `dx` is added to.
+/// Precision: f32, as [`low_rank_backward`].
+///
+/// # Errors
+/// Shapes that do not belong together, or no kernel for the device.
+///
+/// Source: see [`low_rank_backward`].
+pub fn low_rank_input_gradient(dx: ViewMut, dh: View, a: View) -> Result<()> {
+    check(BACKWARD, "rows of dx", dh.rows, dx.rows)?;
+    check(BACKWARD, "columns of dx", a.cols, dx.cols)?;
+    check(BACKWARD, "columns of dh", a.rows, dh.cols)?;
+    dx_fast(dx.mat(BACKWARD)?, dh.mat(BACKWARD)?, a.mat(BACKWARD)?);
+    Ok(())
+}
+
+/// The gradient of the projection alone, where nothing below the linear is trained and dx is not made.
+///
+/// dh = dy b, with scaling and row scale in b.
+///
+/// Shapes: `dh` (T, R); `dy` (T, N); `b` (N, R).
+/// Accumulates: nothing, `dh` is overwritten.
+/// Precision: f32, as [`low_rank_forward`].
+///
+/// # Errors
+/// Shapes that do not belong together, or no kernel for the device.
+///
+/// Source: see [`low_rank_backward`].
+pub fn low_rank_branch_gradient(dh: ViewMut, dy: View, b: View) -> Result<()> {
+    check(BACKWARD, "rows of dh", dy.rows, dh.rows)?;
+    check(BACKWARD, "columns of dh", b.cols, dh.cols)?;
+    check(BACKWARD, "columns of dy", b.rows, dy.cols)?;
+    forward_fast(dh.mat(BACKWARD)?, dy.mat(BACKWARD)?, b.mat(BACKWARD)?.transposed());
+    Ok(())
+}
+
 // ------------------------------------------------------------------------------------------ CPU
 
 /// Tokens of one task where tokens are independent.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::Example;
 use super::error::{DataError, DataErrorKind, Result};
 use super::sampler::shuffled;
+use crate::model::Batch;
 
 /// Examples in file order.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,6 +47,18 @@ impl Dataset {
     /// Tokens in all examples.
     pub fn tokens(&self) -> usize {
         self.examples.iter().map(|e| e.input_ids.len()).sum()
+    }
+
+    /// Some of the examples, laid end to end.
+    ///
+    /// # Panics
+    /// There is no such example.
+    pub fn batch(&self, indices: &[usize]) -> Batch {
+        let mut batch = Batch::new();
+        for &index in indices {
+            batch.push(&self.examples[index].input_ids, &self.examples[index].labels);
+        }
+        batch
     }
 
     /// What a user should know about skipped examples, if there are any.
