@@ -12,6 +12,9 @@ pub enum Error {
     /// An op or a device refused.
     #[error(transparent)]
     Kernel(#[from] qpeft_kernels::Error),
+    /// There is no usable tokenizer, or it refused a text.
+    #[error(transparent)]
+    Tokenizer(#[from] crate::model::tokenizer::TokenizerError),
     /// The pieces do not fit together, or the pipeline does not support them.
     #[error("{message}")]
     Refused {
@@ -42,6 +45,7 @@ impl Error {
         match self {
             Error::Format(e) => e.hint(),
             Error::Kernel(e) => e.hint(),
+            Error::Tokenizer(e) => e.hint(),
             Error::Refused { hint, .. } => hint.clone(),
         }
     }

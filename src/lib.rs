@@ -3,6 +3,7 @@
 
 pub mod adapters;
 pub mod cli;
+pub mod convert;
 pub mod error;
 pub mod model;
 pub mod train;

@@ -111,9 +111,40 @@ pub enum Kind {
     OutOfOrder { expected: Box<str> },
     #[error("was not declared when the file was created")]
     UndeclaredTensor,
-    #[error("has {expected} bytes, {found} were given")]
+    #[error("needs {expected} bytes, {found} were given")]
     WrongLength { expected: u64, found: u64 },
 
+    // JSON, safetensors and checkpoint folders.
+    #[error("is not the expected JSON: {0}")]
+    Json(#[from] serde_json::Error),
+    #[error("the last tensor ends at byte {end} of the data, the data at byte {len}")]
+    TrailingData { end: u64, len: u64 },
+    #[error("elements are of type {found}, which cannot be converted to f32; supported: {supported}")]
+    UnsupportedDtype { found: Box<str>, supported: &'static str },
+    #[error("has neither `model.safetensors` nor `model.safetensors.index.json`")]
+    NoWeights,
+    #[error("names the shard `{shard}`, which is not a plain file name")]
+    BadShardName { shard: Box<str> },
+    #[error("names the shard `{shard}`, which does not exist")]
+    MissingShard { shard: Box<str> },
+    #[error("is not in the shard `{shard}`, where the index has it")]
+    NotInShard { shard: Box<str> },
+    #[error("lies in two shards, `{first}` and `{second}`")]
+    TensorInTwoShards { first: Box<str>, second: Box<str> },
+
+    // PEFT adapter folders.
+    #[error("is {found}, expected a {expected}")]
+    WrongSetting { expected: &'static str, found: Box<str> },
+    #[error("is {found}, which is not supported; supported: {supported}")]
+    UnsupportedSetting { found: Box<str>, supported: &'static str },
+    #[error("pattern `{pattern}` is not usable: {reason}")]
+    BadPattern { pattern: Box<str>, reason: Box<str> },
+    #[error("does not belong into this adapter; supported: {supported}")]
+    UnexpectedTensor { supported: &'static str },
+    #[error("has shape {found}, expected {expected}")]
+    WrongShape { expected: Box<str>, found: Box<str> },
+    #[error("holds no adapter tensors")]
+    NoTensors,
     #[error("element {index} is `{value}`, and only finite numbers can be quantized")]
     NotFinite { index: u64, value: f32 },
 }
@@ -159,13 +190,17 @@ impl Error {
                 _ => return None,
             },
             Kind::Truncated { .. } | Kind::PastEnd { .. } => "the download may be incomplete; fetch it again",
-            Kind::TooMany { .. } | Kind::WrongOffset { .. } | Kind::NotUtf8 { .. } => {
-                "the file is damaged; fetch or convert it again"
-            }
+            Kind::TrailingData { .. }
+            | Kind::TooMany { .. }
+            | Kind::WrongOffset { .. }
+            | Kind::NotUtf8 { .. } => "the file is damaged; fetch or convert it again",
             Kind::NotGguf { .. } => "give the path of a `.gguf` file",
             Kind::BigEndian => "convert the model again for a little-endian machine",
             Kind::UnsupportedVersion { .. } => "convert the model again with a current converter",
             Kind::SplitFile { .. } => "join the files first: `llama-gguf-split --merge FIRST OUTPUT`",
+            Kind::NoWeights => "give the folder of a safetensors checkpoint, or a `.gguf` file",
+            Kind::MissingShard { .. } => "the download may be incomplete; fetch the missing shard",
+            Kind::UnsupportedSetting { .. } => "convert the adapter to a plain LoRA or DoRA with PEFT first",
             Kind::UnsupportedType { .. } => "quantize the model to a supported type: `llama-quantize`",
             _ => return None,
         };
@@ -176,6 +211,12 @@ impl Error {
 impl From<std::io::Error> for Error {
     fn from(e: std::io::Error) -> Error {
         Error::new(Kind::Io(e))
+    }
+}
+
+impl From<serde_json::Error> for Error {
+    fn from(e: serde_json::Error) -> Error {
+        Error::new(Kind::Json(e))
     }
 }
 
@@ -202,6 +243,7 @@ impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match &self.kind {
             Kind::Io(e) => Some(e),
+            Kind::Json(e) => Some(e),
             _ => None,
         }
     }

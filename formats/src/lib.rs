@@ -10,7 +10,10 @@ pub mod dtype;
 pub mod error;
 pub mod file;
 pub mod gguf;
+pub mod json;
 pub mod limits;
+pub mod peft;
+pub mod safetensors;
 
 pub use dtype::GgmlType;
 pub use error::{Error, Result};

@@ -110,6 +110,7 @@ pub(crate) fn tolerance(rel: f64, abs: f64) -> Tolerance {
 }
 
 /// Runs `fast` in all variants; each must equal `expected` within the tolerance, all must give the same bits.
+#[expect(clippy::needless_pass_by_value, reason = "called with array literals")]
 pub(crate) fn check_fast<const O: usize, const I: usize>(
     what: &str,
     outputs: [(Out<'_>, &[f64]); O],

@@ -28,7 +28,7 @@ pub struct AdapterFolder {
     /// The staged init of its run: PiSSA only.
     pub manifest: Option<Manifest>,
     /// The folder of the run: the adapter's own, or the one above `checkpoints/step-N`.
-    run: PathBuf,
+    pub run: PathBuf,
 }
 
 /// The part of `qpeft.json` that ties an adapter to its base.

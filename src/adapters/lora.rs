@@ -5,7 +5,9 @@ use std::ops::Range;
 
 use qpeft_kernels::ops::dropout::{dropout_backward, dropout_forward};
 use qpeft_kernels::ops::fold::fold_branch;
-use qpeft_kernels::ops::low_rank::{OutScale, low_rank_backward, low_rank_forward};
+use qpeft_kernels::ops::low_rank::{
+    OutScale, low_rank_backward, low_rank_branch_gradient, low_rank_forward, low_rank_input_gradient,
+};
 use qpeft_kernels::ops::quant_linear::{Branch, quant_linear_backward, quant_linear_forward};
 use qpeft_kernels::rng::RngKey;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
@@ -112,7 +114,7 @@ impl Lora {
                 Some(dx)
             }
             None => {
-                low_rank_forward_transposed(dh.reborrow(), dy, self.folded.view())?;
+                low_rank_branch_gradient(dh.reborrow(), dy, self.folded.view())?;
                 None
             }
         };
@@ -183,8 +185,7 @@ impl Adapter for Lora {
 
     /// PEFT's: A uniform in ±1/sqrt(in) (Kaiming with a = sqrt(5)), B zero.
     fn init(&mut self, values: &mut [f32], _weight: &BaseWeight, seed: u64) -> Result<()> {
-        let bound = 1.0 / (self.a.shape[1] as f32).sqrt();
-        RngKey { seed, stream: self.id }.fill_uniform(&mut values[self.a.range()], -bound, bound);
+        RngKey { seed, stream: self.id }.fill_kaiming_uniform(&mut values[self.a.range()], self.a.shape[1]);
         values[self.b.range()].fill(0.0);
         Ok(())
     }

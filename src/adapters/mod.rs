@@ -16,7 +16,7 @@ pub use method::Method;
 
 use crate::error::{Error, Result};
 use crate::model::layer::Slot;
-use crate::model::{Adapter, Decoder, Linear, Parameters};
+use crate::model::{Adapter, Decoder, Entry, Linear, Parameters};
 use dora::Dora;
 use lora::Lora;
 
@@ -109,8 +109,14 @@ pub fn initialize(decoder: &mut Decoder, params: &mut Parameters, seed: u64) -> 
 /// A tensor is missing, is not expected, has another shape, or holds a value that is not finite.
 pub fn load(params: &mut Parameters, adapter: &PeftAdapter) -> Result<()> {
     let mut values = params.values.read()?;
+    take(&mut values, &params.entries, adapter)?;
+    Ok(params.values.write(&values)?)
+}
+
+/// Copies the tensors of `entries` into their places.
+fn take(values: &mut [f32], entries: &[Entry], adapter: &PeftAdapter) -> Result<()> {
     let mut wrong = Vec::new();
-    for entry in &params.entries {
+    for entry in entries {
         match adapter.tensors.get(&entry.key) {
             None => wrong.push(format!("`{}` is missing, expected shape {:?}", entry.key, entry.shape)),
             Some(tensor) if tensor.shape != entry.shape => {
@@ -122,10 +128,10 @@ pub fn load(params: &mut Parameters, adapter: &PeftAdapter) -> Result<()> {
             },
         }
     }
-    let known = |key: &str| params.entries.iter().any(|e| e.key == key);
+    let known = |key: &str| entries.iter().any(|e| e.key == key);
     wrong.extend(adapter.tensors.keys().filter(|k| !known(k)).map(|k| format!("`{k}` fits no linear of the model")));
     if wrong.is_empty() {
-        return Ok(params.values.write(&values)?);
+        return Ok(());
     }
     Err(Error::refused(format!(
         "the adapter does not fit the model, {} mismatch{}:\n  {}",
@@ -134,6 +140,23 @@ pub fn load(params: &mut Parameters, adapter: &PeftAdapter) -> Result<()> {
         wrong.join("\n  ")
     ))
     .with_hint("use the model that the adapter was trained on, and its own adapter_config.json"))
+}
+
+/// Takes the low-rank factors of a PEFT folder and fills in the values that follow from them.
+///
+/// # Errors
+/// As [`load`], for the factors.
+pub fn load_factors(decoder: &mut Decoder, params: &mut Parameters, factors: &PeftAdapter) -> Result<()> {
+    let mut values = params.values.read()?;
+    let follows = |entry: &Entry| entry.key.ends_with("lora_magnitude_vector");
+    let entries: Vec<Entry> = params.entries.iter().filter(|e| !follows(e)).cloned().collect();
+    take(&mut values, &entries, factors)?;
+    for linear in decoder.linears_mut() {
+        if let Some(adapter) = &mut linear.adapter {
+            adapter.init_from_factors(&mut values, &linear.weight)?;
+        }
+    }
+    Ok(params.values.write(&values)?)
 }
 
 /// The values as a PEFT folder.

@@ -144,6 +144,43 @@ pub fn initial_adapter(run: &Path) -> PathBuf {
     run.join(INIT)
 }
 
+/// Hash of factors that were given.
+pub fn hash_of(factors: &PeftAdapter) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for (key, tensor) in &factors.tensors {
+        hasher.update(key.as_bytes());
+        tensor.data.iter().for_each(|x| {
+            hasher.update(&x.to_le_bytes());
+        });
+    }
+    format!("blake3:{}", hasher.finalize().to_hex())
+}
+
+/// Copies the `init/` of one run into another that continues it.
+///
+/// # Errors
+/// A file cannot be read or written; nothing is left of the copy then.
+pub fn copy(from: &Path, run: &Path) -> Result<()> {
+    let staged = AtomicDir::create(&run.join(INIT))?;
+    copy_tree(&from.join(INIT), staged.staging())
+        .map_err(|e| Error::refused(format!("cannot copy `{}`: {e}", from.join(INIT).display())))?;
+    Ok(staged.commit()?)
+}
+
+fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            std::fs::create_dir_all(&target)?;
+            copy_tree(&entry.path(), &target)?;
+        } else {
+            std::fs::copy(entry.path(), target)?;
+        }
+    }
+    Ok(())
+}
+
 /// Writes `init/` of a run: `decoder` already holds the residual weights, `adapter` A0 and B0.
 ///
 /// # Errors

@@ -349,15 +349,15 @@ pub struct PissaToLoraArgs {
     /// Original base, to measure the error of the conversion
     #[arg(long, short, value_name = "PATH")]
     pub model: Option<PathBuf>,
+    /// Folder of the initial factors [default: `init` in --adapter]
+    #[arg(long, value_name = "DIR")]
+    pub init_adapter: Option<PathBuf>,
     /// Replace what is in --output
     #[arg(long, alias = "overwrite")]
     pub overwrite_output: bool,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
-    /// Where to compute.
-    #[command(flatten)]
-    pub compute: ComputeArgs,
 }
 
 /// The container of a merged model.
@@ -476,6 +476,9 @@ pub struct BenchTrainArgs {
     /// Rank r
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one::<usize>, aliases = ["lora-rank", "rank", "r"])]
     pub lora_r: usize,
+    /// Second method that takes turns with the first, step by step
+    #[arg(long, value_name = "NAME", value_parser = str::parse::<Method>)]
+    pub compare: Option<Method>,
     /// Sequences per forward pass
     #[arg(long, short, value_name = "N", default_value_t = 4, value_parser = at_least_one::<usize>)]
     pub batch_size: usize,

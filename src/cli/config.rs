@@ -56,7 +56,8 @@ impl ConfigFile {
         if text.lines().all(is_blank) {
             return Ok(ConfigFile { path: path.to_owned(), settings: Vec::new() });
         }
-        let options = serde_saphyr::options! { with_snippet: false };
+        // Only `true` and `false` are booleans: a file may well be called `y` or `no`.
+        let options = serde_saphyr::options! { with_snippet: false, strict_booleans: true };
         let Entries(entries) = serde_saphyr::from_str_with_options(text, options)
             .map_err(|e| Usage::new(format!("`{shown}`: not a YAML mapping of settings: {e}")))?;
 

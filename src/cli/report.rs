@@ -106,7 +106,12 @@ impl Usage {
                 });
                 Usage::new(match setting {
                     Some((file, s)) => {
-                        format!("`{}` line {}: key `{}`: {expected}{found}", file.path.display(), s.line, s.key)
+                        format!(
+                            "`{}` line {}: key `{}`: {expected}{found}",
+                            file.path.display(),
+                            s.line,
+                            s.key
+                        )
                     }
                     None => format!("`{arg}`: {expected}{found}"),
                 })
@@ -219,8 +224,8 @@ mod tests {
 
     #[test]
     fn a_chain_has_one_line_per_cause_and_ends_in_the_hint_of_its_type() {
-        let error = anyhow::Error::new(train::Error::NoCheckpoint { path: "run".into() })
-            .context("cannot resume");
+        let error =
+            anyhow::Error::new(train::Error::NoCheckpoint { path: "run".into() }).context("cannot resume");
         assert_eq!(
             rendered(&error),
             "error: cannot resume\n  caused by: `run` has no checkpoint\n\nhint: start the run without `--resume`\n"

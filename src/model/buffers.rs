@@ -2,7 +2,7 @@
 //!
 //! The step loop borrows the first T rows of each ([`Tensor::top`]); nothing is allocated in it.
 
-use qpeft_kernels::{Device, Tensor, View, ViewMut};
+use qpeft_kernels::{Tensor, View, ViewMut};
 
 use super::decoder::Decoder;
 use super::layer::SLOTS;

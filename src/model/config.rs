@@ -206,7 +206,7 @@ fn hf_rope_scaling(rope: &Value) -> Result<RopeScaling, String> {
             factor: number("factor")?,
             low_freq_factor: number("low_freq_factor")?,
             high_freq_factor: number("high_freq_factor")?,
-            original_max_position_embeddings: number("original_max_position_embeddings")? as usize,
+            original_max_position_embeddings: number("original_max_position_embeddings")? as u32,
         }),
         Some(other) => {
             Err(format!("rope_type `{other}` is not supported; supported: `default`, `linear`, `llama3`"))

@@ -10,7 +10,7 @@ use qpeft_kernels::{Device, Tensor, View, ViewMut};
 use super::batch::Batch;
 use super::buffers::{Buffers, Keep};
 use super::config::Config;
-use super::layer::{Layer, LayerCache, Place};
+use super::layer::{Backward, Layer, LayerCache, Place};
 use super::linear::{BaseWeight, Linear, Pass};
 use crate::error::{Error, Result};
 
@@ -235,7 +235,8 @@ impl Decoder {
             }
             let (x, s, g, scratch) = buffers.layer_backward(index, t);
             let g = g.expect("checked by training()");
-            layer.backward(g, x, s, &place, index > lowest, dparams, pass, scratch)?;
+            let mut to = Backward { dparams: dparams.reborrow(), pass, scratch };
+            layer.backward(g, x, s, &place, index > lowest, &mut to)?;
         }
         Ok(())
     }

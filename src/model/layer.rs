@@ -94,6 +94,25 @@ pub struct Place<'a> {
     pub k_starts: &'a [u32],
 }
 
+/// What the backward pass of every linear needs besides activations and gradients.
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// Gradients of the parameters, flat.
+    pub dparams: ViewMut<'a>,
+    /// The pass that the forward was run with.
+    pub pass: &'a Pass<'a>,
+    /// Shared by all adapters.
+    pub scratch: &'a mut Scratch,
+}
+
+fn overwrite(dx: ViewMut<'_>) -> Option<InputGradient<'_>> {
+    Some(InputGradient { dx, accumulate: false })
+}
+
+fn accumulate(dx: ViewMut<'_>) -> Option<InputGradient<'_>> {
+    Some(InputGradient { dx, accumulate: true })
+}
+
 impl Place<'_> {
     fn attention(&self) -> AttentionShape {
         AttentionShape {
@@ -200,6 +219,21 @@ impl Layer {
         linear.forward(y, h, x, pass, scratch)
     }
 
+    fn project_backward(
+        &self,
+        slot: Slot,
+        dx: Option<InputGradient<'_>>,
+        dy: View<'_>,
+        x: View<'_>,
+        y: View<'_>,
+        h: &[Tensor; SLOTS],
+        to: &mut Backward<'_>,
+    ) -> Result<()> {
+        let linear = self.linear(slot);
+        let h = h[slot as usize].top(x.rows).column_range(0, linear.rank());
+        linear.backward(dx, to.dparams.reborrow(), dy, Saved { x, h, y }, to.pass, to.scratch)
+    }
+
     /// The mirror of [`Layer::forward`]: `g.stream` holds the gradient of y on entry and that of x on
     /// return, unless `input_gradient` is false because nothing below is trained.
     ///
@@ -212,26 +246,17 @@ impl Layer {
         s: &mut LayerBuffers,
         place: &Place<'_>,
         input_gradient: bool,
-        dparams: &mut ViewMut<'_>,
-        pass: &Pass<'_>,
-        scratch: &mut Scratch,
+        to: &mut Backward<'_>,
     ) -> Result<()> {
         let t = x.rows;
         let d = place.config.head_dim;
-        let mut back = |slot: Slot, dx: Option<InputGradient<'_>>, dy, x, y, h: &[Tensor; SLOTS]| {
-            let linear = self.linear(slot);
-            let h = h[slot as usize].top(t).column_range(0, linear.rank());
-            linear.backward(dx, dparams.reborrow(), dy, Saved { x, h, y }, pass, scratch)
-        };
-        let set = |dx| Some(InputGradient { dx, accumulate: false });
-        let add = |dx| Some(InputGradient { dx, accumulate: true });
 
         // y = middle + down(swiglu(gate(norm), up(norm))); the stream's own gradient passes through
         let ffn_out = if s.ffn_out.rows() == 0 { s.act.top(t) } else { s.ffn_out.top(t) };
-        back(Slot::Down, set(g.act.top_mut(t)), g.stream.top(t), s.act.top(t), ffn_out, &s.h)?;
+        self.project_backward(Slot::Down, overwrite(g.act.top_mut(t)), g.stream.top(t), s.act.top(t), ffn_out, &s.h, to)?;
         swiglu_backward(g.gate.top_mut(t), g.up.top_mut(t), g.act.top(t), s.gate.top(t), s.up.top(t))?;
-        back(Slot::Up, set(g.norm.top_mut(t)), g.up.top(t), s.ffn_norm.top(t), s.up.top(t), &s.h)?;
-        back(Slot::Gate, add(g.norm.top_mut(t)), g.gate.top(t), s.ffn_norm.top(t), s.gate.top(t), &s.h)?;
+        self.project_backward(Slot::Up, overwrite(g.norm.top_mut(t)), g.up.top(t), s.ffn_norm.top(t), s.up.top(t), &s.h, to)?;
+        self.project_backward(Slot::Gate, accumulate(g.norm.top_mut(t)), g.gate.top(t), s.ffn_norm.top(t), s.gate.top(t), &s.h, to)?;
         rms_norm_backward(
             g.stream.top_mut(t),
             g.norm.top(t),
@@ -242,7 +267,7 @@ impl Layer {
 
         // middle = x + o(attention(rope(q(norm)), rope(k(norm)), v(norm)))
         let attn_out = if s.attn_out.rows() == 0 { s.attn.top(t) } else { s.attn_out.top(t) };
-        back(Slot::O, set(g.attn.top_mut(t)), g.stream.top(t), s.attn.top(t), attn_out, &s.h)?;
+        self.project_backward(Slot::O, overwrite(g.attn.top_mut(t)), g.stream.top(t), s.attn.top(t), attn_out, &s.h, to)?;
         attention_backward(
             g.q.top_mut(t),
             g.k.top_mut(t),
@@ -268,9 +293,9 @@ impl Layer {
         }
         let norm = s.attn_norm.top(t);
         if input_gradient {
-            back(Slot::Q, set(g.norm.top_mut(t)), g.q.top(t), norm, s.q.top(t), &s.h)?;
-            back(Slot::K, add(g.norm.top_mut(t)), g.k.top(t), norm, s.k.top(t), &s.h)?;
-            back(Slot::V, add(g.norm.top_mut(t)), g.v.top(t), norm, s.v.top(t), &s.h)?;
+            self.project_backward(Slot::Q, overwrite(g.norm.top_mut(t)), g.q.top(t), norm, s.q.top(t), &s.h, to)?;
+            self.project_backward(Slot::K, accumulate(g.norm.top_mut(t)), g.k.top(t), norm, s.k.top(t), &s.h, to)?;
+            self.project_backward(Slot::V, accumulate(g.norm.top_mut(t)), g.v.top(t), norm, s.v.top(t), &s.h, to)?;
             rms_norm_backward(
                 g.stream.top_mut(t),
                 g.norm.top(t),
@@ -279,9 +304,9 @@ impl Layer {
                 self.attn_norm.view(),
             )?;
         } else {
-            back(Slot::Q, None, g.q.top(t), norm, s.q.top(t), &s.h)?;
-            back(Slot::K, None, g.k.top(t), norm, s.k.top(t), &s.h)?;
-            back(Slot::V, None, g.v.top(t), norm, s.v.top(t), &s.h)?;
+            self.project_backward(Slot::Q, None, g.q.top(t), norm, s.q.top(t), &s.h, to)?;
+            self.project_backward(Slot::K, None, g.k.top(t), norm, s.k.top(t), &s.h, to)?;
+            self.project_backward(Slot::V, None, g.v.top(t), norm, s.v.top(t), &s.h, to)?;
         }
         Ok(())
     }

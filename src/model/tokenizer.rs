@@ -120,7 +120,8 @@ impl Tokenizer {
 
     /// The ids of `text`. Texts of special tokens in it become those tokens, as in `llama-tokenize` and
     /// transformers. `add_special` adds the begin and end tokens that the model asks for
-    /// (`add_bos_token`, `add_eos_token`, or the post-processor of a `tokenizer.json`).
+    /// (`add_bos_token`, `add_eos_token`, or the post-processor of a `tokenizer.json`). A byte that a BPE
+    /// vocabulary lacks (SmolLM2 has no 0x04) is left out, as both of them do.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         let mut ids = Vec::with_capacity(text.len() / 3 + 2);
         if add_special {

@@ -5,55 +5,14 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use qpeft_formats::peft;
+
+use super::data::DataOptions;
 use super::schedule::SchedulerType;
-
-/// How the adapter is built and initialized.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Method {
-    /// Low-rank branch, A random, B zero (Hu et al. 2021).
-    #[default]
-    Lora,
-    /// LoRA with a trained magnitude per output row (Liu et al. 2024).
-    Dora,
-    /// LoRA that starts from the principal singular vectors of the base (Meng et al. 2024).
-    Pissa,
-}
-
-impl Method {
-    /// Every method, in the order in which messages list them.
-    pub const ALL: [Method; 3] = [Method::Lora, Method::Dora, Method::Pissa];
-
-    /// The name as flags and files spell it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Method::Lora => "lora",
-            Method::Dora => "dora",
-            Method::Pissa => "pissa",
-        }
-    }
-}
-
-impl fmt::Display for Method {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Method {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Method, String> {
-        Method::ALL
-            .into_iter()
-            .find(|m| m.name() == name)
-            .ok_or_else(|| "expected `lora`, `dora` or `pissa`".to_owned())
-    }
-}
+pub use crate::adapters::Method;
 
 /// Which linear layers get an adapter.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -98,6 +57,15 @@ impl From<TargetModules> for TargetsText {
         match targets {
             TargetModules::AllLinear => TargetsText::One("all-linear".to_owned()),
             TargetModules::Names(names) => TargetsText::Many(names),
+        }
+    }
+}
+
+impl From<&TargetModules> for peft::TargetModules {
+    fn from(targets: &TargetModules) -> peft::TargetModules {
+        match targets {
+            TargetModules::AllLinear => peft::TargetModules::AllLinear,
+            TargetModules::Names(names) => peft::TargetModules::List(names.clone()),
         }
     }
 }
@@ -217,6 +185,17 @@ const FREE_ON_RESUME: [&str; 10] = [
 ];
 
 impl TrainConfig {
+    /// How records become examples.
+    pub fn data_options(&self) -> DataOptions {
+        DataOptions {
+            max_seq_length: self.max_seq_length,
+            prompt_field: self.prompt_field.clone(),
+            completion_field: self.completion_field.clone(),
+            train_on_prompt: self.train_on_prompt,
+            use_chat_template: !self.no_chat_template,
+        }
+    }
+
     /// The settings that decide the bytes of the trained adapter, as a checkpoint keeps them.
     pub fn binding(&self) -> serde_json::Map<String, serde_json::Value> {
         let serde_json::Value::Object(mut all) =

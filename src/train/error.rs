@@ -84,16 +84,43 @@ pub enum Error {
         found: String,
     },
     /// The checkpoint belongs to another base model.
-    #[error("the checkpoint was made with another base model: fingerprint is `{found}`, expected `{expected}`")]
+    #[error(
+        "the checkpoint was made with another base model: fingerprint is `{found}`, expected `{expected}`"
+    )]
     OtherBase {
         /// The fingerprint in the checkpoint.
         expected: String,
         /// The fingerprint of the model given now.
         found: String,
     },
+    /// Training went wrong numerically.
+    #[error("step {step}: the loss is {loss} and the gradient norm {grad_norm}; training stopped{}", kept(last_checkpoint.as_deref()))]
+    NotFinite {
+        /// The step that was not taken.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+        /// Its gradient norm.
+        grad_norm: f64,
+        /// The newest checkpoint.
+        last_checkpoint: Option<PathBuf>,
+    },
+    /// The training or evaluation data cannot be used.
+    #[error(transparent)]
+    Data(#[from] super::data::DataError),
+    /// The base, the adapter or an op was refused.
+    #[error(transparent)]
+    Pipeline(#[from] crate::Error),
     /// A container file is malformed or cannot be written.
     #[error(transparent)]
     Format(#[from] qpeft_formats::Error),
+}
+
+fn kept(checkpoint: Option<&Path>) -> String {
+    match checkpoint {
+        Some(path) => format!(", `{}` is kept", path.display()),
+        None => " before the first checkpoint".to_owned(),
+    }
 }
 
 fn differences(settings: &[(String, String, String)]) -> String {
@@ -110,11 +137,13 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Error::Io { .. } => None,
-            Error::NoCheckpoint { .. } => Some("start the run without `--resume`".to_owned()),
-            Error::Missing { path } | Error::Corrupt { path, .. } | Error::NotF32 { path, .. } => Some(format!(
-                "delete `{}` to resume from the checkpoint before it",
-                path.parent().unwrap_or(path).display()
-            )),
+            Error::NoCheckpoint { .. } => Some("start the run again with `--overwrite-output` in place of `--resume`".to_owned()),
+            Error::Missing { path } | Error::Corrupt { path, .. } | Error::NotF32 { path, .. } => {
+                Some(format!(
+                    "delete `{}` to resume from the checkpoint before it",
+                    path.parent().unwrap_or(path).display()
+                ))
+            }
             Error::Json { .. } => Some("the file was edited or is not one of qpeft's".to_owned()),
             Error::Version { .. } => Some("use the version of qpeft that wrote it".to_owned()),
             Error::OtherConfig { .. } => {
@@ -126,7 +155,18 @@ impl Error {
             Error::OtherBase { .. } => {
                 Some("give the same `--model`, or start a new run in another `--output`".to_owned())
             }
+            Error::NotFinite { .. } => Some(
+                "lower `--learning-rate` or `--max-grad-norm`, warm up longer with `--warmup-steps`, and look for broken examples in the data".to_owned(),
+            ),
+            Error::Data(e) => e.hint(),
+            Error::Pipeline(e) => e.hint(),
             Error::Format(e) => e.hint(),
         }
+    }
+}
+
+impl From<qpeft_kernels::Error> for Error {
+    fn from(error: qpeft_kernels::Error) -> Error {
+        Error::Pipeline(error.into())
     }
 }

@@ -9,21 +9,11 @@ use serde::{Deserialize, Serialize};
 
 use super::config::TrainConfig;
 use super::error::{Error, Result};
-
-/// Name of the file in the folder of a run.
-pub const FILE_NAME: &str = "qpeft.json";
+use crate::adapters::folder::RUN_FILE;
+use crate::adapters::staged::FileId;
 
 /// The layout that this version writes.
 const LAYOUT: u32 = 1;
-
-/// A file that a run used, by name and content.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UsedFile {
-    /// Name without the folder: paths differ between machines.
-    pub name: String,
-    /// `blake3:` and 64 hexadecimal digits.
-    pub fingerprint: String,
-}
 
 /// The content of `qpeft.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -33,16 +23,16 @@ pub struct RunFile {
     /// Version of qpeft that wrote it.
     pub qpeft_version: String,
     /// The base model.
-    pub base: UsedFile,
+    pub base: FileId,
     /// Training data, then evaluation data if it is a file of its own.
-    pub data: Vec<UsedFile>,
+    pub data: Vec<FileId>,
     /// The settings.
     pub config: TrainConfig,
 }
 
 impl RunFile {
     /// What this version writes for a run.
-    pub fn new(base: UsedFile, data: Vec<UsedFile>, config: TrainConfig) -> RunFile {
+    pub fn new(base: FileId, data: Vec<FileId>, config: TrainConfig) -> RunFile {
         RunFile { layout: LAYOUT, qpeft_version: env!("CARGO_PKG_VERSION").to_owned(), base, data, config }
     }
 
@@ -51,8 +41,9 @@ impl RunFile {
     /// # Errors
     /// The folder is missing or read-only, or the disk is full.
     pub fn write(&self, run: &Path) -> Result<()> {
-        let path = run.join(FILE_NAME);
-        let mut text = serde_json::to_vec_pretty(self).map_err(|source| Error::Json { path: path.clone(), source })?;
+        let path = run.join(RUN_FILE);
+        let mut text =
+            serde_json::to_vec_pretty(self).map_err(|source| Error::Json { path: path.clone(), source })?;
         text.push(b'\n');
         Ok(qpeft_formats::file::write_atomic(&path, &text)?)
     }
@@ -62,7 +53,7 @@ impl RunFile {
     /// # Errors
     /// The file cannot be read, has another layout, or lacks a field.
     pub fn read(run: &Path) -> Result<Option<RunFile>> {
-        let path = run.join(FILE_NAME);
+        let path = run.join(RUN_FILE);
         let text = match std::fs::read(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -81,11 +72,7 @@ pub(super) fn read_layout(path: &Path, text: &[u8], expected: u32) -> Result<()>
     }
     let Layout { layout: found } =
         serde_json::from_slice(text).map_err(|source| Error::Json { path: path.to_owned(), source })?;
-    if found == expected {
-        Ok(())
-    } else {
-        Err(Error::Version { path: path.to_owned(), expected, found })
-    }
+    if found == expected { Ok(()) } else { Err(Error::Version { path: path.to_owned(), expected, found }) }
 }
 
 #[cfg(test)]
@@ -94,7 +81,7 @@ mod tests {
     use crate::train::config::tests::example;
 
     fn file() -> RunFile {
-        let used = |name: &str| UsedFile { name: name.into(), fingerprint: format!("blake3:{name}") };
+        let used = |name: &str| FileId { name: name.into(), fingerprint: format!("blake3:{name}") };
         RunFile::new(used("base.gguf"), vec![used("chat.jsonl")], example())
     }
 
@@ -110,7 +97,7 @@ mod tests {
     #[test]
     fn another_layout_and_a_broken_file_are_refused_by_path() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(FILE_NAME);
+        let path = dir.path().join(RUN_FILE);
         let refused = |text: &str| {
             std::fs::write(&path, text).unwrap();
             RunFile::read(dir.path()).unwrap_err()
@@ -118,7 +105,7 @@ mod tests {
         assert!(matches!(refused(r#"{"layout": 2}"#), Error::Version { expected: 1, found: 2, .. }));
         assert!(matches!(refused(r#"{"layout": 1}"#), Error::Json { .. }));
         assert!(matches!(refused("{"), Error::Json { .. }));
-        assert!(refused("[]").to_string().contains(FILE_NAME));
+        assert!(refused("[]").to_string().contains(RUN_FILE));
     }
 
     #[test]

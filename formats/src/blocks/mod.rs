@@ -1,6 +1,6 @@
 //! Block codecs: bytes of one row <-> f32, bit-identical to llama.cpp's reference on x86-64.
 //!
-//! A codec is one implementation of [`Block`], in a file of its own that opens with a byte map. The
+//! A codec is one implementation of `Block`, in a file of its own that opens with a byte map. The
 //! macro `with_codec!` below is the only list of them. Operations are written in the order of the
 //! reference; Rust never fuses or reassociates them, so every instruction set gives the same bits.
 #![expect(
@@ -68,8 +68,8 @@ pub fn dequantize_row(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) {
 
 /// Quantizes one row; `bytes` receives `row.len() / block_len` blocks.
 ///
-/// NaN and infinities give blocks without meaning (see [`check_finite`]); so do finite values whose
-/// block scale is beyond 65504 in the types with an f16 scale. The reference does the same.
+/// NaN and infinities give blocks without meaning (see [`check_finite`]). A finite block whose scale
+/// is beyond 65504 gets an infinite f16 scale, as in the reference.
 ///
 /// # Panics
 /// The lengths do not belong together; callers take both from [`GgmlType::row_bytes`].
@@ -135,3 +135,5 @@ const fn assert_sizes<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize
 
 #[cfg(test)]
 mod golden;
+#[cfg(test)]
+mod properties;

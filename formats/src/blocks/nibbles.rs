@@ -50,29 +50,65 @@ pub(super) fn pack5(q: &[u8; 32]) -> ([u8; 4], [u8; 16]) {
 /// The element of largest magnitude, with its sign; the first of several, 0 if none compares.
 #[inline(always)]
 pub(super) fn extreme(x: &[f32; 32]) -> f32 {
-    let (mut largest, mut value) = (0.0, 0.0);
-    for &v in x {
-        if largest < v.abs() {
-            largest = v.abs();
-            value = v;
+    let mut lanes = [0.0; 8];
+    for x in x.as_chunks::<8>().0 {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *lane = if *lane < x.abs() { x.abs() } else { *lane };
         }
     }
-    value
+    let largest = lanes.into_iter().fold(0.0, |a, b| if a < b { b } else { a });
+    if largest == 0.0 { 0.0 } else { first(x, |x| x.abs() == largest) }
 }
 
-/// Smallest and largest element.
+/// Smallest and largest element; the first of several, which matters for the sign of a zero.
 #[inline(always)]
 pub(super) fn min_max(x: &[f32; 32]) -> (f32, f32) {
-    let (mut min, mut max) = (f32::MAX, -f32::MAX);
-    for &v in x {
-        min = if v < min { v } else { min };
-        max = if v > max { v } else { max };
+    let (mut mins, mut maxs) = ([f32::MAX; 8], [-f32::MAX; 8]);
+    for x in x.as_chunks::<8>().0 {
+        for l in 0..8 {
+            mins[l] = if x[l] < mins[l] { x[l] } else { mins[l] };
+            maxs[l] = if x[l] > maxs[l] { x[l] } else { maxs[l] };
+        }
     }
-    (min, max)
+    let min = mins.into_iter().fold(f32::MAX, |a, b| if b < a { b } else { a });
+    let max = maxs.into_iter().fold(-f32::MAX, |a, b| if b > a { b } else { a });
+    let with_sign = |v: f32| if v == 0.0 { first(x, |x| x == 0.0) } else { v };
+    (with_sign(min), with_sign(max))
+}
+
+/// The first element with a property, or 0.
+#[inline(always)]
+fn first(x: &[f32; 32], property: impl Fn(f32) -> bool) -> f32 {
+    x.iter().copied().find(|x| property(*x)).unwrap_or(0.0)
 }
 
 /// `1 / d`, or 0 for a block without spread.
 #[inline(always)]
 pub(super) fn inverse(d: f32) -> f32 {
     if d == 0.0 { 0.0 } else { 1.0 / d }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packing_is_the_inverse_of_unpacking() {
+        let q: [u8; 32] = std::array::from_fn(|i| (i * 7 % 32) as u8);
+        let (qh, qs) = pack5(&q);
+        assert_eq!(unpack5(qh, &qs), q);
+        assert_eq!(unpack4(&pack4(&q)), q.map(|q| q & 0x0f));
+    }
+
+    #[test]
+    fn the_first_of_equal_elements_decides_the_sign() {
+        let mut x = [0.5; 32];
+        (x[20], x[9]) = (2.0, -2.0);
+        assert_eq!(extreme(&x), -2.0);
+        (x[3], x[7]) = (-0.0, 0.0);
+        (x[20], x[9]) = (1.0, 1.0);
+        assert_eq!(min_max(&x).0.to_bits(), (-0.0f32).to_bits());
+        // Of zeros alone the extreme is +0: no element exceeds the zero that the search starts from.
+        assert_eq!(extreme(&[-0.0; 32]).to_bits(), 0);
+    }
 }

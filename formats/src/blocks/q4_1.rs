@@ -8,7 +8,7 @@
 
 use super::half::{f32_to_f16, read_f16};
 use super::nibbles::{inverse, min_max, pack4, unpack4};
-use super::rounding::truncate;
+use super::rounding::truncate_small;
 use super::{Block, field};
 use crate::dtype::GgmlType;
 
@@ -32,7 +32,7 @@ impl Block<20, 32> for Q4_1 {
         let (min, max) = min_max(x);
         let d = (max - min) / 15.0;
         let id = inverse(d);
-        let q = x.map(|x| (truncate((x - min) * id + 0.5) as i8).min(15) as u8);
+        let q = x.map(|x| truncate_small((x - min) * id + 0.5).min(15));
         block[0..2].copy_from_slice(&f32_to_f16(d).to_le_bytes());
         block[2..4].copy_from_slice(&f32_to_f16(min).to_le_bytes());
         block[4..20].copy_from_slice(&pack4(&q));

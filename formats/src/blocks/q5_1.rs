@@ -9,7 +9,7 @@
 
 use super::half::{f32_to_f16, read_f16};
 use super::nibbles::{inverse, min_max, pack5, unpack5};
-use super::rounding::truncate;
+use super::rounding::truncate_small;
 use super::{Block, field};
 use crate::dtype::GgmlType;
 
@@ -33,7 +33,7 @@ impl Block<24, 32> for Q5_1 {
         let (min, max) = min_max(x);
         let d = (max - min) / 31.0;
         let id = inverse(d);
-        let q = x.map(|x| truncate((x - min) * id + 0.5) as u8);
+        let q = x.map(|x| truncate_small((x - min) * id + 0.5));
         let (qh, qs) = pack5(&q);
         block[0..2].copy_from_slice(&f32_to_f16(d).to_le_bytes());
         block[2..4].copy_from_slice(&f32_to_f16(min).to_le_bytes());

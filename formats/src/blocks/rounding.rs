@@ -3,6 +3,15 @@
 //! The reference relies on C casts whose result C leaves open for infinities and NaN; x86-64 gives
 //! the smallest i32. They occur for finite weights: a subnormal scale has an infinite inverse.
 
+/// A C cast to an 8-bit integer of `x` in 0..2^22, without the slow path of `as`; 0 if infinite.
+#[inline(always)]
+pub(super) fn truncate_small(x: f32) -> u8 {
+    const MAGIC: f32 = 8_388_608.0;
+    let shifted = x + MAGIC;
+    let rounded_up = shifted - MAGIC > x;
+    (shifted.to_bits() as u8).wrapping_sub(u8::from(rounded_up))
+}
+
 /// A C cast of `x` to int: towards zero; `i32::MIN` if out of range or NaN.
 #[inline(always)]
 pub(super) fn truncate(x: f32) -> i32 {
@@ -38,6 +47,19 @@ mod tests {
             assert_eq!(truncate(x), i32::MIN);
             assert_eq!(round_half_away(x), i32::MIN);
         }
+    }
+
+    #[test]
+    fn small_numbers_are_truncated_like_any() {
+        for i in 0..=63 * 1024 {
+            let x = i as f32 / 1024.0;
+            for x in [x.next_down().max(0.0), x, x.next_up()] {
+                assert_eq!(i32::from(truncate_small(x)), truncate(x), "{x}");
+            }
+        }
+        assert_eq!(truncate_small(f32::INFINITY), 0);
+        assert_eq!(truncate_small(f32::NEG_INFINITY), 0);
+        assert_eq!(truncate_small(0.0 * f32::INFINITY), 0);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 mod check;
 pub mod layout;
+pub mod names;
 mod read;
 pub mod tensor_type;
 pub mod value;
@@ -165,6 +166,3 @@ impl GgufFile {
         file::fingerprint(&self.path)
     }
 }
-
-#[cfg(test)]
-mod tests;

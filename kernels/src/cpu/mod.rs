@@ -7,7 +7,10 @@
 pub mod gemm;
 pub mod math;
 pub(crate) mod rows;
-pub mod scratch;
+
+pub(crate) mod scratch;
+pub(crate) mod shared;
+pub(crate) mod tile;
 
 /// The instruction sets that loops are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

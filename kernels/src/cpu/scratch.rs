@@ -11,7 +11,7 @@ thread_local! {
 /// Runs `work` with `len` f32 of unspecified content.
 ///
 /// A nested call gets a buffer of its own, which is dropped again.
-pub fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     let mut buffer = BUFFER.take();
     if buffer.len() < len {
         buffer.resize(len, 0.0);

@@ -7,9 +7,14 @@
 //! The law of accumulation: gradients of parameters are added to (`+=`), gradients of activations are
 //! overwritten (`=`), except where an op says `Accumulates`.
 
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod dropout;
 pub mod embedding;
 pub mod fold;
 pub mod gather;
+pub mod global_norm;
 pub mod low_rank;
 pub mod quant_linear;
 pub mod residual;

@@ -18,7 +18,10 @@ pub enum TokenizerError {
     UnknownModel { found: String },
     #[error("key `tokenizer.ggml.pre`: unknown pre-tokenizer `{found}`, known are {}", pre::names())]
     UnknownPre { found: String },
-    #[error("key `tokenizer.ggml.pre` is missing: the file does not say how text is split, known ways are {}", pre::names())]
+    #[error(
+        "key `tokenizer.ggml.pre` is missing: the file does not say how text is split, known ways are {}",
+        pre::names()
+    )]
     MissingPre,
     #[error("key `tokenizer.ggml.tokens`: the vocabulary is empty")]
     EmptyVocabulary,
@@ -26,7 +29,9 @@ pub enum TokenizerError {
     MissingKey { key: &'static str },
     #[error("key `{key}`: expected {expected} entries, one per token, found {found}")]
     Length { key: &'static str, expected: usize, found: usize },
-    #[error("key `tokenizer.ggml.merges`: merge {index} is `{merge}`, expected two tokens with a space between")]
+    #[error(
+        "key `tokenizer.ggml.merges`: merge {index} is `{merge}`, expected two tokens with a space between"
+    )]
     MergeForm { index: usize, merge: String },
     #[error("{place}: merge {index} names `{token}`, which is not in the vocabulary")]
     MergeToken { place: String, index: usize, token: String },

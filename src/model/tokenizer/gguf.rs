@@ -77,8 +77,8 @@ impl Fields {
             model: metadata.require_str("tokenizer.ggml.model")?.to_owned(),
             pre: metadata.str("tokenizer.ggml.pre")?.map(str::to_owned),
             tokens: metadata.require_strings("tokenizer.ggml.tokens")?.to_vec(),
-            token_types: metadata.i32s("tokenizer.ggml.token_type")?.map(|v| v.to_vec()),
-            scores: metadata.f32s("tokenizer.ggml.scores")?.map(|v| v.to_vec()),
+            token_types: metadata.i32s("tokenizer.ggml.token_type")?,
+            scores: metadata.f32s("tokenizer.ggml.scores")?,
             merges: metadata.strings("tokenizer.ggml.merges")?.map(<[String]>::to_vec),
             add_bos: metadata.bool("tokenizer.ggml.add_bos_token")?,
             add_eos: metadata.bool("tokenizer.ggml.add_eos_token")?,
@@ -156,8 +156,7 @@ pub(super) fn build(fields: Fields) -> Result<Parts> {
     let specials = specials.resolve(|text| vocab.id(text), vocab.len())?;
 
     let (merging, add_bos_default) = if is_spm {
-        let scores =
-            fields.scores.ok_or(TokenizerError::MissingKey { key: "tokenizer.ggml.scores" })?;
+        let scores = fields.scores.ok_or(TokenizerError::MissingKey { key: "tokenizer.ggml.scores" })?;
         let unknown = unknown.or_else(|| vocab.first_of(Kind::Unknown));
         let pieces = spm::Spm::new(&vocab, scores, unknown)?;
         (Merging::Spm { pieces, add_space_prefix: fields.add_space_prefix.unwrap_or(true) }, true)

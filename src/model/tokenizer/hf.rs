@@ -38,7 +38,8 @@ pub(super) fn read(path: &Path) -> Result<Parts> {
     let engine = HfTokenizer { parsing, plain: OnceLock::new(), vocab_size };
 
     let config_path = path.with_file_name("tokenizer_config.json");
-    let config = if config_path.is_file() { parse(&config_path, &read_file(&config_path)?)? } else { Value::Null };
+    let config =
+        if config_path.is_file() { parse(&config_path, &read_file(&config_path)?)? } else { Value::Null };
     let template_path = path.with_file_name("chat_template.jinja");
     let chat_template = if template_path.is_file() {
         let text = String::from_utf8(read_file(&template_path)?);
@@ -132,7 +133,8 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<Value> {
 
 /// The library indexes by the result of a merge without asking whether it exists, so ask first.
 fn check_merges(path: &Path, json: &Value) -> Result<()> {
-    let (Some(vocab), Some(merges)) = (json["model"]["vocab"].as_object(), json["model"]["merges"].as_array())
+    let (Some(vocab), Some(merges)) =
+        (json["model"]["vocab"].as_object(), json["model"]["merges"].as_array())
     else {
         return Ok(());
     };

@@ -144,7 +144,8 @@ impl Spm {
 
 /// Appends the bytes that a piece stands for.
 pub(super) fn token_bytes(kind: Kind, token: &str, out: &mut Vec<u8>) {
-    let byte = || token.strip_prefix("<0x")?.strip_suffix('>').and_then(|hex| u8::from_str_radix(hex, 16).ok());
+    let byte =
+        || token.strip_prefix("<0x")?.strip_suffix('>').and_then(|hex| u8::from_str_radix(hex, 16).ok());
     match (kind, byte()) {
         (Kind::Byte, Some(byte)) => out.push(byte),
         _ => out.extend_from_slice(token.replace(SPACE, " ").as_bytes()),

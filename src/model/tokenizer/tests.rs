@@ -64,8 +64,12 @@ fn every_golden_string_of_the_tiny_models_has_the_ids_of_llama_cpp() {
 #[test]
 fn a_tokenizer_json_gives_the_ids_of_the_gguf() {
     let (hf, gguf) = (Tokenizer::from_hf_dir(&testdata("tiny-llama")).unwrap(), vocabulary("tiny-llama"));
-    let mut texts: Vec<String> =
-        json("strings.json")["strings"].as_array().unwrap().iter().map(|s| s["text"].as_str().unwrap().into()).collect();
+    let mut texts: Vec<String> = json("strings.json")["strings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|s| s["text"].as_str().unwrap().into())
+        .collect();
     texts.push("<|im_start|>user\nHi<|im_end|>\n".into());
     for text in &texts {
         assert_eq!(hf.encode(text, true).unwrap(), gguf.encode(text, true).unwrap(), "{text:?}");
@@ -193,9 +197,15 @@ fn pre_tokenizers_split_as_their_patterns_say() {
     };
     let text = "I'LL pay 12345 €!\n\n  ok";
     assert_eq!(pieces("gpt-2", text), ["I", "'", "LL", " pay", " 12345", " €!", "\n\n ", " ok"]);
-    assert_eq!(pieces("smollm", text), ["I", "'", "LL", " pay", " ", "1", "2", "3", "4", "5", " €!", "\n\n ", " ok"]);
+    assert_eq!(
+        pieces("smollm", text),
+        ["I", "'", "LL", " pay", " ", "1", "2", "3", "4", "5", " €!", "\n\n ", " ok"]
+    );
     assert_eq!(pieces("llama-bpe", text), ["I", "'LL", " pay", " ", "123", "45", " €!\n\n", " ", " ok"]);
-    assert_eq!(pieces("qwen2", text), ["I", "'LL", " pay", " ", "1", "2", "3", "4", "5", " €!\n\n", " ", " ok"]);
+    assert_eq!(
+        pieces("qwen2", text),
+        ["I", "'LL", " pay", " ", "1", "2", "3", "4", "5", " €!\n\n", " ", " ok"]
+    );
 }
 
 #[test]
@@ -213,24 +223,36 @@ fn an_unknown_or_missing_pre_tokenizer_is_refused_with_a_way_out() {
 #[test]
 fn a_damaged_vocabulary_is_refused() {
     type E = TokenizerError;
+    type Case = (Fields, fn(&E) -> bool);
     let token = "long".repeat(20);
-    let cases: Vec<(Fields, fn(&E) -> bool)> = vec![
+    let cases: Vec<Case> = vec![
         (Fields { tokens: vec![], token_types: None, ..small() }, |e| matches!(e, E::EmptyVocabulary)),
-        (Fields { token_types: Some(vec![1]), ..small() }, |e| matches!(e, E::Length { expected: 6, found: 1, .. })),
+        (Fields { token_types: Some(vec![1]), ..small() }, |e| {
+            matches!(e, E::Length { expected: 6, found: 1, .. })
+        }),
         (Fields { merges: None, ..small() }, |e| matches!(e, E::MissingKey { key: "tokenizer.ggml.merges" })),
-        (Fields { merges: Some(vec!["ab".into()]), ..small() }, |e| matches!(e, E::MergeForm { index: 0, .. })),
-        (Fields { merges: Some(vec![String::new()]), ..small() }, |e| matches!(e, E::MergeForm { index: 0, .. })),
-        (Fields { merges: Some(vec![format!("a {token}")]), ..small() }, |e| matches!(e, E::MergeToken { index: 0, .. })),
-        (Fields { merges: Some(vec!["b a".into()]), ..small() }, |e| matches!(e, E::MergeToken { token, .. } if token == "ba")),
+        (Fields { merges: Some(vec!["ab".into()]), ..small() }, |e| {
+            matches!(e, E::MergeForm { index: 0, .. })
+        }),
+        (Fields { merges: Some(vec![String::new()]), ..small() }, |e| {
+            matches!(e, E::MergeForm { index: 0, .. })
+        }),
+        (Fields { merges: Some(vec![format!("a {token}")]), ..small() }, |e| {
+            matches!(e, E::MergeToken { index: 0, .. })
+        }),
         (
-            Fields { specials: SpecialFields { eos: Some(6), ..Default::default() }, ..small() },
-            |e| matches!(e, E::SpecialId { id: 6, vocab_size: 6, .. }),
+            Fields { merges: Some(vec!["b a".into()]), ..small() },
+            |e| matches!(e, E::MergeToken { token, .. } if token == "ba"),
         ),
-        (Fields { model: "llama".into(), ..small() }, |e| matches!(e, E::MissingKey { key: "tokenizer.ggml.scores" })),
-        (
-            Fields { model: "llama".into(), scores: Some(vec![0.0]), ..small() },
-            |e| matches!(e, E::Length { key: "tokenizer.ggml.scores", .. }),
-        ),
+        (Fields { specials: SpecialFields { eos: Some(6), ..Default::default() }, ..small() }, |e| {
+            matches!(e, E::SpecialId { id: 6, vocab_size: 6, .. })
+        }),
+        (Fields { model: "llama".into(), ..small() }, |e| {
+            matches!(e, E::MissingKey { key: "tokenizer.ggml.scores" })
+        }),
+        (Fields { model: "llama".into(), scores: Some(vec![0.0]), ..small() }, |e| {
+            matches!(e, E::Length { key: "tokenizer.ggml.scores", .. })
+        }),
     ];
     for (i, (fields, expected)) in cases.into_iter().enumerate() {
         let e = refusal(fields);

@@ -1,0 +1,107 @@
+//! What several commands start with: threads, a device, a model with or without its adapter.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use qpeft_kernels::Device;
+
+use super::args::{ComputeArgs, DataArgs, ModelArgs};
+use super::report::Usage;
+use crate::adapters::AdapterFolder;
+use crate::model::tokenizer::Tokenizer;
+use crate::model::{Base, Decoder, Parameters};
+use crate::train::data::DataOptions;
+
+/// Sets the number of threads and opens the device.
+///
+/// # Errors
+/// The device is not there, or has no ops in this version.
+pub fn open_device(args: &ComputeArgs) -> anyhow::Result<Device> {
+    if let Some(threads) = args.threads {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build_global()
+            .with_context(|| format!("cannot start {threads} threads"))?;
+    }
+    let device = Device::open(&args.device)?;
+    if !device.has_ops() {
+        return Err(Usage::new(format!("`--device {}`: the ops of this version run on the CPU only", args.device))
+            .hint("run with `--device cpu`")
+            .into());
+    }
+    Ok(device)
+}
+
+/// A model in memory, ready to run.
+#[derive(Debug)]
+pub struct Session {
+    /// The base that is loaded: the named one, or the residual of a PiSSA run.
+    pub base: Base,
+    /// The decoder with its adapters.
+    pub decoder: Decoder,
+    /// The adapters' values; none without an adapter.
+    pub params: Parameters,
+    /// The tokenizer of the model, or the one that was given.
+    pub tokenizer: Tokenizer,
+}
+
+impl Session {
+    /// Opens a model and, if given, an adapter on it.
+    ///
+    /// # Errors
+    /// A file is refused, or the adapter belongs to other weights.
+    pub fn open(args: &ModelArgs, device: &Device) -> anyhow::Result<Session> {
+        let named = Base::open(&args.model)?;
+        let tokenizer = match &args.tokenizer {
+            Some(path) => Tokenizer::from_file(path)?,
+            None => named.tokenizer()?,
+        };
+        let (base, decoder, params) = open_adapted(named, args.adapter.as_deref(), device)?;
+        Ok(Session { base, decoder, params, tokenizer })
+    }
+}
+
+/// A decoder on `named` or on the base that the adapter asks for, with the adapter mounted.
+///
+/// # Errors
+/// A file is refused, or the adapter belongs to other weights.
+pub fn open_adapted(
+    named: Base,
+    adapter: Option<&Path>,
+    device: &Device,
+) -> anyhow::Result<(Base, Decoder, Parameters)> {
+    let Some(dir) = adapter else {
+        let decoder = Decoder::load(&named, device)?;
+        let params = Parameters::none(device)?;
+        return Ok((named, decoder, params));
+    };
+    let folder = AdapterFolder::open(dir)?;
+    let base = folder.resolve(named)?;
+    let mut decoder = Decoder::load(&base, device)?;
+    let params = folder.mount(&mut decoder)?;
+    Ok((base, decoder, params))
+}
+
+impl From<&DataArgs> for DataOptions {
+    fn from(args: &DataArgs) -> DataOptions {
+        DataOptions {
+            max_seq_length: args.max_seq_length,
+            prompt_field: args.prompt_field.clone(),
+            completion_field: args.completion_field.clone(),
+            train_on_prompt: args.train_on_prompt,
+            use_chat_template: !args.no_chat_template,
+        }
+    }
+}
+
+/// Refuses to write where something is, unless it may be replaced.
+///
+/// # Errors
+/// [`Usage`] naming the path.
+pub fn refuse_existing(path: &PathBuf, overwrite: bool) -> Result<(), Usage> {
+    if overwrite || !path.exists() || path.read_dir().is_ok_and(|mut dir| dir.next().is_none()) {
+        return Ok(());
+    }
+    Err(Usage::new(format!("`--output {}` exists", path.display()))
+        .hint("give another path, or `--overwrite-output` to replace it"))
+}

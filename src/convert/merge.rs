@@ -1,0 +1,176 @@
+//! Base + adapter -> one GGUF, tensor by tensor.
+//!
+//! An adapted weight is dequantized, adapted in f32 and packed again; everything else is copied byte for
+//! byte unless another type is asked for. What packing took from the change is measured and returned.
+
+use std::path::Path;
+
+use qpeft_formats::gguf::{GgufFile, TensorInfo, Value};
+use qpeft_formats::{GgmlType, blocks};
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::model::layer::Slot;
+use crate::model::save::{Replacement, pack_rows, slot_of, write_gguf};
+use crate::model::{Base, Decoder, Linear, Parameters};
+
+/// What a merge did.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct MergeReport {
+    /// Adapted tensors.
+    pub merged: usize,
+    /// Other tensors that were packed anew, for another type.
+    pub converted: usize,
+    /// Tensors copied byte for byte.
+    pub copied: usize,
+    /// Tensors whose row length does not fit the asked type: name, asked, taken.
+    pub fallbacks: Vec<(String, GgmlType, GgmlType)>,
+    /// ‖change‖² of the adapted weights, against the dequantized base.
+    pub change: f64,
+    /// ‖stored - adapted‖² of the adapted weights.
+    pub lost: f64,
+}
+
+impl MergeReport {
+    /// ‖stored - adapted‖ / ‖change‖: below 1, more of the change arrives than packing adds as noise.
+    pub fn relative_loss(&self) -> f64 {
+        if self.change == 0.0 { 0.0 } else { (self.lost / self.change).sqrt() }
+    }
+}
+
+/// Writes the merged model of `base` and the adapters on `decoder` to `path`.
+///
+/// `quant`: the type of all matrices; without it every tensor keeps the base's.
+///
+/// # Errors
+/// The base is not a GGUF, a merged value is not finite, or the file cannot be written; nothing is left at
+/// `path` then.
+pub fn merge_to_gguf(
+    base: &Base,
+    decoder: &Decoder,
+    params: &Parameters,
+    quant: Option<GgmlType>,
+    path: &Path,
+    mut progress: impl FnMut(usize, usize),
+) -> Result<MergeReport> {
+    let Base::Gguf(file) = base else {
+        return Err(Error::refused(format!(
+            "`{}` is a Hugging Face folder; `--to gguf` needs a base that is a GGUF file",
+            base.path().display()
+        ))
+        .with_hint("convert the base to GGUF first, or load the adapter folder with PEFT"));
+    };
+    let values = params.values.read()?;
+    let mut report = MergeReport::default();
+    let mut metadata = file.metadata().clone();
+    if let Some(quant) = quant {
+        metadata.insert("general.file_type", Value::U32(quant.file_type()));
+    }
+    let dtype_of = |info: &TensorInfo| match quant {
+        Some(quant) if is_matrix(info) => Ok(fitting(quant, info.row_len())),
+        _ => Ok(info.dtype()?),
+    };
+    let (total, mut done) = (file.tensors().len(), 0);
+    write_gguf(file, path, &metadata, |_, info| dtype_of(info), |name, info| {
+        progress(done, total);
+        done += 1;
+        let dtype = dtype_of(info)?;
+        if let Some(quant) = quant.filter(|_| is_matrix(info))
+            && quant != dtype
+        {
+            report.fallbacks.push((info.name.clone(), quant, dtype));
+        }
+        let linear = name.and_then(slot_of).and_then(|(layer, slot)| adapted(decoder, layer, slot));
+        if let Some((linear, slot)) = linear {
+            report.merged += 1;
+            let heads = slot.permuted_heads(&decoder.config);
+            return merged_weight(linear, &values, dtype, heads, &info.name, &mut report).map(Some);
+        }
+        if dtype == info.dtype()? {
+            report.copied += 1;
+            return Ok(None);
+        }
+        report.converted += 1;
+        converted_weight(file, info, dtype).map(Some)
+    })?;
+    progress(total, total);
+    Ok(report)
+}
+
+/// The linear of a tensor, if it has an adapter.
+fn adapted(decoder: &Decoder, layer: usize, slot: Slot) -> Option<(&Linear, Slot)> {
+    let linear = &decoder.layers.get(layer)?.linears[slot as usize];
+    linear.adapter.is_some().then_some((linear, slot))
+}
+
+/// Only matrices are quantized; norms stay as they are.
+fn is_matrix(info: &TensorInfo) -> bool {
+    info.n_rows() > 1 && info.name.ends_with("weight")
+}
+
+/// The asked type, or where a row is not a whole number of its blocks, the one that llama.cpp falls back to.
+fn fitting(asked: GgmlType, row_len: usize) -> GgmlType {
+    let fits = |t: GgmlType| row_len.is_multiple_of(t.block_len());
+    let fallback = match asked {
+        GgmlType::Q4_K => GgmlType::Q5_0,
+        GgmlType::Q5_K => GgmlType::Q5_1,
+        GgmlType::Q6_K => GgmlType::Q8_0,
+        other => other,
+    };
+    [asked, fallback].into_iter().find(|&t| fits(t)).unwrap_or(GgmlType::F16)
+}
+
+/// One adapted weight: W' in f32 by row chunks, packed, with the loss of packing measured.
+fn merged_weight(
+    linear: &Linear,
+    values: &[f32],
+    dtype: GgmlType,
+    heads: Option<usize>,
+    name: &str,
+    report: &mut MergeReport,
+) -> Result<Replacement> {
+    const CHUNK: usize = 64;
+    let adapter = linear.adapter.as_ref().expect("only adapted linears are merged");
+    let cols = linear.weight.cols();
+    let row_bytes = dtype.row_bytes(cols)?;
+    let mut merged = vec![0.0; linear.weight.rows() * cols];
+    let errors: Vec<(f64, f64)> = merged
+        .par_chunks_mut(CHUNK * cols)
+        .enumerate()
+        .map(|(chunk, w)| {
+            let rows = chunk * CHUNK..chunk * CHUNK + w.len() / cols;
+            linear.weight.dequantize_rows(rows.clone(), w);
+            let before = w.to_vec();
+            adapter.merge(rows, w, values);
+            let (mut packed, mut stored) = (vec![0; row_bytes], vec![0.0; cols]);
+            let (mut change, mut lost) = (0.0, 0.0);
+            for (w, before) in w.chunks_exact(cols).zip(before.chunks_exact(cols)) {
+                blocks::quantize_row(dtype, w, &mut packed);
+                blocks::dequantize_row(dtype, &packed, &mut stored);
+                change += squared_distance(w, before);
+                lost += squared_distance(w, &stored);
+            }
+            (change, lost)
+        })
+        .collect();
+    for (change, lost) in errors {
+        report.change += change;
+        report.lost += lost;
+    }
+    pack_rows(&merged, cols, dtype, heads, name)
+}
+
+fn squared_distance(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum()
+}
+
+/// A tensor of the base in another type, rows in the order of the file.
+fn converted_weight(file: &GgufFile, info: &TensorInfo, dtype: GgmlType) -> Result<Replacement> {
+    let (from, bytes, cols) = (info.dtype()?, file.bytes(info), info.row_len());
+    let mut values = vec![0.0; info.n_rows() * cols];
+    values
+        .par_chunks_mut(cols)
+        .zip(bytes.par_chunks(from.row_bytes(cols)?))
+        .for_each(|(row, bytes)| blocks::dequantize_row(from, bytes, row));
+    pack_rows(&values, cols, dtype, None, &info.name)
+}

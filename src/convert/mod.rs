@@ -1,0 +1,4 @@
+//! From what was trained to what is served: merged models and other kinds of adapters.
+
+pub mod merge;
+pub mod pissa_to_lora;

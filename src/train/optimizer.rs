@@ -1,0 +1,93 @@
+//! AdamW over the flat parameter buffer: its two moments, the gradients, clipping.
+
+use qpeft_kernels::ops::adamw::{AdamW, adamw_update};
+use qpeft_kernels::ops::global_norm::{clip_factor, global_norm};
+use qpeft_kernels::{Device, Tensor, ViewMut};
+
+use crate::error::Result;
+use crate::model::Parameters;
+
+/// Gradients and moments, each flat like the parameters.
+#[derive(Debug)]
+pub struct Optimizer {
+    /// Constants of the update.
+    pub hyper: AdamW,
+    /// Largest allowed gradient norm; 0 switches clipping off.
+    pub max_grad_norm: f64,
+    /// Updates done: the bias correction counts them.
+    pub updates: u64,
+    /// Sum of the gradients of this step's micro-batches.
+    grads: Tensor,
+    /// Running mean of the gradients.
+    m: Tensor,
+    /// Running mean of their squares.
+    v: Tensor,
+}
+
+impl Optimizer {
+    /// Zero moments for `count` parameters.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn new(device: &Device, count: usize, hyper: AdamW, max_grad_norm: f64) -> Result<Optimizer> {
+        let zeros = || Tensor::zeros(device, 1, count);
+        Ok(Optimizer { hyper, max_grad_norm, updates: 0, grads: zeros()?, m: zeros()?, v: zeros()? })
+    }
+
+    /// The flat gradients, to add to.
+    pub fn grads(&mut self) -> ViewMut<'_> {
+        self.grads.view_mut()
+    }
+
+    /// The norm of the accumulated gradients, before clipping.
+    ///
+    /// # Errors
+    /// An op refuses.
+    pub fn grad_norm(&self) -> Result<f64> {
+        Ok(global_norm(self.grads.view())?)
+    }
+
+    /// Clips the gradients to the norm, updates the parameters, and empties the gradients.
+    ///
+    /// # Errors
+    /// An op refuses.
+    pub fn step(&mut self, params: &mut Parameters, learning_rate: f64, grad_norm: f64) -> Result<()> {
+        self.updates += 1;
+        let clip = if self.max_grad_norm > 0.0 { clip_factor(grad_norm, self.max_grad_norm) } else { 1.0 };
+        adamw_update(
+            params.values.view_mut(),
+            self.m.view_mut(),
+            self.v.view_mut(),
+            self.grads.view(),
+            &self.hyper,
+            learning_rate as f32,
+            self.updates,
+            clip,
+        )?;
+        Ok(self.grads.view_mut().zero("adamw")?)
+    }
+
+    /// The moments (m, v) in host memory, for a checkpoint.
+    ///
+    /// # Errors
+    /// The device refuses to be read.
+    pub fn moments(&self) -> Result<(Vec<f32>, Vec<f32>)> {
+        Ok((self.m.read()?, self.v.read()?))
+    }
+
+    /// Takes the moments of a checkpoint.
+    ///
+    /// # Errors
+    /// Their number differs from that of the parameters.
+    pub fn restore(&mut self, m: &[f32], v: &[f32], updates: u64) -> Result<()> {
+        self.m.write(m)?;
+        self.v.write(v)?;
+        self.updates = updates;
+        Ok(())
+    }
+
+    /// Bytes of gradients and moments.
+    pub fn bytes(&self) -> usize {
+        3 * self.grads.len() * size_of::<f32>()
+    }
+}

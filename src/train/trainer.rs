@@ -1,0 +1,549 @@
+//! The training loop: the only place where time passes.
+//!
+//! A step is `gradient_accumulation_steps` micro-batches, one clipped AdamW update, and one refresh of
+//! what adapters derive from their parameters. Whoever watches implements [`Observer`].
+
+use std::path::Path;
+use std::time::Instant;
+
+use qpeft_formats::peft::{InitLoraWeights, PeftAdapter, PeftConfig};
+use qpeft_kernels::Device;
+use qpeft_kernels::ops::adamw::AdamW;
+use qpeft_kernels::rng::RngKey;
+use qpeft_kernels::svd::SvdOptions;
+
+use super::checkpoint::{self, Checkpoint, State};
+use super::config::TrainConfig;
+use super::data::{self, Dataset, EvalSize, Sampler};
+use super::error::{Error, Result};
+use super::log::{EvalRecord, LogWriter, StepRecord};
+use super::optimizer::Optimizer;
+use super::run_files::RunFile;
+use super::schedule::{Schedule, warmup_steps};
+use crate::adapters::staged::{self, FileId, Manifest, Settings};
+use crate::adapters::{self, AdapterFolder, folder};
+use crate::model::tokenizer::Tokenizer;
+use crate::model::{Base, Batch, Buffers, Decoder, Keep, Loss, Parameters, Pass};
+
+/// What is about to be trained, said before the first step.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Base file or folder.
+    pub base: String,
+    /// Type of most of its weights.
+    pub base_type: String,
+    /// `dora (r 16, alpha 32, ...)`.
+    pub method: String,
+    /// Adapted linears.
+    pub targets: usize,
+    /// Names of the targeted modules.
+    pub target_names: Vec<String>,
+    /// Trained scalars.
+    pub trainable: usize,
+    /// Scalars of base and adapter.
+    pub total: usize,
+    /// Bytes of the packed base, of activations and gradients, of the optimizer.
+    pub memory: [(&'static str, usize); 3],
+    /// Training and evaluation examples.
+    pub examples: (usize, usize),
+    /// Examples cut at the maximum length, and examples left out.
+    pub cut: (usize, usize),
+    /// Share of the first example's tokens that carry no loss.
+    pub masked_share: f32,
+    /// Tokens of the first example.
+    pub first_tokens: usize,
+    /// Optimizer steps.
+    pub total_steps: u64,
+    /// Examples per step.
+    pub examples_per_step: usize,
+    /// First step of this process, if resumed: one more than the steps done.
+    pub resumed_at: Option<u64>,
+    /// Threads or device.
+    pub device: String,
+    /// The staged init, if there is one.
+    pub staged: Option<Manifest>,
+}
+
+/// Somebody who watches a run.
+pub trait Observer {
+    /// A phase before the first step: what, done, total.
+    fn phase(&mut self, what: &str, done: usize, total: usize);
+    /// Something to know that does not stop the run.
+    fn warn(&mut self, text: &str);
+    /// Everything is ready.
+    fn plan(&mut self, plan: &Plan);
+    /// An optimizer step is done.
+    fn step(&mut self, record: &StepRecord, total_steps: u64);
+    /// An evaluation is done.
+    fn eval(&mut self, record: &EvalRecord);
+    /// A checkpoint is written.
+    fn saved(&mut self, path: &Path);
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// Steps done in total.
+    pub steps: u64,
+    /// Loss of the last step.
+    pub last_loss: f64,
+    /// Loss on the evaluation data before the first and after the last step.
+    pub eval: Option<(f64, f64)>,
+    /// Seconds of this process's steps.
+    pub seconds: f64,
+}
+
+/// Streams of the run's random numbers; linears use the numbers below `1 << 20` of their own.
+const SVD_STREAM: u64 = 1 << 40;
+
+/// Trains as `config` says and writes the run into `config.output`.
+///
+/// # Errors
+/// The base, the data, the adapter or the output folder is refused, or the loss stops being finite.
+pub fn train(config: &TrainConfig, device: &Device, resume: bool, observer: &mut dyn Observer) -> Result<Outcome> {
+    let mut run = Run::prepare(config, device, resume, observer)?;
+    run.train(observer)
+}
+
+/// The pieces of a run in progress.
+struct Run<'a> {
+    config: &'a TrainConfig,
+    decoder: Decoder,
+    params: Parameters,
+    peft: PeftConfig,
+    optimizer: Optimizer,
+    buffers: Buffers,
+    data: Dataset,
+    eval_data: Option<Dataset>,
+    sampler: Sampler,
+    schedule: Schedule,
+    state: State,
+    log: LogWriter,
+}
+
+impl<'a> Run<'a> {
+    fn prepare(
+        config: &'a TrainConfig,
+        device: &Device,
+        resume: bool,
+        observer: &mut dyn Observer,
+    ) -> Result<Run<'a>> {
+        // The cheapest refusal first: an output folder that cannot be written.
+        std::fs::create_dir_all(&config.output).map_err(|e| Error::io("create", &config.output, e))?;
+        let checkpoint = if resume { Some(checkpoint::load(&checkpoint::latest(&config.output)?)?) } else { None };
+
+        observer.phase("open model", 0, 0);
+        let model = Base::open(&config.model)?;
+        let base_id = FileId::of(&model)?;
+        let tokenizer = match &config.tokenizer {
+            Some(path) => Tokenizer::from_file(path).map_err(crate::Error::from)?,
+            None => model.tokenizer()?,
+        };
+        let (data, eval_data) = load_data(config, &tokenizer, observer)?;
+
+        let init = config.init_adapter.as_deref().map(AdapterFolder::open).transpose()?;
+        let start = Start { config, device, model, init: init.as_ref(), resume };
+        let (decoder, mut params, peft, manifest, base) = start.adapt(observer)?;
+
+        let hyper = AdamW {
+            beta1: config.adam_beta1 as f32,
+            beta2: config.adam_beta2 as f32,
+            eps: config.adam_epsilon as f32,
+            weight_decay: config.weight_decay as f32,
+        };
+        let mut optimizer = Optimizer::new(device, params.count(), hyper, config.max_grad_norm)?;
+        let longest = |d: &Dataset| d.examples.iter().map(|e| e.input_ids.len()).max().unwrap_or(0);
+        let capacity = config.batch_size * longest(&data).max(eval_data.as_ref().map_or(0, longest));
+        let keep = if config.gradient_checkpointing { Keep::LayerInputs } else { Keep::Everything };
+        let mut decoder = decoder;
+        let buffers = Buffers::new(&decoder, capacity, keep)?;
+
+        let per_step = config.batch_size * config.gradient_accumulation_steps;
+        let examples = (config.num_train_epochs * data.examples.len() as f64).round().max(1.0) as u64;
+        let total_steps = config.max_steps.unwrap_or(examples.div_ceil(per_step as u64));
+        let schedule = Schedule {
+            kind: config.lr_scheduler_type,
+            peak: config.learning_rate,
+            warmup_steps: warmup_steps(config.warmup_steps, config.warmup_ratio, total_steps),
+            total_steps,
+        };
+        let mut sampler = Sampler::new(data.examples.len(), config.seed, !config.no_shuffle);
+        let mut state = State {
+            seed: config.seed,
+            config: config.binding(),
+            data_hash: data.hash.clone(),
+            base_fingerprint: base_id.fingerprint.clone(),
+            ..State::default()
+        };
+        if let Some(checkpoint) = checkpoint {
+            checkpoint.state.check(config, &data.hash, &base_id.fingerprint)?;
+            sampler = Sampler::from_position(data.examples.len(), config.seed, !config.no_shuffle, checkpoint.state.sampler_position);
+            restore(&checkpoint, &mut params, &mut optimizer)?;
+            state = checkpoint.state;
+        }
+        decoder.refresh(params.values.view())?;
+
+        let log = if resume { LogWriter::resume(&config.output, state.step)? } else { LogWriter::create(&config.output)? };
+        let run_file = RunFile::new(base_id, used_data(&data, eval_data.as_ref()), config.clone());
+        run_file.write(&config.output)?;
+        observer.plan(&Plan {
+            base: base.name(),
+            base_type: base.main_type(),
+            method: describe(config, &peft),
+            targets: decoder.linears().filter(|l| l.adapter.is_some()).count(),
+            target_names: target_names(&decoder),
+            trainable: params.count(),
+            total: decoder.parameter_count() + params.count(),
+            memory: [
+                ("packed base", decoder.weight_bytes()),
+                ("activations and gradients", buffers.bytes()),
+                ("adapter and optimizer", optimizer.bytes() + params.count() * size_of::<f32>()),
+            ],
+            examples: (data.examples.len(), eval_data.as_ref().map_or(0, |d| d.examples.len())),
+            cut: (data.truncated, data.skipped.len()),
+            masked_share: data::masked_share(&data.examples[0]),
+            first_tokens: data.examples[0].input_ids.len(),
+            total_steps,
+            examples_per_step: per_step,
+            resumed_at: resume.then_some(state.step + 1),
+            device: device.to_string(),
+            staged: manifest,
+        });
+        Ok(Run { config, decoder, params, peft, optimizer, buffers, data, eval_data, sampler, schedule, state, log })
+    }
+
+    fn train(&mut self, observer: &mut dyn Observer) -> Result<Outcome> {
+        let start = Instant::now();
+        let mut first_eval = None;
+        if self.eval_data.is_some() && self.state.step == 0 {
+            first_eval = Some(self.evaluate(&start, observer)?);
+        }
+        let mut last_eval = first_eval;
+        let total_steps = self.schedule.total_steps;
+        while self.state.step < total_steps {
+            let record = self.step(&start)?;
+            if self.state.step.is_multiple_of(self.config.logging_steps) || self.state.step == total_steps {
+                observer.step(&record, total_steps);
+            }
+            self.log.step(&record)?;
+            let due = |every: u64| every > 0 && self.state.step.is_multiple_of(every);
+            if self.eval_data.is_some() && (due(self.config.eval_steps) || self.state.step == total_steps) {
+                last_eval = Some(self.evaluate(&start, observer)?);
+            }
+            if due(self.config.save_steps) || self.state.step == total_steps {
+                let path = self.save()?;
+                observer.saved(&path);
+            }
+        }
+        adapters::save(&self.params, &self.peft)?.write(&self.config.output)?;
+        Ok(Outcome {
+            steps: self.state.step,
+            last_loss: self.state.last_loss.unwrap_or(f64::NAN),
+            eval: first_eval.zip(last_eval),
+            seconds: start.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// One optimizer step.
+    fn step(&mut self, start: &Instant) -> Result<StepRecord> {
+        let began = Instant::now();
+        let batches = self.draw();
+        let tokens: usize = batches.iter().map(Batch::len).sum();
+        let supervised: usize = batches.iter().map(|b| b.supervised().0.len()).sum();
+        // A step whose examples carry no loss would divide by zero; its gradient is zero.
+        let scale = 1.0 / supervised.max(1) as f32;
+        let mut loss = Loss::default();
+        for (index, batch) in batches.iter().enumerate() {
+            let micro = self.state.step * self.config.gradient_accumulation_steps as u64 + index as u64;
+            let pass = Pass {
+                params: self.params.values.view(),
+                dropout: Some(RngKey { seed: self.config.seed, stream: micro + 1 }),
+            };
+            let mut grads = self.optimizer.grads();
+            loss += self.decoder.loss_and_gradients(&mut self.buffers, batch, &mut grads, scale, &pass)?;
+        }
+        let step = self.state.step + 1;
+        let grad_norm = self.optimizer.grad_norm()?;
+        if !loss.sum.is_finite() || !grad_norm.is_finite() {
+            return Err(Error::NotFinite {
+                step,
+                loss: loss.mean(),
+                grad_norm,
+                last_checkpoint: checkpoint::latest(&self.config.output).ok(),
+            });
+        }
+        let learning_rate = self.schedule.learning_rate(self.state.step);
+        self.optimizer.step(&mut self.params, learning_rate, grad_norm)?;
+        self.decoder.refresh(self.params.values.view())?;
+
+        self.state.step = step;
+        self.state.optimizer_step = self.optimizer.updates;
+        self.state.sampler_position = self.sampler.position();
+        self.state.epoch = self.sampler.epoch() as u64;
+        self.state.tokens += tokens as u64;
+        self.state.last_loss = Some(loss.mean());
+        Ok(StepRecord {
+            step,
+            loss: loss.mean(),
+            learning_rate,
+            grad_norm,
+            tokens: self.state.tokens,
+            tokens_per_second: tokens as f64 / began.elapsed().as_secs_f64(),
+            elapsed_seconds: start.elapsed().as_secs_f64(),
+            epoch: self.sampler.epoch(),
+        })
+    }
+
+    /// The micro-batches of the next step. Without `max_steps` the last step ends with the last epoch.
+    fn draw(&mut self) -> Vec<Batch> {
+        let left = match self.config.max_steps {
+            Some(_) => u64::MAX,
+            None => {
+                let all = (self.config.num_train_epochs * self.data.examples.len() as f64).round().max(1.0) as u64;
+                all - self.sampler.position().min(all)
+            }
+        };
+        let wanted = self.config.batch_size * self.config.gradient_accumulation_steps;
+        let count = left.min(wanted as u64) as usize;
+        let picked: Vec<usize> = (0..count).map(|_| self.sampler.next_index()).collect();
+        picked.chunks(self.config.batch_size).map(|indices| self.data.batch(indices)).collect()
+    }
+
+    fn evaluate(&mut self, start: &Instant, observer: &mut dyn Observer) -> Result<f64> {
+        let data = self.eval_data.as_ref().expect("called only with evaluation data");
+        let loss = dataset_loss(&self.decoder, &mut self.buffers, &self.params, data, self.config.batch_size)?;
+        let record = EvalRecord {
+            step: self.state.step,
+            loss: loss.mean(),
+            perplexity: loss.mean().exp(),
+            tokens: loss.tokens as u64,
+            elapsed_seconds: start.elapsed().as_secs_f64(),
+            epoch: self.sampler.epoch(),
+        };
+        self.log.eval(&record)?;
+        observer.eval(&record);
+        let best = self.state.best_loss.map_or(record.loss, |best| best.min(record.loss));
+        self.state.best_loss = Some(best);
+        Ok(record.loss)
+    }
+
+    fn save(&self) -> Result<std::path::PathBuf> {
+        let values = self.params.values.read()?;
+        let (m, v) = self.optimizer.moments()?;
+        let shape = [values.len()];
+        let path = checkpoint::save(
+            &self.config.output,
+            &self.state,
+            [("parameters", &shape[..], &values[..]), ("adamw.m", &shape, &m), ("adamw.v", &shape, &v)],
+            |dir| Ok(adapters::save(&self.params, &self.peft)?.write(dir)?),
+        )?;
+        if let Some(keep) = self.config.save_total_limit {
+            checkpoint::prune(&self.config.output, keep)?;
+        }
+        Ok(path)
+    }
+}
+
+/// Mean loss of a data set, in micro-batches of `batch_size` examples.
+///
+/// # Errors
+/// An example does not fit the buffers or the vocabulary.
+pub fn dataset_loss(
+    decoder: &Decoder,
+    buffers: &mut Buffers,
+    params: &Parameters,
+    data: &Dataset,
+    batch_size: usize,
+) -> Result<Loss> {
+    let pass = Pass { params: params.values.view(), dropout: None };
+    let mut loss = Loss::default();
+    let indices: Vec<usize> = (0..data.examples.len()).collect();
+    for indices in indices.chunks(batch_size) {
+        loss += decoder.loss(buffers, &data.batch(indices), &pass)?;
+    }
+    Ok(loss)
+}
+
+/// What an adapter is put on, and how it starts.
+struct Start<'a> {
+    config: &'a TrainConfig,
+    device: &'a Device,
+    model: Base,
+    init: Option<&'a AdapterFolder>,
+    resume: bool,
+}
+
+impl Start<'_> {
+    /// The decoder on the right base with initial adapter values.
+    fn adapt(self, observer: &mut dyn Observer) -> Result<(Decoder, Parameters, PeftConfig, Option<Manifest>, Base)> {
+        let peft = self.peft_config();
+        if self.config.method.info().staged {
+            return self.adapt_staged(peft, observer);
+        }
+        // A saved adapter brings its own base along: the residual one, if it is a PiSSA run's.
+        let base = match self.init {
+            Some(folder) => folder.resolve(self.model)?,
+            None => self.model,
+        };
+        let mut decoder = Decoder::load(&base, self.device)?;
+        let mut params = adapters::attach(&mut decoder, &peft)?;
+        match self.init {
+            Some(folder) => adapters::load(&mut params, &folder.adapter)?,
+            None => adapters::initialize(&mut decoder, &mut params, self.config.seed)?,
+        }
+        Ok((decoder, params, peft, None, base))
+    }
+
+    /// PiSSA: split the base unless this run has done so, then train on what is left of it.
+    fn adapt_staged(
+        self,
+        peft: PeftConfig,
+        observer: &mut dyn Observer,
+    ) -> Result<(Decoder, Parameters, PeftConfig, Option<Manifest>, Base)> {
+        let run = &self.config.output;
+        // Trained further: the residual and the factors of that run are this run's.
+        let continued = self.init.filter(|folder| folder.manifest.is_some());
+        let given = self.init.filter(|folder| folder.manifest.is_none()).map(|folder| &folder.adapter);
+        if let Some(folder) = continued {
+            staged::copy(&folder.run, run)?;
+        }
+        let base_id = FileId::of(&self.model)?;
+        let mut decoder = Decoder::load(&self.model, self.device)?;
+        let settings = self.settings(&decoder, &peft, given)?;
+        let manifest = match Manifest::read(run)? {
+            Some(manifest) if continued.is_some() || self.resume => manifest,
+            Some(manifest) if manifest.base == base_id && manifest.settings == settings => manifest,
+            _ => {
+                let options = SvdOptions {
+                    iterations: self.config.pissa_niter,
+                    seed: self.config.seed ^ SVD_STREAM,
+                    ..SvdOptions::default()
+                };
+                let (factors, errors) = adapters::split_targets(&mut decoder, &peft, given, &options, |done, total| {
+                    observer.phase("split (PiSSA)", done, total);
+                })?;
+                staged::write(run, &self.model, &decoder, &factors, settings, &errors)?
+            }
+        };
+        let base = manifest.open_residual(run)?;
+        let mut decoder = Decoder::load(&base, self.device)?;
+        let mut params = adapters::attach(&mut decoder, &peft)?;
+        match continued {
+            Some(folder) => adapters::load(&mut params, &folder.adapter)?,
+            None => {
+                let factors = PeftAdapter::read(&staged::initial_adapter(run))?;
+                adapters::load_factors(&mut decoder, &mut params, &factors)?;
+            }
+        }
+        Ok((decoder, params, peft, Some(manifest), base))
+    }
+
+    fn settings(&self, decoder: &Decoder, peft: &PeftConfig, given: Option<&PeftAdapter>) -> Result<Settings> {
+        let mut targets = Vec::new();
+        for linear in decoder.linears() {
+            if peft.targets(&linear.module)? {
+                targets.push(linear.module.clone());
+            }
+        }
+        Ok(Settings {
+            rank: peft.r,
+            scaling: peft.scaling("")?,
+            iterations: given.is_none().then_some(self.config.pissa_niter),
+            seed: self.config.seed,
+            factors: given.map(staged::hash_of),
+            targets,
+        })
+    }
+
+    /// The adapter's configuration: that of the saved adapter, or the one that the flags describe.
+    fn peft_config(&self) -> PeftConfig {
+        let config = self.config;
+        let mut peft = match self.init {
+            Some(folder) => folder.adapter.config.clone(),
+            None => {
+                let mut peft = PeftConfig::new(config.lora_r, config.lora_alpha);
+                peft.use_rslora = config.use_rslora;
+                peft.use_dora = config.use_dora || config.method.info().magnitude;
+                peft.target_modules = Some((&config.target_modules).into());
+                peft
+            }
+        };
+        if config.method.info().staged {
+            peft.use_dora = config.use_dora;
+            peft.init_lora_weights = InitLoraWeights::Named(config.method.name().to_owned());
+        }
+        peft.lora_dropout = config.lora_dropout;
+        peft.base_model_name_or_path = Some(self.model.name());
+        peft
+    }
+}
+
+fn load_data(
+    config: &TrainConfig,
+    tokenizer: &Tokenizer,
+    observer: &mut dyn Observer,
+) -> Result<(Dataset, Option<Dataset>)> {
+    let options = config.data_options();
+    let template = tokenizer.template()?;
+    let mut load = |path: &Path| -> Result<Dataset> {
+        let mut progress = |done: u64, total: u64| observer.phase("tokenize", done as usize, total as usize);
+        let data = data::load(path, tokenizer, template.as_ref(), &options, &mut progress)?;
+        if let Some(warning) = data.warning() {
+            observer.warn(&warning);
+        }
+        Ok(data)
+    };
+    let data = load(&config.data)?;
+    match &config.eval_data {
+        Some(path) => Ok((data, Some(load(path)?))),
+        None if config.eval_split > 0.0 => {
+            let (data, eval) = data.split_eval(EvalSize::Fraction(config.eval_split), config.seed)?;
+            Ok((data, Some(eval)))
+        }
+        None => Ok((data, None)),
+    }
+}
+
+fn used_data(data: &Dataset, eval: Option<&Dataset>) -> Vec<FileId> {
+    let name = |d: &Dataset| {
+        d.source.file_name().map_or_else(|| d.source.display().to_string(), |n| n.to_string_lossy().into_owned())
+    };
+    let id = |d: &Dataset| FileId { name: name(d), fingerprint: d.hash.clone() };
+    std::iter::once(data).chain(eval).map(id).collect()
+}
+
+fn restore(checkpoint: &Checkpoint, params: &mut Parameters, optimizer: &mut Optimizer) -> Result<()> {
+    let tensor = |name: &str| {
+        let missing = || crate::Error::refused(format!("the checkpoint has no tensor `{name}`"));
+        checkpoint.tensors.get(name).map(|t| t.data.as_slice()).ok_or_else(missing)
+    };
+    params.values.write(tensor("parameters")?)?;
+    Ok(optimizer.restore(tensor("adamw.m")?, tensor("adamw.v")?, checkpoint.state.optimizer_step)?)
+}
+
+fn describe(config: &TrainConfig, peft: &PeftConfig) -> String {
+    let mut name = config.method.name().to_owned();
+    if folder::is_pissa(peft) && peft.use_dora {
+        name.push_str(" + dora");
+    }
+    let mut text = format!("{name}, r {}, alpha {}", peft.r, peft.lora_alpha);
+    if peft.use_rslora {
+        text.push_str(", rsLoRA");
+    }
+    if peft.lora_dropout > 0.0 {
+        text.push_str(&format!(", dropout {}", peft.lora_dropout));
+    }
+    text
+}
+
+fn target_names(decoder: &Decoder) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    for linear in decoder.linears().filter(|l| l.adapter.is_some()) {
+        let name = linear.module.rsplit('.').next().unwrap_or(&linear.module);
+        if !names.iter().any(|n| n == name) {
+            names.push(name.to_owned());
+        }
+    }
+    names
+}
+
