@@ -41,7 +41,7 @@ impl BaseWeight {
     /// # Errors
     /// `cols` is not a whole number of blocks, or `bytes` has another length than the shape asks for.
     pub fn from_ggml(dtype: GgmlType, rows: usize, cols: usize, bytes: Bytes) -> Result<BaseWeight> {
-        let expected = dtype.row_bytes(cols)?.checked_mul(rows).unwrap_or(usize::MAX);
+        let expected = dtype.row_bytes(cols)?.saturating_mul(rows);
         check("weight", "size in bytes", expected, bytes.len())?;
         Ok(BaseWeight { rows, cols, storage: Storage::Ggml { dtype, bytes } })
     }

@@ -197,6 +197,7 @@ impl<'a> ViewMut<'a> {
 ///
 /// # Panics
 /// The sizes do not belong together.
+#[expect(clippy::needless_pass_by_value, reason = "a destination is exclusive, as a `&mut` is")]
 pub fn gemm(dst: MatMut<'_>, accumulate: bool, alpha: f32, a: Mat<'_>, b: Mat<'_>) {
     assert!(
         dst.rows == a.rows && dst.cols == b.cols && a.cols == b.rows,

@@ -282,7 +282,7 @@ mod tests {
         // Not through the harness: a matrix of one column is summed in another order when it is contiguous.
         let shape @ [t, n, k, r] = [5, 7, 9, 1];
         let mats @ [dh, dy, h, x, a, _] = &inputs(shape);
-        let values = mats.each_ref().map(|mat| mat.f64());
+        let values = mats.each_ref().map(TestMat::f64);
         let mut expected = vec![0.0; t];
         forward_naive(&mut expected, &values[3], &values[4], [t, k, r]);
         let mut found = TestMat::poisoned(t, r);
