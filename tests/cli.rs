@@ -56,7 +56,7 @@ fn every_command_explains_itself_on_stdout_in_a_screen() {
             assert!(help.contains("Usage: qpeft"), "{help}");
             if flag == "-h" {
                 let lines = help.lines().count();
-                assert!(lines <= 60, "`qpeft {} -h` has {lines} lines", command.join(" "));
+                assert!(lines <= 50, "`qpeft {} -h` has {lines} lines", command.join(" "));
             }
         }
     }

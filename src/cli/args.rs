@@ -96,16 +96,16 @@ pub struct ModelArgs {
 #[derive(Debug, Clone, Args)]
 pub struct DataArgs {
     /// Key of the prompt in pair data
-    #[arg(long, value_name = "KEY", help_heading = "Data")]
+    #[arg(long, hide_short_help = true, value_name = "KEY", help_heading = "Data")]
     pub prompt_field: Option<String>,
     /// Key of the completion in pair data
-    #[arg(long, value_name = "KEY", help_heading = "Data")]
+    #[arg(long, hide_short_help = true, value_name = "KEY", help_heading = "Data")]
     pub completion_field: Option<String>,
     /// Also count the loss on prompt tokens
-    #[arg(long, help_heading = "Data", aliases = ["train-on-inputs", "train-on-input"])]
+    #[arg(long, hide_short_help = true, help_heading = "Data", aliases = ["train-on-inputs", "train-on-input"])]
     pub train_on_prompt: bool,
     /// Join prompt and completion without the chat template
-    #[arg(long, help_heading = "Data")]
+    #[arg(long, hide_short_help = true, help_heading = "Data")]
     pub no_chat_template: bool,
     /// Longest example in tokens; the rest is cut
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = at_least_one::<usize>, help_heading = "Data",
@@ -135,7 +135,7 @@ pub struct TrainArgs {
     #[arg(long, aliases = ["resume-from-checkpoint", "auto-resume"])]
     pub resume: bool,
     /// Replace the run that is in --output
-    #[arg(long, aliases = ["overwrite", "overwrite-output-dir"])]
+    #[arg(long, hide_short_help = true, aliases = ["overwrite", "overwrite-output-dir"])]
     pub overwrite_output: bool,
 
     /// Method: lora, dora or pissa
@@ -150,14 +150,14 @@ pub struct TrainArgs {
     #[arg(long, value_name = "X", value_parser = positive, help_heading = "Adapter", aliases = ["alpha"])]
     pub lora_alpha: Option<f64>,
     /// Dropout on the input of the branch
-    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = fraction, help_heading = "Adapter")]
+    #[arg(long, hide_short_help = true, value_name = "P", default_value_t = 0.0, value_parser = fraction, help_heading = "Adapter")]
     pub lora_dropout: f64,
     /// all-linear, or layer names: q_proj,v_proj
     #[arg(long, value_name = "NAMES", default_value = "all-linear", value_delimiter = ',', help_heading = "Adapter",
         aliases = ["lora-target-modules", "lora-modules", "lora-target"])]
     pub target_modules: Vec<String>,
     /// Train a magnitude per row as well (with --method pissa)
-    #[arg(long, help_heading = "Adapter", alias = "peft-use-dora")]
+    #[arg(long, hide_short_help = true, help_heading = "Adapter", alias = "peft-use-dora")]
     pub use_dora: bool,
     /// Scale the branch by alpha / sqrt(r)
     #[arg(long, help_heading = "Adapter", hide_short_help = true, alias = "peft-use-rslora")]
@@ -229,7 +229,7 @@ pub struct TrainArgs {
     /// Seed of initialization, shuffling and dropout
     #[arg(long, value_name = "N", default_value_t = 42, value_parser = at_least_zero::<u64>, help_heading = "Optimization")]
     pub seed: u64,
-    /// Keep block inputs only and compute the rest again: less memory, slower
+    /// Compute activations again: less memory, slower
     #[arg(long, help_heading = "Compute", aliases = ["grad-checkpoint", "use-gradient-checkpointing"])]
     pub gradient_checkpointing: bool,
     /// Where to compute.
@@ -240,7 +240,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "FILE", help_heading = "Evaluation and files", aliases = ["eval-dataset", "eval-file"])]
     pub eval_data: Option<PathBuf>,
     /// Hold out this share of --data
-    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = fraction, help_heading = "Evaluation and files",
+    #[arg(long, hide_short_help = true, value_name = "P", default_value_t = 0.0, value_parser = fraction, help_heading = "Evaluation and files",
         aliases = ["val-set-size", "val-size"])]
     pub eval_split: f64,
     /// Steps between evaluations; 0: first and last step only
@@ -440,7 +440,7 @@ pub struct GenerateArgs {
     /// Tokens to generate at most
     #[arg(long, short = 'n', value_name = "N", default_value_t = 128, value_parser = at_least_one::<usize>, aliases = ["max-tokens", "n-predict"])]
     pub max_new_tokens: usize,
-    /// Sampling temperature; 0 is greedy
+    /// Temperature of the sampling; 0 is greedy
     #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = at_least_zero::<f64>)]
     pub temperature: f64,
     /// Sample from the most likely tokens that have this probability together
@@ -491,7 +491,7 @@ pub struct BenchTrainArgs {
     /// Steps before the measurement
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_zero::<u64>)]
     pub warmup: u64,
-    /// Keep block inputs only and compute the rest again
+    /// Compute activations again: less memory, slower
     #[arg(long)]
     pub gradient_checkpointing: bool,
     /// Print one JSON object

@@ -128,13 +128,13 @@ fn text_of(arg: &Arg, value: Value) -> Result<Option<String>, String> {
 fn suggest(command: &Command, key: &str) -> String {
     let key = key.replace('-', "_").to_lowercase();
     let mut near = flags(command)
-        .flat_map(|arg| {
+        .map(|arg| {
             let own = arg.get_long().expect("`flags` yields long names").replace('-', "_");
             let aliases = arg.get_all_aliases().unwrap_or_default();
             let aliases = aliases.into_iter().map(|alias| alias.replace('-', "_"));
             let distance =
                 aliases.chain([own.clone()]).map(|name| edit_distance(&key, &name)).min().unwrap_or(0);
-            Some((distance, own))
+            (distance, own)
         })
         .filter(|(distance, _)| *distance <= 1 + key.len() / 4)
         .collect::<Vec<_>>();

@@ -260,7 +260,7 @@ fn shortest(x: f32) -> Value {
 
 fn text(listing: &Listing, printer: &Printer) -> String {
     let Listing { kind, path, facts, metadata, tensors, .. } = listing;
-    let mut out = format!("{}\n", printer.bold(path));
+    let mut parts = vec![format!("{}\n", printer.bold(path))];
     let version = facts.get("version").map_or(String::new(), |v| format!(" version {v}"));
     let mut rows = vec![
         ("kind".to_owned(), format!("{kind}{version}")),
@@ -282,11 +282,11 @@ fn text(listing: &Listing, printer: &Printer) -> String {
             rows.push(("data".to_owned(), format!("{} {}", get("name"), get("fingerprint"))));
         }
     }
-    out += &columns(&rows.iter().map(|(a, b)| vec![a.clone(), b.clone()]).collect::<Vec<_>>());
+    parts.push(columns(&rows.iter().map(|(a, b)| vec![a.clone(), b.clone()]).collect::<Vec<_>>()));
 
     let mut section = |title: String, rows: &[Vec<String>]| {
         if !rows.is_empty() {
-            out += &format!("\n{}\n{}", printer.bold(&title), columns(rows));
+            parts.push(format!("\n{}\n{}", printer.bold(&title), columns(rows)));
         }
     };
     let rows = metadata.iter().map(|(key, value)| vec![key.clone(), shown(value)]).collect::<Vec<_>>();
@@ -306,7 +306,7 @@ fn text(listing: &Listing, printer: &Printer) -> String {
         .iter()
         .map(|t| vec![t.name.clone(), t.r#type.clone(), format!("{:?}", t.shape), size(t.bytes)]);
     section(format!("tensors ({})", tensors.len()), &rows.collect::<Vec<_>>());
-    out
+    parts.concat()
 }
 
 /// A value on one line of bounded width.
@@ -314,7 +314,9 @@ fn shown(value: &Value) -> String {
     match value {
         Value::String(text) => {
             let length = text.chars().count();
-            let start = text.chars().take(TEXT_WIDTH).collect::<String>().escape_debug().to_string();
+            let escape =
+                |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+            let start = text.chars().take(TEXT_WIDTH).map(escape).collect::<String>();
             if length > TEXT_WIDTH { format!("{start}... ({length} characters)") } else { start }
         }
         Value::Object(long) if long.contains_key("first") && long.contains_key("length") => {
@@ -334,9 +336,8 @@ fn columns(rows: &[Vec<String>]) -> String {
     let widths = (0..cells).map(width).collect::<Vec<_>>();
     let mut out = String::new();
     for row in rows {
-        let line =
-            row.iter().zip(&widths).map(|(cell, &width)| format!("  {cell:width$}")).collect::<String>();
-        out += line.trim_end();
+        let padded = row.iter().zip(&widths).map(|(cell, &width)| format!("  {cell:width$}"));
+        out += padded.collect::<Vec<_>>().concat().trim_end();
         out.push('\n');
     }
     out

@@ -88,13 +88,14 @@ pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Parsed, Usage> 
         .map_err(|e| Usage::from_clap(&e, &bin, file.as_ref()))
 }
 
-/// The flags as clap wants them, complete: bin names set, switches able to say `=false`, so that a
-/// typed flag can also undo one of the file.
+/// The flags as clap wants them, complete: bin names set, and switches of commands that read a file
+/// able to say `=false`, so that a typed flag can also undo one of the file.
 fn command() -> clap::Command {
     fn switches(command: clap::Command) -> clap::Command {
+        let has_file = command.get_arguments().any(|arg| arg.get_id() == "config");
         command.mut_subcommands(switches).mut_args(|arg| {
             let is_switch = matches!(arg.get_action(), ArgAction::SetTrue);
-            if !is_switch {
+            if !has_file || !is_switch {
                 return arg;
             }
             arg.action(ArgAction::Set)

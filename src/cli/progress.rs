@@ -79,16 +79,16 @@ impl Drop for Progress {
 
 /// `step 12/60  loss 1.234  eta 1m05s`; the end of the count needs no eta.
 fn plain_line(what: &str, begin: u64, done: u64, total: u64, elapsed: Duration, message: &str) -> String {
-    let mut line = format!("{what} {done}/{total}");
+    let mut parts = vec![format!("{what} {done}/{total}")];
     if !message.is_empty() {
-        line += &format!("  {message}");
+        parts.push(message.to_owned());
     }
     let (made, left) = (done.saturating_sub(begin), total.saturating_sub(done));
     if made > 0 && left > 0 {
         let seconds = elapsed.as_secs_f64() * left as f64 / made as f64;
-        line += &format!("  eta {}", duration(seconds.ceil() as u64));
+        parts.push(format!("eta {}", duration(seconds.ceil() as u64)));
     }
-    line
+    parts.join("  ")
 }
 
 /// `7s`, `1m05s`, `2h03m`.

@@ -184,19 +184,19 @@ fn fault(error: &anyhow::Error) -> Fault {
 /// The text of a failure, a line per element: what, each cause that says something new, the hint.
 fn render(error: &anyhow::Error, printer: &Printer) -> String {
     let mut last = error.to_string();
-    let mut text = format!("{} {last}\n", printer.red("error:"));
+    let mut lines = vec![format!("{} {last}", printer.red("error:"))];
     for cause in error.chain().skip(1) {
         let cause = cause.to_string();
         // Many errors already quote their source.
         if !last.contains(&cause) {
-            text += &format!("  caused by: {cause}\n");
+            lines.push(format!("  caused by: {cause}"));
             last = cause;
         }
     }
     if let Some(hint) = error.chain().find_map(|e| ask(e).0) {
-        text += &format!("\n{} {hint}\n", printer.cyan("hint:"));
+        lines.push(format!("\n{} {hint}", printer.cyan("hint:")));
     }
-    text
+    lines.join("\n") + "\n"
 }
 
 /// Prints a failure, if there is one, and gives the exit code.
