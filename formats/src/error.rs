@@ -79,7 +79,7 @@ pub enum Kind {
     NestedArray,
     #[error("is {found}, an alignment is a power of two from 1 to {limit}")]
     BadAlignment { found: u64, limit: u64 },
-    #[error("is the first of {count} files, split models are not supported")]
+    #[error("is one of {count} files, split models are not supported")]
     SplitFile { count: u64 },
     #[error("the key is missing")]
     MissingKey,

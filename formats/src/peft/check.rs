@@ -68,10 +68,10 @@ pub(crate) fn config(config: &PeftConfig) -> Result<()> {
     if config.rank_pattern.values().any(|&r| r == 0) {
         return Err(setting("rank_pattern", "object of positive integers", "one with `0`".to_owned()));
     }
-    for alpha in std::iter::once(&config.lora_alpha).chain(config.alpha_pattern.values()) {
-        if !alpha.is_finite() {
-            return Err(setting("lora_alpha", "number", format!("`{alpha}`")));
-        }
+    let mut alphas = std::iter::once(("lora_alpha", &config.lora_alpha))
+        .chain(config.alpha_pattern.values().map(|alpha| ("alpha_pattern", alpha)));
+    if let Some((key, alpha)) = alphas.find(|(_, alpha)| !alpha.is_finite()) {
+        return Err(setting(key, "finite number", format!("`{alpha}`")));
     }
     if !(0.0..1.0).contains(&config.lora_dropout) {
         let found = format!("`{}`", config.lora_dropout);
