@@ -102,7 +102,8 @@ impl Lora {
         let a = self.a.view(pass.params);
         let scale = OutScale { scaling: self.scaling, rows: g };
         // A and B lie next to each other in the flat buffer, A first.
-        let (da, db) = dparams.into_slice(self.a.offset, 1, self.a.len() + self.b.len()).split_row(self.a.len());
+        let (da, db) =
+            dparams.into_slice(self.a.offset, 1, self.a.len() + self.b.len()).split_row(self.a.len());
         let da = da.into_slice(0, self.a.shape[0], self.a.shape[1]);
         let db = db.into_slice(0, self.b.shape[0], self.b.shape[1]);
 
@@ -110,7 +111,15 @@ impl Lora {
         let mut dx = match dx {
             Some(InputGradient { mut dx, accumulate }) => {
                 let to = dx.reborrow();
-                quant_linear_backward(to, Some(dh.reborrow()), dy, weight, g, Some(self.folded.view()), accumulate)?;
+                quant_linear_backward(
+                    to,
+                    Some(dh.reborrow()),
+                    dy,
+                    weight,
+                    g,
+                    Some(self.folded.view()),
+                    accumulate,
+                )?;
                 Some(dx)
             }
             None => {

@@ -120,7 +120,10 @@ fn take(values: &mut [f32], entries: &[Entry], adapter: &PeftAdapter) -> Result<
         match adapter.tensors.get(&entry.key) {
             None => wrong.push(format!("`{}` is missing, expected shape {:?}", entry.key, entry.shape)),
             Some(tensor) if tensor.shape != entry.shape => {
-                wrong.push(format!("`{}` has shape {:?}, expected {:?}", entry.key, tensor.shape, entry.shape));
+                wrong.push(format!(
+                    "`{}` has shape {:?}, expected {:?}",
+                    entry.key, tensor.shape, entry.shape
+                ));
             }
             Some(tensor) => match tensor.data.iter().position(|x| !x.is_finite()) {
                 Some(at) => wrong.push(format!("`{}` holds {} at element {at}", entry.key, tensor.data[at])),
@@ -129,7 +132,9 @@ fn take(values: &mut [f32], entries: &[Entry], adapter: &PeftAdapter) -> Result<
         }
     }
     let known = |key: &str| entries.iter().any(|e| e.key == key);
-    wrong.extend(adapter.tensors.keys().filter(|k| !known(k)).map(|k| format!("`{k}` fits no linear of the model")));
+    wrong.extend(
+        adapter.tensors.keys().filter(|k| !known(k)).map(|k| format!("`{k}` fits no linear of the model")),
+    );
     if wrong.is_empty() {
         return Ok(());
     }

@@ -66,7 +66,9 @@ pub fn factorize(lora: &Lora, values: &mut [f32], weight: &BaseWeight, options: 
     let dense = weight.dequantize();
     let svd = randomized_svd(View::from_slice(&dense, rows, cols), rank, options)?;
     let roots: Vec<f32> = svd.s.iter().map(|s| (s / lora.scaling).sqrt()).collect();
-    for (a, (v, root)) in values[lora.a.range()].chunks_exact_mut(cols).zip(svd.v.chunks_exact(cols).zip(&roots)) {
+    for (a, (v, root)) in
+        values[lora.a.range()].chunks_exact_mut(cols).zip(svd.v.chunks_exact(cols).zip(&roots))
+    {
         a.iter_mut().zip(v).for_each(|(a, v)| *a = root * v);
     }
     for (b, u) in values[lora.b.range()].chunks_exact_mut(rank).zip(svd.u.chunks_exact(rank)) {

@@ -107,8 +107,9 @@ impl Manifest {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Error::refused(format!("`{}`: {e}", path.display()))),
         };
-        let manifest: Manifest = serde_json::from_str(&text)
-            .map_err(|e| Error::refused(format!("`{}`: not a manifest of a staged init: {e}", path.display())))?;
+        let manifest: Manifest = serde_json::from_str(&text).map_err(|e| {
+            Error::refused(format!("`{}`: not a manifest of a staged init: {e}", path.display()))
+        })?;
         if manifest.version != VERSION {
             return Err(Error::refused(format!(
                 "`{}`: manifest version {}, this version of qpeft reads {VERSION}",
@@ -200,7 +201,9 @@ pub fn write(
         settings.targets.contains(&linear.module).then_some(linear)
     };
     let replace = |name: &str| {
-        target(name).map(|linear| repack(&linear.weight, permuted_heads(base, &decoder.config, name))).transpose()
+        target(name)
+            .map(|linear| repack(&linear.weight, permuted_heads(base, &decoder.config, name)))
+            .transpose()
     };
     let name = match base {
         Base::Gguf(_) => "residual.gguf",

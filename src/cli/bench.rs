@@ -119,7 +119,8 @@ impl Subject {
     /// Seconds of one optimizer step.
     fn step(&mut self, step: u64) -> anyhow::Result<f64> {
         let began = Instant::now();
-        let pass = Pass { params: self.params.values.view(), dropout: Some(RngKey { seed: 0, stream: step }) };
+        let pass =
+            Pass { params: self.params.values.view(), dropout: Some(RngKey { seed: 0, stream: step }) };
         let scale = 1.0 / self.batch.supervised().0.len() as f32;
         let mut grads = self.optimizer.grads();
         self.decoder.loss_and_gradients(&mut self.buffers, &self.batch, &mut grads, scale, &pass)?;

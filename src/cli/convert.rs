@@ -73,7 +73,12 @@ pub fn pissa(args: &PissaToLoraArgs, printer: &Printer) -> anyhow::Result<()> {
             "there is no manifest of a staged init, so the residual that the adapter was trained on is unknown; exact only if it was stored in full precision",
         ),
     }
-    printer.note(&format!("wrote {} (r {}, alpha {})", args.output.display(), lora.config.r, lora.config.lora_alpha));
+    printer.note(&format!(
+        "wrote {} (r {}, alpha {})",
+        args.output.display(),
+        lora.config.r,
+        lora.config.lora_alpha
+    ));
     Ok(())
 }
 

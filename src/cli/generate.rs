@@ -49,6 +49,7 @@ pub fn generate_text(
     sampling: &Sampling,
 ) -> anyhow::Result<String> {
     let stop = session.tokenizer.end_of_generation();
-    let tokens = generate(&session.decoder, &session.params, prompt, max_new_tokens, sampling, |t| stop.contains(&t))?;
+    let tokens =
+        generate(&session.decoder, &session.params, prompt, max_new_tokens, sampling, |t| stop.contains(&t))?;
     Ok(session.tokenizer.decode(&tokens, true)?)
 }

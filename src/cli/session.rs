@@ -25,9 +25,12 @@ pub fn open_device(args: &ComputeArgs) -> anyhow::Result<Device> {
     }
     let device = Device::open(&args.device)?;
     if !device.has_ops() {
-        return Err(Usage::new(format!("`--device {}`: the ops of this version run on the CPU only", args.device))
-            .hint("run with `--device cpu`")
-            .into());
+        return Err(Usage::new(format!(
+            "`--device {}`: the ops of this version run on the CPU only",
+            args.device
+        ))
+        .hint("run with `--device cpu`")
+        .into());
     }
     Ok(device)
 }

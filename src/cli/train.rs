@@ -126,10 +126,19 @@ impl Observer for Terminal<'_> {
 /// The lines before the first step: what is active, and what it costs.
 fn banner(plan: &Plan) -> Vec<(&'static str, String)> {
     let mib = |bytes: usize| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
-    let memory: Vec<String> = plan.memory.iter().map(|(what, bytes)| format!("{what} {}", mib(*bytes))).collect();
+    let memory: Vec<String> =
+        plan.memory.iter().map(|(what, bytes)| format!("{what} {}", mib(*bytes))).collect();
     let total = plan.memory.iter().map(|(_, bytes)| bytes).sum();
     let mut lines = vec![
-        ("base", format!("{} ({}), {} parameters", plan.base, plan.base_type, grouped(plan.total - plan.trainable))),
+        (
+            "base",
+            format!(
+                "{} ({}), {} parameters",
+                plan.base,
+                plan.base_type,
+                grouped(plan.total - plan.trainable)
+            ),
+        ),
         ("method", plan.method.clone()),
         ("targets", format!("{} linears: {}", plan.targets, plan.target_names.join(", "))),
         (

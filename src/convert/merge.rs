@@ -71,28 +71,34 @@ pub fn merge_to_gguf(
         _ => Ok(info.dtype()?),
     };
     let (total, mut done) = (file.tensors().len(), 0);
-    write_gguf(file, path, &metadata, |_, info| dtype_of(info), |name, info| {
-        progress(done, total);
-        done += 1;
-        let dtype = dtype_of(info)?;
-        if let Some(quant) = quant.filter(|_| is_matrix(info))
-            && quant != dtype
-        {
-            report.fallbacks.push((info.name.clone(), quant, dtype));
-        }
-        let linear = name.and_then(slot_of).and_then(|(layer, slot)| adapted(decoder, layer, slot));
-        if let Some((linear, slot)) = linear {
-            report.merged += 1;
-            let heads = slot.permuted_heads(&decoder.config);
-            return merged_weight(linear, &values, dtype, heads, &info.name, &mut report).map(Some);
-        }
-        if dtype == info.dtype()? {
-            report.copied += 1;
-            return Ok(None);
-        }
-        report.converted += 1;
-        converted_weight(file, info, dtype).map(Some)
-    })?;
+    write_gguf(
+        file,
+        path,
+        &metadata,
+        |_, info| dtype_of(info),
+        |name, info| {
+            progress(done, total);
+            done += 1;
+            let dtype = dtype_of(info)?;
+            if let Some(quant) = quant.filter(|_| is_matrix(info))
+                && quant != dtype
+            {
+                report.fallbacks.push((info.name.clone(), quant, dtype));
+            }
+            let linear = name.and_then(slot_of).and_then(|(layer, slot)| adapted(decoder, layer, slot));
+            if let Some((linear, slot)) = linear {
+                report.merged += 1;
+                let heads = slot.permuted_heads(&decoder.config);
+                return merged_weight(linear, &values, dtype, heads, &info.name, &mut report).map(Some);
+            }
+            if dtype == info.dtype()? {
+                report.copied += 1;
+                return Ok(None);
+            }
+            report.converted += 1;
+            converted_weight(file, info, dtype).map(Some)
+        },
+    )?;
     progress(total, total);
     Ok(report)
 }

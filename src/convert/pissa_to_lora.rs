@@ -29,7 +29,8 @@ pub fn pissa_to_lora(trained: &PeftAdapter, initial: &PeftAdapter) -> Result<Pef
         match initial.tensors.get(key) {
             None => wrong.push(format!("`{key}` is missing")),
             Some(start) if start.shape != tensor.shape => {
-                wrong.push(format!("`{key}` has shape {:?}, the trained one {:?}", start.shape, tensor.shape));
+                wrong
+                    .push(format!("`{key}` has shape {:?}, the trained one {:?}", start.shape, tensor.shape));
             }
             Some(start) => *tensor = stack(tensor, start),
         }
@@ -37,8 +38,11 @@ pub fn pissa_to_lora(trained: &PeftAdapter, initial: &PeftAdapter) -> Result<Pef
     if wrong.is_empty() {
         return Ok(converted);
     }
-    Err(Error::refused(format!("the initial adapter does not belong to the trained one:\n  {}", wrong.join("\n  ")))
-        .with_hint("the initial adapter is in the `init` folder of the same run"))
+    Err(Error::refused(format!(
+        "the initial adapter does not belong to the trained one:\n  {}",
+        wrong.join("\n  ")
+    ))
+    .with_hint("the initial adapter is in the `init` folder of the same run"))
 }
 
 /// The configuration of twice the rank at the same scaling.
@@ -92,7 +96,8 @@ mod tests {
         assert_eq!(lora.config.init_lora_weights, InitLoraWeights::Bool(true));
         let (a, b) = (&lora.tensors["m.lora_A.weight"], &lora.tensors["m.lora_B.weight"]);
         assert_eq!((&a.shape[..], &b.shape[..]), (&[2, 2][..], &[2, 2][..]));
-        let product = |row: usize, col: usize| (0..2).map(|k| b.data[row * 2 + k] * a.data[k * 2 + col]).sum::<f32>();
+        let product =
+            |row: usize, col: usize| (0..2).map(|k| b.data[row * 2 + k] * a.data[k * 2 + col]).sum::<f32>();
         assert_eq!(product(1, 0), 4.0 * 1.0 - 8.0 * 5.0);
         assert_eq!(lora.tensors["m.lora_magnitude_vector"].data, [7.0]);
     }

@@ -47,7 +47,9 @@ impl Base {
 
     /// Name of the file or folder, without its parents.
     pub fn name(&self) -> String {
-        self.path().file_name().map_or_else(|| self.path().display().to_string(), |n| n.to_string_lossy().into_owned())
+        self.path()
+            .file_name()
+            .map_or_else(|| self.path().display().to_string(), |n| n.to_string_lossy().into_owned())
     }
 
     /// `blake3:` and the hash of the weights: what ties an adapter to its base.
@@ -192,5 +194,6 @@ pub fn dense_type(dtype: Dtype) -> Option<GgmlType> {
 }
 
 fn gguf_name(name: &str) -> Result<String> {
-    names::gguf_tensor(name).ok_or_else(|| Error::refused(format!("tensor `{name}` has no place in a GGUF file")))
+    names::gguf_tensor(name)
+        .ok_or_else(|| Error::refused(format!("tensor `{name}` has no place in a GGUF file")))
 }

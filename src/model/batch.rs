@@ -50,7 +50,8 @@ impl Batch {
     /// The rows whose output predicts a trained token, and those tokens: `(row t, labels[t + 1])`.
     pub fn supervised(&self) -> (Vec<u32>, Vec<u32>) {
         let rows = self.starts.windows(2).flat_map(|w| w[0]..w[1].saturating_sub(1).max(w[0]));
-        rows.filter_map(|row| u32::try_from(self.labels[row as usize + 1]).ok().map(|target| (row, target))).unzip()
+        rows.filter_map(|row| u32::try_from(self.labels[row as usize + 1]).ok().map(|target| (row, target)))
+            .unzip()
     }
 }
 

@@ -149,7 +149,9 @@ impl Buffers {
             output: needs.iter().any(|n| n[i].output),
         });
         let layers = match keep {
-            Keep::Everything => needs.iter().map(|n| LayerBuffers::new(model, t, n)).collect::<Result<_>>()?,
+            Keep::Everything => {
+                needs.iter().map(|n| LayerBuffers::new(model, t, n)).collect::<Result<_>>()?
+            }
             Keep::LayerInputs | Keep::Nothing => vec![LayerBuffers::new(model, t, &largest)?],
         };
         let streams = if keep == Keep::Nothing { 2 } else { c.n_layers + 1 };
@@ -170,7 +172,10 @@ impl Buffers {
             logits: zeros(chunk, c.vocab_size)?,
             nll: zeros(1, chunk)?,
             grads,
-            scratch: Scratch { dropped: zeros(if drops_out { t } else { 0 }, max_in)?, dh: zeros(t, max_rank)? },
+            scratch: Scratch {
+                dropped: zeros(if drops_out { t } else { 0 }, max_in)?,
+                dh: zeros(t, max_rank)?,
+            },
         })
     }
 

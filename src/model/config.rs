@@ -55,7 +55,10 @@ impl Config {
             Ok(meta.u32(&format!("llama.{key}"))?.map(|n| n as usize))
         };
         if optional("expert_count")?.is_some_and(|n| n > 0) {
-            return Err(Error::refused(format!("`{}`: mixtures of experts are not supported", file.path().display())));
+            return Err(Error::refused(format!(
+                "`{}`: mixtures of experts are not supported",
+                file.path().display()
+            )));
         }
         let hidden_size = size("embedding_length")?;
         let n_heads = size("attention.head_count")?;
@@ -103,7 +106,9 @@ impl Config {
         }
         for key in ["attention_bias", "mlp_bias"] {
             if json[key].as_bool() == Some(true) {
-                return Err(refuse(format!("`{key}` is true; linears with a bias are not supported by this version")));
+                return Err(refuse(format!(
+                    "`{key}` is true; linears with a bias are not supported by this version"
+                )));
             }
         }
         if let Some(act) = json["hidden_act"].as_str()
@@ -112,7 +117,8 @@ impl Config {
             return Err(refuse(format!("`hidden_act` is `{act}`; supported: `silu`")));
         }
         let optional = |key: &str| json[key].as_u64().map(|n| n as usize);
-        let size = |key: &str| optional(key).ok_or_else(|| refuse(format!("`{key}` is missing or not a number")));
+        let size =
+            |key: &str| optional(key).ok_or_else(|| refuse(format!("`{key}` is missing or not a number")));
         let hidden_size = size("hidden_size")?;
         let n_heads = size("num_attention_heads")?;
         // transformers 5 gathers the rotary settings under `rope_parameters`; before, they lay apart.
@@ -155,10 +161,16 @@ impl Config {
             }
         }
         if !self.n_heads.is_multiple_of(self.n_kv_heads) {
-            return refuse(format!("{} heads are not a multiple of {} key/value heads", self.n_heads, self.n_kv_heads));
+            return refuse(format!(
+                "{} heads are not a multiple of {} key/value heads",
+                self.n_heads, self.n_kv_heads
+            ));
         }
         if !self.head_dim.is_multiple_of(2) {
-            return refuse(format!("head dimension {} is odd, so it cannot be rotated in pairs", self.head_dim));
+            return refuse(format!(
+                "head dimension {} is odd, so it cannot be rotated in pairs",
+                self.head_dim
+            ));
         }
         if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps > 0.0) {
             return refuse(format!("the RMS norm epsilon is {}", self.rms_norm_eps));
@@ -167,7 +179,10 @@ impl Config {
             return refuse(format!("the rotary base is {}", self.rope_theta));
         }
         if self.max_positions > MAX_POSITIONS {
-            return refuse(format!("{} positions; at most {MAX_POSITIONS} are supported", self.max_positions));
+            return refuse(format!(
+                "{} positions; at most {MAX_POSITIONS} are supported",
+                self.max_positions
+            ));
         }
         Ok(self)
     }
@@ -197,7 +212,10 @@ fn gguf_rope_scaling(file: &GgufFile, meta: &Metadata) -> Result<RopeScaling> {
 
 fn hf_rope_scaling(rope: &Value) -> Result<RopeScaling, String> {
     let number = |key: &str| {
-        rope[key].as_f64().map(|x| x as f32).ok_or_else(|| format!("rope setting `{key}` is missing or not a number"))
+        rope[key]
+            .as_f64()
+            .map(|x| x as f32)
+            .ok_or_else(|| format!("rope setting `{key}` is missing or not a number"))
     };
     match rope["rope_type"].as_str().or(rope["type"].as_str()) {
         None | Some("default") => Ok(RopeScaling::None),

@@ -104,7 +104,12 @@ impl Decoder {
 
     /// Bytes of the packed weights.
     pub fn weight_bytes(&self) -> usize {
-        self.linears().map(|l| &l.weight).chain([&self.embedding]).chain(&self.head).map(BaseWeight::size_bytes).sum()
+        self.linears()
+            .map(|l| &l.weight)
+            .chain([&self.embedding])
+            .chain(&self.head)
+            .map(BaseWeight::size_bytes)
+            .sum()
     }
 
     /// Lets every adapter recompute what depends on the parameters alone.
@@ -220,7 +225,8 @@ impl Decoder {
         let adapted = |layer: &Layer| layer.linears.iter().any(|l| l.adapter.is_some());
         let Some(lowest) = self.layers.iter().position(adapted) else { return Ok(()) };
 
-        let mut stream = std::mem::replace(&mut buffers.training()?.stream, Tensor::zeros(&self.device, 0, 0)?);
+        let mut stream =
+            std::mem::replace(&mut buffers.training()?.stream, Tensor::zeros(&self.device, 0, 0)?);
         stream.view_mut().into_row_range(0, t).zero("loss")?;
         let x = buffers.stream(self.layers.len(), t);
         let dy = buffers.grads.as_ref().expect("checked by training()").norm.top(t);
@@ -265,7 +271,13 @@ impl Decoder {
     ///
     /// # Errors
     /// The tokens do not fit the cache, the buffers or the vocabulary.
-    pub fn step(&self, buffers: &mut Buffers, cache: &mut Cache, tokens: &[u32], pass: &Pass<'_>) -> Result<Vec<f32>> {
+    pub fn step(
+        &self,
+        buffers: &mut Buffers,
+        cache: &mut Cache,
+        tokens: &[u32],
+        pass: &Pass<'_>,
+    ) -> Result<Vec<f32>> {
         let (t, cached) = (tokens.len(), cache.len);
         let room = cache.layers.first().map_or(0, |l| l.k.rows());
         if cached + t > room || cached + t > self.rope.rows() {
@@ -284,7 +296,16 @@ impl Decoder {
         embedding_forward(buffers.stream_mut(0, t), tokens, &self.embedding)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let (y, x, s, branch, scratch) = buffers.layer_forward(index, t);
-            layer.forward(y, x, s, branch, &place, Some((&mut cache.layers[index], cached)), pass, scratch)?;
+            layer.forward(
+                y,
+                x,
+                s,
+                branch,
+                &place,
+                Some((&mut cache.layers[index], cached)),
+                pass,
+                scratch,
+            )?;
         }
         cache.len += t;
         self.normalize(buffers, t)?;

@@ -253,10 +253,34 @@ impl Layer {
 
         // y = middle + down(swiglu(gate(norm), up(norm))); the stream's own gradient passes through
         let ffn_out = if s.ffn_out.rows() == 0 { s.act.top(t) } else { s.ffn_out.top(t) };
-        self.project_backward(Slot::Down, overwrite(g.act.top_mut(t)), g.stream.top(t), s.act.top(t), ffn_out, &s.h, to)?;
+        self.project_backward(
+            Slot::Down,
+            overwrite(g.act.top_mut(t)),
+            g.stream.top(t),
+            s.act.top(t),
+            ffn_out,
+            &s.h,
+            to,
+        )?;
         swiglu_backward(g.gate.top_mut(t), g.up.top_mut(t), g.act.top(t), s.gate.top(t), s.up.top(t))?;
-        self.project_backward(Slot::Up, overwrite(g.norm.top_mut(t)), g.up.top(t), s.ffn_norm.top(t), s.up.top(t), &s.h, to)?;
-        self.project_backward(Slot::Gate, accumulate(g.norm.top_mut(t)), g.gate.top(t), s.ffn_norm.top(t), s.gate.top(t), &s.h, to)?;
+        self.project_backward(
+            Slot::Up,
+            overwrite(g.norm.top_mut(t)),
+            g.up.top(t),
+            s.ffn_norm.top(t),
+            s.up.top(t),
+            &s.h,
+            to,
+        )?;
+        self.project_backward(
+            Slot::Gate,
+            accumulate(g.norm.top_mut(t)),
+            g.gate.top(t),
+            s.ffn_norm.top(t),
+            s.gate.top(t),
+            &s.h,
+            to,
+        )?;
         rms_norm_backward(
             g.stream.top_mut(t),
             g.norm.top(t),
@@ -267,7 +291,15 @@ impl Layer {
 
         // middle = x + o(attention(rope(q(norm)), rope(k(norm)), v(norm)))
         let attn_out = if s.attn_out.rows() == 0 { s.attn.top(t) } else { s.attn_out.top(t) };
-        self.project_backward(Slot::O, overwrite(g.attn.top_mut(t)), g.stream.top(t), s.attn.top(t), attn_out, &s.h, to)?;
+        self.project_backward(
+            Slot::O,
+            overwrite(g.attn.top_mut(t)),
+            g.stream.top(t),
+            s.attn.top(t),
+            attn_out,
+            &s.h,
+            to,
+        )?;
         attention_backward(
             g.q.top_mut(t),
             g.k.top_mut(t),
@@ -293,9 +325,33 @@ impl Layer {
         }
         let norm = s.attn_norm.top(t);
         if input_gradient {
-            self.project_backward(Slot::Q, overwrite(g.norm.top_mut(t)), g.q.top(t), norm, s.q.top(t), &s.h, to)?;
-            self.project_backward(Slot::K, accumulate(g.norm.top_mut(t)), g.k.top(t), norm, s.k.top(t), &s.h, to)?;
-            self.project_backward(Slot::V, accumulate(g.norm.top_mut(t)), g.v.top(t), norm, s.v.top(t), &s.h, to)?;
+            self.project_backward(
+                Slot::Q,
+                overwrite(g.norm.top_mut(t)),
+                g.q.top(t),
+                norm,
+                s.q.top(t),
+                &s.h,
+                to,
+            )?;
+            self.project_backward(
+                Slot::K,
+                accumulate(g.norm.top_mut(t)),
+                g.k.top(t),
+                norm,
+                s.k.top(t),
+                &s.h,
+                to,
+            )?;
+            self.project_backward(
+                Slot::V,
+                accumulate(g.norm.top_mut(t)),
+                g.v.top(t),
+                norm,
+                s.v.top(t),
+                &s.h,
+                to,
+            )?;
             rms_norm_backward(
                 g.stream.top_mut(t),
                 g.norm.top(t),

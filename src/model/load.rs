@@ -22,13 +22,16 @@ impl Decoder {
     /// A tensor is missing, has another shape, or a type that is not supported.
     pub fn load(base: &Base, device: &Device) -> Result<Decoder> {
         let config = base.config()?;
-        let embedding = base.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size, None)?;
+        let embedding =
+            base.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size, None)?;
         let head = base
             .has("lm_head.weight")
             .then(|| base.matrix("lm_head.weight", config.vocab_size, config.hidden_size, None))
             .transpose()?;
         Ok(Decoder {
-            layers: (0..config.n_layers).map(|l| load_layer(base, device, &config, l)).collect::<Result<_>>()?,
+            layers: (0..config.n_layers)
+                .map(|l| load_layer(base, device, &config, l))
+                .collect::<Result<_>>()?,
             final_norm: base.vector(device, "model.norm.weight", config.hidden_size)?,
             rope: rope_table(
                 device,
@@ -46,7 +49,8 @@ impl Decoder {
 }
 
 fn load_layer(base: &Base, device: &Device, config: &Config, layer: usize) -> Result<Layer> {
-    let norm = |name: &str| base.vector(device, &format!("model.layers.{layer}.{name}.weight"), config.hidden_size);
+    let norm =
+        |name: &str| base.vector(device, &format!("model.layers.{layer}.{name}.weight"), config.hidden_size);
     let linear = |slot: Slot| -> Result<Linear> {
         let module = module_path(layer, slot);
         let (rows, cols) = slot.shape(config);

@@ -38,7 +38,10 @@ pub fn generate(
     }
     let room = decoder.config.max_positions;
     if prompt.len() >= room {
-        return Err(Error::refused(format!("the prompt has {} tokens, the model {room} positions", prompt.len())));
+        return Err(Error::refused(format!(
+            "the prompt has {} tokens, the model {room} positions",
+            prompt.len()
+        )));
     }
     let mut buffers = Buffers::new(decoder, prompt.len(), Keep::Nothing)?;
     let mut cache = Cache::new(decoder, room.min(prompt.len() + max_new_tokens))?;

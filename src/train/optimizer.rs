@@ -53,7 +53,8 @@ impl Optimizer {
     /// An op refuses.
     pub fn step(&mut self, params: &mut Parameters, learning_rate: f64, grad_norm: f64) -> Result<()> {
         self.updates += 1;
-        let clip = if self.max_grad_norm > 0.0 { clip_factor(grad_norm, self.max_grad_norm as f32) } else { 1.0 };
+        let clip =
+            if self.max_grad_norm > 0.0 { clip_factor(grad_norm, self.max_grad_norm as f32) } else { 1.0 };
         adamw_update(
             params.values.view_mut(),
             self.m.view_mut(),

@@ -100,7 +100,12 @@ const SVD_STREAM: u64 = 1 << 40;
 ///
 /// # Errors
 /// The base, the data, the adapter or the output folder is refused, or the loss stops being finite.
-pub fn train(config: &TrainConfig, device: &Device, resume: bool, observer: &mut dyn Observer) -> Result<Outcome> {
+pub fn train(
+    config: &TrainConfig,
+    device: &Device,
+    resume: bool,
+    observer: &mut dyn Observer,
+) -> Result<Outcome> {
     let mut run = Run::prepare(config, device, resume, observer)?;
     run.train(observer)
 }
@@ -130,7 +135,8 @@ impl<'a> Run<'a> {
     ) -> Result<Run<'a>> {
         // The cheapest refusal first: an output folder that cannot be written.
         std::fs::create_dir_all(&config.output).map_err(|e| Error::io("create", &config.output, e))?;
-        let checkpoint = if resume { Some(checkpoint::load(&checkpoint::latest(&config.output)?)?) } else { None };
+        let checkpoint =
+            if resume { Some(checkpoint::load(&checkpoint::latest(&config.output)?)?) } else { None };
 
         observer.phase("open model", 0, 0);
         let model = Base::open(&config.model)?;
@@ -177,13 +183,22 @@ impl<'a> Run<'a> {
         };
         if let Some(checkpoint) = checkpoint {
             checkpoint.state.check(config, &data.hash, &base_id.fingerprint)?;
-            sampler = Sampler::from_position(data.examples.len(), config.seed, !config.no_shuffle, checkpoint.state.sampler_position);
+            sampler = Sampler::from_position(
+                data.examples.len(),
+                config.seed,
+                !config.no_shuffle,
+                checkpoint.state.sampler_position,
+            );
             restore(&checkpoint, &mut params, &mut optimizer)?;
             state = checkpoint.state;
         }
         decoder.refresh(params.values.view())?;
 
-        let log = if resume { LogWriter::resume(&config.output, state.step)? } else { LogWriter::create(&config.output)? };
+        let log = if resume {
+            LogWriter::resume(&config.output, state.step)?
+        } else {
+            LogWriter::create(&config.output)?
+        };
         let run_file = RunFile::new(base_id, used_data(&data, eval_data.as_ref()), config.clone());
         run_file.write(&config.output)?;
         observer.plan(&Plan {
@@ -209,7 +224,20 @@ impl<'a> Run<'a> {
             device: device.to_string(),
             staged: manifest,
         });
-        Ok(Run { config, decoder, params, peft, optimizer, buffers, data, eval_data, sampler, schedule, state, log })
+        Ok(Run {
+            config,
+            decoder,
+            params,
+            peft,
+            optimizer,
+            buffers,
+            data,
+            eval_data,
+            sampler,
+            schedule,
+            state,
+            log,
+        })
     }
 
     fn train(&mut self, observer: &mut dyn Observer) -> Result<Outcome> {
@@ -300,7 +328,8 @@ impl<'a> Run<'a> {
         let left = match self.config.max_steps {
             Some(_) => u64::MAX,
             None => {
-                let all = (self.config.num_train_epochs * self.data.examples.len() as f64).round().max(1.0) as u64;
+                let all =
+                    (self.config.num_train_epochs * self.data.examples.len() as f64).round().max(1.0) as u64;
                 all - self.sampler.position().min(all)
             }
         };
@@ -379,7 +408,10 @@ struct Start<'a> {
 
 impl Start<'_> {
     /// The decoder on the right base with initial adapter values.
-    fn adapt(self, observer: &mut dyn Observer) -> Result<(Decoder, Parameters, PeftConfig, Option<Manifest>, Base)> {
+    fn adapt(
+        self,
+        observer: &mut dyn Observer,
+    ) -> Result<(Decoder, Parameters, PeftConfig, Option<Manifest>, Base)> {
         let peft = self.peft_config();
         if self.config.method.info().staged {
             return self.adapt_staged(peft, observer);
@@ -423,9 +455,10 @@ impl Start<'_> {
                     seed: self.config.seed ^ SVD_STREAM,
                     ..SvdOptions::default()
                 };
-                let (factors, errors) = adapters::split_targets(&mut decoder, &peft, given, &options, |done, total| {
-                    observer.phase("split (PiSSA)", done, total);
-                })?;
+                let (factors, errors) =
+                    adapters::split_targets(&mut decoder, &peft, given, &options, |done, total| {
+                        observer.phase("split (PiSSA)", done, total);
+                    })?;
                 staged::write(run, &self.model, &decoder, &factors, settings, &errors)?
             }
         };
@@ -442,7 +475,12 @@ impl Start<'_> {
         Ok((decoder, params, peft, Some(manifest), base))
     }
 
-    fn settings(&self, decoder: &Decoder, peft: &PeftConfig, given: Option<&PeftAdapter>) -> Result<Settings> {
+    fn settings(
+        &self,
+        decoder: &Decoder,
+        peft: &PeftConfig,
+        given: Option<&PeftAdapter>,
+    ) -> Result<Settings> {
         let mut targets = Vec::new();
         for linear in decoder.linears() {
             if peft.targets(&linear.module)? {
@@ -510,7 +548,9 @@ fn load_data(
 
 fn used_data(data: &Dataset, eval: Option<&Dataset>) -> Vec<FileId> {
     let name = |d: &Dataset| {
-        d.source.file_name().map_or_else(|| d.source.display().to_string(), |n| n.to_string_lossy().into_owned())
+        d.source
+            .file_name()
+            .map_or_else(|| d.source.display().to_string(), |n| n.to_string_lossy().into_owned())
     };
     let id = |d: &Dataset| FileId { name: name(d), fingerprint: d.hash.clone() };
     std::iter::once(data).chain(eval).map(id).collect()
@@ -550,4 +590,3 @@ fn target_names(decoder: &Decoder) -> Vec<String> {
     }
     names
 }
-
