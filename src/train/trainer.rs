@@ -325,13 +325,12 @@ impl<'a> Run<'a> {
 
     /// The micro-batches of the next step. Without `max_steps` the last step ends with the last epoch.
     fn draw(&mut self) -> Vec<Batch> {
-        let left = match self.config.max_steps {
-            Some(_) => u64::MAX,
-            None => {
-                let all =
-                    (self.config.num_train_epochs * self.data.examples.len() as f64).round().max(1.0) as u64;
-                all - self.sampler.position().min(all)
-            }
+        let left = if self.config.max_steps.is_some() {
+            u64::MAX
+        } else {
+            let all =
+                (self.config.num_train_epochs * self.data.examples.len() as f64).round().max(1.0) as u64;
+            all - self.sampler.position().min(all)
         };
         let wanted = self.config.batch_size * self.config.gradient_accumulation_steps;
         let count = left.min(wanted as u64) as usize;
@@ -465,12 +464,11 @@ impl Start<'_> {
         let base = manifest.open_residual(run)?;
         let mut decoder = Decoder::load(&base, self.device)?;
         let mut params = adapters::attach(&mut decoder, &peft)?;
-        match continued {
-            Some(folder) => adapters::load(&mut params, &folder.adapter)?,
-            None => {
-                let factors = PeftAdapter::read(&staged::initial_adapter(run))?;
-                adapters::load_factors(&mut decoder, &mut params, &factors)?;
-            }
+        if let Some(folder) = continued {
+            adapters::load(&mut params, &folder.adapter)?;
+        } else {
+            let factors = PeftAdapter::read(&staged::initial_adapter(run))?;
+            adapters::load_factors(&mut decoder, &mut params, &factors)?;
         }
         Ok((decoder, params, peft, Some(manifest), base))
     }
@@ -500,15 +498,14 @@ impl Start<'_> {
     /// The adapter's configuration: that of the saved adapter, or the one that the flags describe.
     fn peft_config(&self) -> PeftConfig {
         let config = self.config;
-        let mut peft = match self.init {
-            Some(folder) => folder.adapter.config.clone(),
-            None => {
-                let mut peft = PeftConfig::new(config.lora_r, config.lora_alpha);
-                peft.use_rslora = config.use_rslora;
-                peft.use_dora = config.use_dora || config.method.info().magnitude;
-                peft.target_modules = Some((&config.target_modules).into());
-                peft
-            }
+        let mut peft = if let Some(folder) = self.init {
+            folder.adapter.config.clone()
+        } else {
+            let mut peft = PeftConfig::new(config.lora_r, config.lora_alpha);
+            peft.use_rslora = config.use_rslora;
+            peft.use_dora = config.use_dora || config.method.info().magnitude;
+            peft.target_modules = Some((&config.target_modules).into());
+            peft
         };
         if config.method.info().staged {
             peft.use_dora = config.use_dora;
@@ -575,7 +572,8 @@ fn describe(config: &TrainConfig, peft: &PeftConfig) -> String {
         text.push_str(", rsLoRA");
     }
     if peft.lora_dropout > 0.0 {
-        text.push_str(&format!(", dropout {}", peft.lora_dropout));
+        text.push_str(", dropout ");
+        text.push_str(&peft.lora_dropout.to_string());
     }
     text
 }

@@ -29,7 +29,7 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         {
             static ISA: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
-            return *ISA.get_or_init(|| {
+            *ISA.get_or_init(|| {
                 let avx2 = is_x86_feature_detected!("avx2")
                     && is_x86_feature_detected!("f16c")
                     && is_x86_feature_detected!("bmi2");
@@ -42,7 +42,7 @@ impl Isa {
                     (true, false) => Isa::Avx2,
                     (false, _) => Isa::Portable,
                 }
-            });
+            })
         }
         #[cfg(not(target_arch = "x86_64"))]
         Isa::Portable
