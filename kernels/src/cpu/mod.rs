@@ -1,6 +1,6 @@
 //! The CPU side: one portable body per loop, compiled for each instruction set and picked at run time.
 //!
-//! [`by_isa!`] is the only way to processor-specific code here. The bodies are plain Rust without
+//! `by_isa!` is the only way to processor-specific code here. The bodies are plain Rust without
 //! fused multiply-add, and Rust does not reassociate floats, so every instruction set gives the same
 //! bits. Matrix products go through the `gemm` crate, which dispatches by itself.
 
