@@ -1,3 +1,5 @@
+//! PEFT folders: against golden adapters, and what is refused.
+
 use indexmap::IndexMap;
 use qpeft_formats::error::{Kind, Place};
 use qpeft_formats::peft::names::{parse_key, tensor_key};
