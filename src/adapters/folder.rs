@@ -49,14 +49,22 @@ impl AdapterFolder {
     /// A file is missing or wrong, or the method is not supported.
     pub fn open(dir: &Path) -> Result<AdapterFolder> {
         let adapter = PeftAdapter::read(dir)?;
-        let above = dir.parent().and_then(Path::parent);
-        let run = match above {
-            Some(above) if !dir.join(RUN_FILE).exists() && above.join(RUN_FILE).exists() => above.to_owned(),
-            _ => dir.to_owned(),
+        // Through the real path: `step-4` in the folder of checkpoints has a run above it too.
+        let real = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+        let is_init = real.join(super::staged::MANIFEST).exists();
+        let above = |levels: usize| real.ancestors().nth(levels).map_or_else(|| real.clone(), Path::to_owned);
+        let run = if is_init {
+            above(1)
+        } else if !real.join(RUN_FILE).exists() && above(2).join(RUN_FILE).exists() {
+            above(2)
+        } else {
+            real.clone()
         };
+        // A staged init may be left of a former run: it belongs to PiSSA adapters only.
+        let staged = is_init || is_pissa(&adapter.config);
         Ok(AdapterFolder {
             base: read_base(&run.join(RUN_FILE))?,
-            manifest: Manifest::read(&run)?,
+            manifest: if staged { Manifest::read(&run)? } else { None },
             dir: dir.to_owned(),
             adapter,
             run,
@@ -78,13 +86,26 @@ impl AdapterFolder {
         if found.fingerprint == expected.fingerprint {
             return self.manifest.as_ref().map_or(Ok(model), |manifest| manifest.open_residual(&self.run));
         }
-        if self.manifest.as_ref().is_some_and(|m| m.residual.fingerprint == found.fingerprint) {
-            return Ok(model);
+        let residual = self.manifest.as_ref().map(|manifest| &manifest.residual);
+        let mut known = vec![expected];
+        known.extend(residual);
+        self.check_base(&found, &known)?;
+        Ok(model)
+    }
+
+    /// Refuses a base that is none of the `known` ones; the first is the one to name.
+    ///
+    /// # Errors
+    /// The fingerprints differ.
+    pub fn check_base(&self, found: &FileId, known: &[&FileId]) -> Result<()> {
+        if known.iter().any(|id| id.fingerprint == found.fingerprint) {
+            return Ok(());
         }
+        let expected = known[0];
         Err(Error::refused(format!(
             "the adapter `{}` was trained on another base: `{}` has fingerprint {}, expected {} (`{}`)",
             self.dir.display(),
-            model.path().display(),
+            found.name,
             found.fingerprint,
             expected.fingerprint,
             expected.name

@@ -13,7 +13,7 @@
 use std::path::{Path, PathBuf};
 
 use qpeft_formats::file::{AtomicDir, write_atomic};
-use qpeft_formats::peft::PeftAdapter;
+use qpeft_formats::peft::{InitLoraWeights, PeftAdapter};
 use serde::{Deserialize, Serialize};
 
 use super::pissa::SplitError;
@@ -23,7 +23,8 @@ use crate::model::{Base, Decoder};
 
 /// Folder of the staged init within a run.
 pub const INIT: &str = "init";
-const MANIFEST: &str = "manifest.json";
+/// The file that makes a folder a staged init.
+pub const MANIFEST: &str = "manifest.json";
 /// Layout of the manifest that this version writes.
 const VERSION: u32 = 1;
 
@@ -220,7 +221,10 @@ pub fn write(
         )?,
         Base::Folder(folder) => write_folder(folder, &path, replace)?,
     }
-    adapter.write(staged.staging())?;
+    // As PEFT keeps initial factors: labelled a plain pair, or loading them would split the base again.
+    let mut factors = adapter.clone();
+    factors.config.init_lora_weights = InitLoraWeights::Bool(true);
+    factors.write(staged.staging())?;
 
     let mut total = SplitError::default();
     for (_, e) in errors {

@@ -22,6 +22,11 @@ use crate::model::Base;
 pub fn pissa(args: &PissaToLoraArgs, printer: &Printer) -> anyhow::Result<()> {
     refuse_existing(&args.output, args.overwrite_output)?;
     let trained = AdapterFolder::open(&args.adapter)?;
+    if args.output.canonicalize().is_ok_and(|output| output.starts_with(&trained.run)) {
+        return Err(Error::refused(format!("`--output {}` lies in the run that is converted", args.output.display()))
+            .with_hint("give a folder outside of the run: its adapter stays as it is")
+            .into());
+    }
     if !is_pissa(&trained.adapter.config) {
         return Err(Error::refused(format!("`{}` is not a PiSSA adapter", args.adapter.display()))
             .with_hint("its `adapter_config.json` says `init_lora_weights`; only `pissa` needs converting")

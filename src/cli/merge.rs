@@ -1,5 +1,8 @@
 //! `qpeft merge`: base + adapter -> one GGUF.
 
+use std::collections::BTreeMap;
+
+use qpeft_formats::GgmlType;
 use serde_json::json;
 
 use super::args::MergeArgs;
@@ -24,8 +27,14 @@ pub fn run(args: &MergeArgs, printer: &Printer) -> anyhow::Result<()> {
     })?;
     drop(bar);
 
-    for (name, asked, taken) in &report.fallbacks {
-        printer.warn(&format!("`{name}` is {taken}: its row length is not a multiple of a {asked} block"));
+    let mut fallbacks: BTreeMap<(GgmlType, GgmlType), usize> = BTreeMap::new();
+    for (_, asked, taken) in &report.fallbacks {
+        *fallbacks.entry((*asked, *taken)).or_default() += 1;
+    }
+    for ((asked, taken), count) in fallbacks {
+        printer.warn(&format!(
+            "{count} tensors are {taken}: their row length is not a multiple of a {asked} block"
+        ));
     }
     if args.json {
         return Ok(printer.json(&json!({
@@ -33,19 +42,21 @@ pub fn run(args: &MergeArgs, printer: &Printer) -> anyhow::Result<()> {
             "merged": report.merged,
             "converted": report.converted,
             "copied": report.copied,
-            "relative_loss": report.relative_loss(),
+            "change_arrived": report.arrived_share(),
+            "relative_noise": report.relative_noise(),
         }))?);
     }
     printer.note(&format!(
-        "{} tensors merged, {} converted, {} copied; packing moved the merged weights by {:.1} % of what training changed",
+        "{} tensors merged, {} converted, {} copied; {:.0} % of the change is in the packed weights, packing moved them by {:.2} % of their norm",
         report.merged,
         report.converted,
         report.copied,
-        100.0 * report.relative_loss()
+        100.0 * report.arrived_share(),
+        100.0 * report.relative_noise()
     ));
-    if report.relative_loss() > 1.0 {
+    if report.arrived_share() < 0.8 {
         printer.warn(
-            "packing adds more noise than the adapter changed; measure with `qpeft eval`, or give a larger type with `--quant q8_0`",
+            "packing rounds much of the change away; compare with `qpeft eval`, and give a finer type with `--quant q8_0` if it matters",
         );
     }
     printer.note(&format!("wrote {}", args.output.display()));

@@ -25,16 +25,26 @@ pub struct MergeReport {
     pub copied: usize,
     /// Tensors whose row length does not fit the asked type: name, asked, taken.
     pub fallbacks: Vec<(String, GgmlType, GgmlType)>,
-    /// ‖change‖² of the adapted weights, against the dequantized base.
+    /// ‖W'‖² of the adapted weights.
+    pub adapted: f64,
+    /// ‖W' - W‖²: the change.
     pub change: f64,
-    /// ‖stored - adapted‖² of the adapted weights.
-    pub lost: f64,
+    /// ⟨stored - W, W' - W⟩: the part of the change that is in what was stored.
+    pub arrived: f64,
+    /// ‖stored - W'‖²: the noise of packing.
+    pub noise: f64,
 }
 
 impl MergeReport {
-    /// ‖stored - adapted‖ / ‖change‖: below 1, more of the change arrives than packing adds as noise.
-    pub fn relative_loss(&self) -> f64 {
-        if self.change == 0.0 { 0.0 } else { (self.lost / self.change).sqrt() }
+    /// Share of the change that arrives in the packed weights: rounding to a coarse grid swallows small
+    /// changes.
+    pub fn arrived_share(&self) -> f64 {
+        if self.change == 0.0 { 1.0 } else { self.arrived / self.change }
+    }
+
+    /// ‖stored - W'‖ / ‖W'‖.
+    pub fn relative_noise(&self) -> f64 {
+        if self.adapted == 0.0 { 0.0 } else { (self.noise / self.adapted).sqrt() }
     }
 }
 
@@ -140,7 +150,7 @@ fn merged_weight(
     let cols = linear.weight.cols();
     let row_bytes = dtype.row_bytes(cols)?;
     let mut merged = vec![0.0; linear.weight.rows() * cols];
-    let errors: Vec<(f64, f64)> = merged
+    let parts: Vec<[f64; 4]> = merged
         .par_chunks_mut(CHUNK * cols)
         .enumerate()
         .map(|(chunk, w)| {
@@ -149,25 +159,28 @@ fn merged_weight(
             let before = w.to_vec();
             adapter.merge(rows, w, values);
             let (mut packed, mut stored) = (vec![0; row_bytes], vec![0.0; cols]);
-            let (mut change, mut lost) = (0.0, 0.0);
+            let mut sums = [0.0; 4];
             for (w, before) in w.chunks_exact(cols).zip(before.chunks_exact(cols)) {
                 blocks::quantize_row(dtype, w, &mut packed);
                 blocks::dequantize_row(dtype, &packed, &mut stored);
-                change += squared_distance(w, before);
-                lost += squared_distance(w, &stored);
+                for ((w, before), stored) in w.iter().zip(before).zip(&stored) {
+                    let (w, change) = (f64::from(*w), f64::from(w - before));
+                    sums[0] += w * w;
+                    sums[1] += change * change;
+                    sums[2] += f64::from(stored - before) * change;
+                    sums[3] += (f64::from(*stored) - w).powi(2);
+                }
             }
-            (change, lost)
+            sums
         })
         .collect();
-    for (change, lost) in errors {
+    for [adapted, change, arrived, noise] in parts {
+        report.adapted += adapted;
         report.change += change;
-        report.lost += lost;
+        report.arrived += arrived;
+        report.noise += noise;
     }
     pack_rows(&merged, cols, dtype, heads, name)
-}
-
-fn squared_distance(a: &[f32], b: &[f32]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum()
 }
 
 /// A tensor of the base in another type, rows in the order of the file.

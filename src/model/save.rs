@@ -173,7 +173,9 @@ fn copy_side_files(from: &Path, to: &Path) -> Result<()> {
     for name in SIDE_FILES {
         let file = from.join(name);
         if file.exists() {
-            std::fs::copy(&file, to.join(name))
+            // Not `fs::copy`: a base that is read-only would make the copy read-only too.
+            std::fs::read(&file)
+                .and_then(|bytes| std::fs::write(to.join(name), bytes))
                 .map_err(|e| Error::refused(format!("cannot copy `{}`: {e}", file.display())))?;
         }
     }

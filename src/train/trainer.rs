@@ -20,6 +20,7 @@ use super::log::{EvalRecord, LogWriter, StepRecord};
 use super::optimizer::Optimizer;
 use super::run_files::RunFile;
 use super::schedule::{Schedule, warmup_steps};
+use crate::adapters::pissa::SplitError;
 use crate::adapters::staged::{self, FileId, Manifest, Settings};
 use crate::adapters::{self, AdapterFolder, folder};
 use crate::model::tokenizer::Tokenizer;
@@ -202,7 +203,7 @@ impl<'a> Run<'a> {
             checkpoint::clear_run(&config.output)?;
             LogWriter::create(&config.output)?
         };
-        let run_file = RunFile::new(base_id, used_data(&data, eval_data.as_ref()), config.clone());
+        let run_file = RunFile::new(base_id, used_data(&data, eval_data.as_ref()), in_effect(config, &peft));
         run_file.write(&config.output)?;
         observer.plan(&Plan {
             base: base.name(),
@@ -424,7 +425,7 @@ impl Start<'_> {
         }
         let base = match self.init {
             Some(folder) => {
-                check_kind(&folder.adapter.config, peft_uses_dora(self.config))?;
+                check_kind(&folder.adapter.config, false, peft_uses_dora(self.config))?;
                 folder.resolve(self.model)?
             }
             None => self.model,
@@ -448,11 +449,19 @@ impl Start<'_> {
         // Trained further: the residual and the factors of that run are this run's.
         let continued = self.init.filter(|folder| folder.manifest.is_some());
         let given = self.init.filter(|folder| folder.manifest.is_none()).map(|folder| &folder.adapter);
-        if let Some(folder) = continued.filter(|_| !self.resume) {
-            checkpoint::clear_run(run)?;
-            staged::copy(&folder.run, run)?;
-        }
         let base_id = FileId::of(&self.model)?;
+        if let Some((folder, manifest)) = continued.and_then(|folder| Some((folder, folder.manifest.as_ref()?))) {
+            check_kind(&folder.adapter.config, true, self.config.use_dora)?;
+            folder.check_base(&base_id, &[&manifest.base, &manifest.residual])?;
+            if !self.resume {
+                checkpoint::clear_run(run)?;
+                staged::copy(&folder.run, run)?;
+            }
+        } else if let Some(given) = given {
+            // Factors to split off: a plain pair. Magnitudes follow from it; a trained pair without its
+            // residual does not say what was split off.
+            check_kind(&given.config, false, false)?;
+        }
         let mut decoder = Decoder::load(&self.model, self.device)?;
         let settings = self.settings(&decoder, &peft, given)?;
         let manifest = match Manifest::read(run)? {
@@ -476,6 +485,11 @@ impl Start<'_> {
                     adapters::split_targets(&mut decoder, &peft, given, &options, |done, total| {
                         observer.phase("split (PiSSA)", done, total);
                     })?;
+                let mut total = SplitError::default();
+                errors.iter().for_each(|(_, error)| total += *error);
+                if given.is_some() && total.captured() <= 0.0 {
+                    observer.warn("the factors of `--init-adapter` hold nothing of the base: they are taken out of it as they are, but they are no principal factors");
+                }
                 // The adapter of a former run fits only the residual that is about to go.
                 checkpoint::clear_run(run)?;
                 staged::write(run, &self.model, &decoder, &factors, settings, &errors)?
@@ -543,14 +557,14 @@ fn peft_uses_dora(config: &TrainConfig) -> bool {
 }
 
 /// Refuses to train an adapter further as one of another kind.
-fn check_kind(saved: &PeftConfig, use_dora: bool) -> Result<()> {
+fn check_kind(saved: &PeftConfig, pissa: bool, use_dora: bool) -> Result<()> {
     let (kind, method) = match (folder::is_pissa(saved), saved.use_dora) {
         (true, false) => ("PiSSA", "pissa"),
         (true, true) => ("PiSSA + DoRA", "pissa --use-dora"),
         (false, true) => ("DoRA", "dora"),
         (false, false) => ("LoRA", "lora"),
     };
-    if !folder::is_pissa(saved) && saved.use_dora == use_dora {
+    if folder::is_pissa(saved) == pissa && saved.use_dora == use_dora {
         return Ok(());
     }
     let error = crate::Error::refused(format!(
@@ -585,13 +599,24 @@ fn load_data(
     }
 }
 
+/// The settings as they are in effect: a saved adapter brings its own shape along.
+fn in_effect(config: &TrainConfig, peft: &PeftConfig) -> TrainConfig {
+    TrainConfig {
+        lora_r: peft.r,
+        lora_alpha: peft.lora_alpha,
+        use_rslora: peft.use_rslora,
+        use_dora: peft.use_dora,
+        ..config.clone()
+    }
+}
+
 fn used_data(data: &Dataset, eval: Option<&Dataset>) -> Vec<FileId> {
     let name = |d: &Dataset| {
         d.source
             .file_name()
             .map_or_else(|| d.source.display().to_string(), |n| n.to_string_lossy().into_owned())
     };
-    let id = |d: &Dataset| FileId { name: name(d), fingerprint: d.hash.clone() };
+    let id = |d: &Dataset| FileId { name: name(d), fingerprint: format!("blake3:{}", d.hash) };
     std::iter::once(data).chain(eval).map(id).collect()
 }
 

@@ -110,14 +110,23 @@ fn row_scale_slice<'a>(
 const ROW_TILE: usize = 96;
 
 /// Least columns of W in one backward panel, for the same reasons; rounded up to whole blocks.
-const COL_PANEL: usize = 96;
+const COL_PANEL: usize = 192;
 
 /// Rows of W that a backward task dequantizes at a time.
 const ROW_CHUNK: usize = 256;
 
-/// Tokens of one task. A longer batch dequantizes a tile again for every so many tokens, which is a
-/// few per cent of their product, and in return gives every thread work on narrow layers.
-const TOKEN_TILE: usize = 512;
+/// Tasks that a product is cut into at least, if it is large enough: work for the cores of a desktop.
+const TASKS: usize = 16;
+
+/// Fewest tokens of one task: below, unpacking W costs more than a few per cent of the product.
+const LEAST_TOKENS: usize = 128;
+
+/// Tokens of one task. Every task unpacks its part of W, so a wide layer keeps all tokens together and a
+/// narrow one is cut along its tokens too.
+fn token_tile(tokens: usize, tiles_across: usize) -> usize {
+    let down = TASKS.div_ceil(tiles_across.max(1));
+    tokens.div_ceil(down).next_multiple_of(32).max(LEAST_TOKENS)
+}
 
 /// Up to so many tokens (generation) a dot product per row beats packing W for a matrix product.
 const DOT_TOKENS: usize = 4;
@@ -173,7 +182,8 @@ fn forward_fast(
     branch: Option<(Mat<'_>, Mat<'_>)>,
 ) {
     let k = weight.cols();
-    y.par_tiles(TOKEN_TILE, ROW_TILE, |mut tile, tokens, rows| {
+    let token_tile = token_tile(x.rows(), weight.rows().div_ceil(ROW_TILE));
+    y.par_tiles(token_tile, ROW_TILE, |mut tile, tokens, rows| {
         with_scratch(rows.len() * k, |w| {
             weight.dequantize_rows(rows.clone(), w);
             if let Some(g) = row_scale {
@@ -206,7 +216,8 @@ fn backward_fast(
     accumulate: bool,
 ) {
     let width = COL_PANEL.next_multiple_of(weight.block_len());
-    dx.par_tiles(TOKEN_TILE, width, |mut tile, tokens, cols| {
+    let token_tile = token_tile(dy.rows(), weight.cols().div_ceil(width));
+    dx.par_tiles(token_tile, width, |mut tile, tokens, cols| {
         let dy = dy.row_range(tokens);
         // No row at all is one empty chunk, which clears dx as the empty sum asks for.
         for start in (0..weight.rows().max(1)).step_by(ROW_CHUNK) {
@@ -222,7 +233,7 @@ fn backward_fast(
         }
     });
     if let Some((dh, b)) = branch {
-        dh.par_tiles(TOKEN_TILE / 8, b.cols().max(1), |tile, tokens, _| {
+        dh.par_tiles(LEAST_TOKENS, b.cols().max(1), |tile, tokens, _| {
             gemm(tile, false, 1.0, dy.row_range(tokens), b);
         });
     }
@@ -324,7 +335,7 @@ mod tests {
 
     #[test]
     fn fast_equals_naive_over_several_tiles_of_every_dimension() {
-        check_case("several tiles", &f32_weight(ROW_CHUNK + 17, 2 * COL_PANEL + 1), TOKEN_TILE + 3, 5);
+        check_case("several tiles", &f32_weight(ROW_CHUNK + 17, 2 * COL_PANEL + 1), 3 * LEAST_TOKENS + 3, 5);
     }
 
     #[test]
