@@ -164,7 +164,21 @@ fn ask(error: &(dyn std::error::Error + 'static)) -> (Option<String>, Option<Fau
     if let Some(e) = error.downcast_ref::<qpeft_formats::Error>() {
         return (e.hint(), None);
     }
+    if let Some(e) = error.downcast_ref::<crate::Error>() {
+        let (_, fault) = if let crate::Error::Kernel(e) = e { ask(e) } else { (None, None) };
+        return (e.hint(), fault);
+    }
     if let Some(e) = error.downcast_ref::<crate::train::Error>() {
+        let (_, fault) = if let crate::train::Error::Pipeline(e) = e { ask(e) } else { (None, None) };
+        return (e.hint(), fault);
+    }
+    if let Some(e) = error.downcast_ref::<crate::train::data::DataError>() {
+        return (e.hint(), None);
+    }
+    if let Some(e) = error.downcast_ref::<crate::model::tokenizer::TokenizerError>() {
+        return (e.hint(), None);
+    }
+    if let Some(e) = error.downcast_ref::<crate::model::chat::ChatTemplateError>() {
         return (e.hint(), None);
     }
     if let Some(e) = error.downcast_ref::<std::io::Error>() {

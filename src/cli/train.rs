@@ -19,7 +19,7 @@ use crate::train::trainer::{Observer, Plan, train};
 /// The base, the data, the adapter or the output folder is refused, or the loss stops being finite.
 pub fn run(args: &TrainArgs, printer: &Printer) -> anyhow::Result<()> {
     let config = args.resolve()?;
-    prepare_output(args)?;
+    refuse_mixing(args)?;
     let device = open_device(&args.compute)?;
     let mut terminal = Terminal::new(printer);
     let outcome = train(&config, &device, args.resume, &mut terminal)?;
@@ -48,14 +48,8 @@ pub fn run(args: &TrainArgs, printer: &Printer) -> anyhow::Result<()> {
 }
 
 /// A folder that holds a run is continued or replaced, never mixed.
-fn prepare_output(args: &TrainArgs) -> anyhow::Result<()> {
-    if args.resume {
-        return Ok(());
-    }
-    if args.overwrite_output {
-        return Ok(checkpoint::clear_run(&args.output)?);
-    }
-    if checkpoint::holds_run(&args.output) {
+fn refuse_mixing(args: &TrainArgs) -> anyhow::Result<()> {
+    if !args.resume && !args.overwrite_output && checkpoint::holds_run(&args.output) {
         return Err(Usage::new(format!("`--output {}` holds a run", args.output.display()))
             .hint("`--resume` continues it, `--overwrite-output` replaces it")
             .into());

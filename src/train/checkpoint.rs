@@ -199,6 +199,16 @@ pub fn latest(run: &Path) -> Result<PathBuf> {
     }
 }
 
+/// The newest checkpoint of the folder `run` that is older than `step`: the last good one when the
+/// parameters of `step` turn out to give no finite loss.
+///
+/// # Errors
+/// The folder cannot be read.
+pub fn before(run: &Path, step: u64) -> Result<Option<PathBuf>> {
+    let last = steps(run)?.into_iter().rfind(|&s| s < step);
+    Ok(last.map(|s| run.join(FOLDER).join(format!("{PREFIX}{s}"))))
+}
+
 /// Removes all but the newest `keep` checkpoints of the folder `run`.
 ///
 /// # Errors

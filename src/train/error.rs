@@ -102,7 +102,7 @@ pub enum Error {
         loss: f64,
         /// Its gradient norm.
         grad_norm: f64,
-        /// The newest checkpoint.
+        /// The newest checkpoint that gave a finite loss.
         last_checkpoint: Option<PathBuf>,
     },
     /// The training or evaluation data cannot be used.
@@ -137,7 +137,9 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Error::Io { .. } => None,
-            Error::NoCheckpoint { .. } => Some("start the run again with `--overwrite-output` in place of `--resume`".to_owned()),
+            Error::NoCheckpoint { .. } => {
+                Some("start the run again with `--overwrite-output` in place of `--resume`".to_owned())
+            }
             Error::Missing { path } | Error::Corrupt { path, .. } | Error::NotF32 { path, .. } => {
                 Some(format!(
                     "delete `{}` to resume from the checkpoint before it",
@@ -155,9 +157,16 @@ impl Error {
             Error::OtherBase { .. } => {
                 Some("give the same `--model`, or start a new run in another `--output`".to_owned())
             }
-            Error::NotFinite { .. } => Some(
-                "lower `--learning-rate` or `--max-grad-norm`, warm up longer with `--warmup-steps`, and look for broken examples in the data".to_owned(),
-            ),
+            Error::NotFinite { last_checkpoint, .. } => {
+                let mut hint = "lower `--learning-rate` or `--max-grad-norm`, warm up longer with `--warmup-steps`, and look for broken examples in the data".to_owned();
+                if let Some(path) = last_checkpoint {
+                    hint.push_str(&format!(
+                        "; `--init-adapter {}` goes on from the checkpoint in a new run",
+                        path.display()
+                    ));
+                }
+                Some(hint)
+            }
             Error::Data(e) => e.hint(),
             Error::Pipeline(e) => e.hint(),
             Error::Format(e) => e.hint(),

@@ -96,7 +96,8 @@ pub struct Outcome {
 /// Streams of the run's random numbers; linears use the numbers below `1 << 20` of their own.
 const SVD_STREAM: u64 = 1 << 40;
 
-/// Trains as `config` says and writes the run into `config.output`.
+/// Trains as `config` says and writes the run into `config.output`; a run that is there is continued
+/// with `resume` and replaced without.
 ///
 /// # Errors
 /// The base, the data, the adapter or the output folder is refused, or the loss stops being finite.
@@ -197,6 +198,8 @@ impl<'a> Run<'a> {
         let log = if resume {
             LogWriter::resume(&config.output, state.step)?
         } else {
+            // Only now that nothing can be refused any more does a former run go.
+            checkpoint::clear_run(&config.output)?;
             LogWriter::create(&config.output)?
         };
         let run_file = RunFile::new(base_id, used_data(&data, eval_data.as_ref()), config.clone());
@@ -250,6 +253,8 @@ impl<'a> Run<'a> {
         let total_steps = self.schedule.total_steps;
         while self.state.step < total_steps {
             let record = self.step(&start)?;
+            // The finite loss has proved the newest checkpoint, so older ones may go.
+            self.prune()?;
             if self.state.step.is_multiple_of(self.config.logging_steps) || self.state.step == total_steps {
                 observer.step(&record, total_steps);
             }
@@ -264,6 +269,7 @@ impl<'a> Run<'a> {
                 observer.saved(&path);
             }
         }
+        self.prune()?;
         adapters::save(&self.params, &self.peft)?.write(&self.config.output)?;
         Ok(Outcome {
             steps: self.state.step,
@@ -298,7 +304,7 @@ impl<'a> Run<'a> {
                 step,
                 loss: loss.mean(),
                 grad_norm,
-                last_checkpoint: checkpoint::latest(&self.config.output).ok(),
+                last_checkpoint: checkpoint::before(&self.config.output, self.state.step)?,
             });
         }
         let learning_rate = self.schedule.learning_rate(self.state.step);
@@ -367,10 +373,11 @@ impl<'a> Run<'a> {
             [("parameters", &shape[..], &values[..]), ("adamw.m", &shape, &m), ("adamw.v", &shape, &v)],
             |dir| Ok(adapters::save(&self.params, &self.peft)?.write(dir)?),
         )?;
-        if let Some(keep) = self.config.save_total_limit {
-            checkpoint::prune(&self.config.output, keep)?;
-        }
         Ok(path)
+    }
+
+    fn prune(&self) -> Result<()> {
+        self.config.save_total_limit.map_or(Ok(()), |keep| checkpoint::prune(&self.config.output, keep))
     }
 }
 
@@ -415,9 +422,11 @@ impl Start<'_> {
         if self.config.method.info().staged {
             return self.adapt_staged(peft, observer);
         }
-        // A saved adapter brings its own base along: the residual one, if it is a PiSSA run's.
         let base = match self.init {
-            Some(folder) => folder.resolve(self.model)?,
+            Some(folder) => {
+                check_kind(&folder.adapter.config, peft_uses_dora(self.config))?;
+                folder.resolve(self.model)?
+            }
             None => self.model,
         };
         let mut decoder = Decoder::load(&base, self.device)?;
@@ -439,7 +448,8 @@ impl Start<'_> {
         // Trained further: the residual and the factors of that run are this run's.
         let continued = self.init.filter(|folder| folder.manifest.is_some());
         let given = self.init.filter(|folder| folder.manifest.is_none()).map(|folder| &folder.adapter);
-        if let Some(folder) = continued {
+        if let Some(folder) = continued.filter(|_| !self.resume) {
+            checkpoint::clear_run(run)?;
             staged::copy(&folder.run, run)?;
         }
         let base_id = FileId::of(&self.model)?;
@@ -448,6 +458,14 @@ impl Start<'_> {
         let manifest = match Manifest::read(run)? {
             Some(manifest) if continued.is_some() || self.resume => manifest,
             Some(manifest) if manifest.base == base_id && manifest.settings == settings => manifest,
+            None if self.resume => {
+                return Err(crate::Error::refused(format!(
+                    "`{}` has no staged init (`init/manifest.json`), which the checkpoint was trained on",
+                    run.display()
+                ))
+                .with_hint("restore the run's `init` folder; the residual cannot be recomputed")
+                .into());
+            }
             _ => {
                 let options = SvdOptions {
                     iterations: self.config.pissa_niter,
@@ -458,6 +476,8 @@ impl Start<'_> {
                     adapters::split_targets(&mut decoder, &peft, given, &options, |done, total| {
                         observer.phase("split (PiSSA)", done, total);
                     })?;
+                // The adapter of a former run fits only the residual that is about to go.
+                checkpoint::clear_run(run)?;
                 staged::write(run, &self.model, &decoder, &factors, settings, &errors)?
             }
         };
@@ -503,7 +523,7 @@ impl Start<'_> {
         } else {
             let mut peft = PeftConfig::new(config.lora_r, config.lora_alpha);
             peft.use_rslora = config.use_rslora;
-            peft.use_dora = config.use_dora || config.method.info().magnitude;
+            peft.use_dora = peft_uses_dora(config);
             peft.target_modules = Some((&config.target_modules).into());
             peft
         };
@@ -515,6 +535,28 @@ impl Start<'_> {
         peft.base_model_name_or_path = Some(self.model.name());
         peft
     }
+}
+
+/// Whether the method of a run trains a magnitude per row.
+fn peft_uses_dora(config: &TrainConfig) -> bool {
+    config.use_dora || config.method.info().magnitude
+}
+
+/// Refuses to train an adapter further as one of another kind.
+fn check_kind(saved: &PeftConfig, use_dora: bool) -> Result<()> {
+    let (kind, method) = match (folder::is_pissa(saved), saved.use_dora) {
+        (true, false) => ("PiSSA", "pissa"),
+        (true, true) => ("PiSSA + DoRA", "pissa --use-dora"),
+        (false, true) => ("DoRA", "dora"),
+        (false, false) => ("LoRA", "lora"),
+    };
+    if !folder::is_pissa(saved) && saved.use_dora == use_dora {
+        return Ok(());
+    }
+    let error = crate::Error::refused(format!(
+        "`--init-adapter`: the adapter is a {kind} adapter, which `--method` does not name"
+    ));
+    Err(error.with_hint(format!("train it further with `--method {method}`")).into())
 }
 
 fn load_data(

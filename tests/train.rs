@@ -1,0 +1,395 @@
+//! Training through the binary on the bundled tiny models: it learns, it continues bit for bit, and what
+//! it writes is what every later command computes with.
+
+mod common;
+
+use common::{
+    DENSE, QUANTIZED, Scratch, adapter, adapter_bytes, assert_relative, eval_loss, eval_losses, json, log,
+    sequences, step_losses, succeed, train, train_and_kill, train_args,
+};
+use qpeft_formats::peft::{InitLoraWeights, Part};
+
+/// Eight short examples, seen three times in twelve steps of two.
+const SHORT: &str = "--lora-r 8 --batch-size 2 --learning-rate 5e-3";
+
+const METHODS: [&str; 4] = ["lora", "dora", "pissa", "pissa --use-dora"];
+
+fn mean(losses: &[f64]) -> f64 {
+    losses.iter().sum::<f64>() / losses.len() as f64
+}
+
+#[test]
+fn every_method_learns_on_a_quantized_base() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(8, 24, 1));
+    for method in METHODS {
+        let run = dir.path(&method.replace(' ', ""));
+        let banner = train(QUANTIZED, &data, &run, &format!("{SHORT} --max-steps 40 --method {method}"));
+        let losses = step_losses(&run);
+        assert_eq!(losses.len(), 40);
+        // One pass is four steps.
+        let (before, after) = (mean(&losses[..4]), mean(&losses[36..]));
+        assert!(after < 0.75 * before, "{method}: {before} -> {after}");
+
+        let adapter = adapter(&run);
+        let (pissa, dora) = (method.starts_with("pissa"), method.contains("dora"));
+        assert_eq!((adapter.config.r, adapter.config.use_dora), (8, dora));
+        assert_eq!(adapter.config.lora_alpha, if pissa { 8.0 } else { 32.0 });
+        let is_pissa = adapter.config.init_lora_weights == InitLoraWeights::Named("pissa".into());
+        assert_eq!(is_pissa, pissa, "{method}");
+        assert_eq!(adapter.modules().len(), 7);
+        let key = "model.layers.0.self_attn.k_proj";
+        assert_eq!(adapter.get(key, Part::A).unwrap().shape, [8, 256]);
+        assert_eq!(adapter.get(key, Part::B).unwrap().shape, [128, 8]);
+        assert_eq!(adapter.get(key, Part::Magnitude).map(|m| m.shape.clone()), dora.then(|| vec![128]));
+        for part in ["trainable", "memory", "masked", "7 linears", &adapter.config.r.to_string()] {
+            assert!(banner.contains(part), "no `{part}` in\n{banner}");
+        }
+    }
+}
+
+#[test]
+fn a_killed_run_continues_bit_for_bit() {
+    // Steps of about 600 tokens: slow enough that the kill falls between them.
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(22, 90, 2));
+    let held_out = dir.write("held-out.jsonl", sequences(3, 20, 3));
+    let settings = [
+        "--method dora --batch-size 8",
+        "--method lora --batch-size 4 --gradient-accumulation-steps 2 --lora-dropout 0.1",
+        "--method pissa --use-dora --batch-size 4 --gradient-accumulation-steps 2 --lora-dropout 0.1",
+    ];
+    for (index, settings) in settings.into_iter().enumerate() {
+        let flags = format!(
+            "{settings} --eval-data {held_out} --eval-steps 3 --max-steps 12 --save-steps 4 --lora-r 4 --learning-rate 2e-3"
+        );
+        let (straight, killed) =
+            (dir.path(&format!("straight-{index}")), dir.path(&format!("killed-{index}")));
+        train(QUANTIZED, &data, &straight, &flags);
+        train_and_kill(&train_args(QUANTIZED, &data, &killed, &flags), &killed, 6);
+        let resumed = train(QUANTIZED, &data, &killed, &format!("{flags} --resume"));
+        assert!(resumed.contains("at step 5") || resumed.contains("at step 9"), "{resumed}");
+        assert_eq!(adapter_bytes(&straight), adapter_bytes(&killed), "{settings}");
+        assert_eq!(log(&straight), log(&killed), "{settings}");
+        assert_eq!(step_losses(&killed).len(), 12);
+
+        // A finished run that is resumed has nothing to do and changes nothing.
+        let again = train(QUANTIZED, &data, &killed, &format!("{flags} --resume"));
+        assert!(again.contains("at step 13"), "{again}");
+        assert_eq!(adapter_bytes(&straight), adapter_bytes(&killed));
+        assert_eq!(log(&straight), log(&killed));
+    }
+}
+
+#[test]
+fn recomputing_activations_changes_no_bit() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(8, 24, 4));
+    for (index, model) in [QUANTIZED, DENSE].into_iter().enumerate() {
+        let flags = format!("{SHORT} --method dora --lora-dropout 0.1 --max-steps 8");
+        let (kept, again) = (dir.path(&format!("kept-{index}")), dir.path(&format!("again-{index}")));
+        train(model, &data, &kept, &flags);
+        train(model, &data, &again, &format!("{flags} --gradient-checkpointing"));
+        assert_eq!(adapter_bytes(&kept), adapter_bytes(&again), "{model}");
+        assert_eq!(log(&kept), log(&again));
+    }
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(8, 60, 5));
+    for (index, method) in METHODS.into_iter().enumerate() {
+        let flags = format!("{SHORT} --method {method} --max-steps 6 --threads");
+        let runs = [1, 2, 3].map(|threads| {
+            let run = dir.path(&format!("run-{index}-{threads}"));
+            train(QUANTIZED, &data, &run, &format!("{flags} {threads}"));
+            run
+        });
+        for run in &runs[1..] {
+            assert_eq!(log(&runs[0]), log(run), "{method}");
+            assert_eq!(adapter_bytes(&runs[0]), adapter_bytes(run), "{method}");
+        }
+    }
+}
+
+#[test]
+fn two_micro_batches_of_one_are_a_batch_of_two() {
+    let dir = Scratch::new();
+    // Examples of different lengths: the mean is over tokens, not over examples.
+    let data = dir.write("data.jsonl", sequences(8, 40, 6));
+    let flags = "--lora-r 8 --learning-rate 2e-3 --method dora --max-steps 8";
+    let (one, two) = (dir.path("one"), dir.path("two"));
+    train(QUANTIZED, &data, &one, &format!("{flags} --batch-size 2"));
+    train(QUANTIZED, &data, &two, &format!("{flags} --batch-size 1 --gradient-accumulation-steps 2"));
+    let (one, two) = (step_losses(&one), step_losses(&two));
+    assert_eq!((one.len(), two.len()), (8, 8));
+    for (one, two) in one.iter().zip(&two) {
+        assert_relative(*one, *two, 1e-5);
+    }
+}
+
+#[test]
+fn steps_are_counted_in_epochs_unless_their_number_is_given() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(10, 12, 7));
+    let flags = "--lora-r 2 --batch-size 2 --gradient-accumulation-steps 2";
+    let counts = [
+        ("--num-train-epochs 1", 3),
+        ("--num-train-epochs 2", 5),
+        ("--num-train-epochs 0.5", 2),
+        ("--max-steps 7", 7),
+        ("--max-steps 2 --num-train-epochs 9", 2),
+    ];
+    for (index, (counted, steps)) in counts.into_iter().enumerate() {
+        let run = dir.path(&format!("run-{index}"));
+        train(QUANTIZED, &data, &run, &format!("{flags} {counted}"));
+        assert_eq!(step_losses(&run).len(), steps, "{counted}");
+    }
+}
+
+#[test]
+fn file_order_is_kept_only_when_asked_for() {
+    let dir = Scratch::new();
+    let text = sequences(6, 20, 8);
+    let data = dir.write("data.jsonl", &text);
+    // So small a rate leaves the model as it is: each step's loss is that of its example.
+    let flags = "--lora-r 2 --batch-size 1 --learning-rate 1e-12";
+    let (kept, mixed) = (dir.path("kept"), dir.path("mixed"));
+    train(QUANTIZED, &data, &kept, &format!("{flags} --no-shuffle"));
+    train(QUANTIZED, &data, &mixed, flags);
+    let (kept, mut mixed) = (step_losses(&kept), step_losses(&mixed));
+    for (line, loss) in text.lines().zip(&kept) {
+        let one = dir.write("one.jsonl", line);
+        assert_relative(*loss, eval_loss(QUANTIZED, &one, None), 1e-6);
+    }
+    assert_ne!(kept, mixed);
+    let mut sorted = kept;
+    sorted.sort_by(f64::total_cmp);
+    mixed.sort_by(f64::total_cmp);
+    for (a, b) in sorted.iter().zip(&mixed) {
+        assert_relative(*a, *b, 1e-6);
+    }
+}
+
+#[test]
+fn a_saved_adapter_is_trained_further() {
+    let dir = Scratch::new();
+    let text = sequences(8, 24, 9);
+    let data = dir.write("data.jsonl", &text);
+    let first: Vec<&str> = text.lines().take(2).collect();
+    let first = dir.write("first.jsonl", first.join("\n"));
+    for method in METHODS {
+        let name = method.replace(' ', "");
+        let (run, further) = (dir.path(&name), dir.path(&format!("{name}-further")));
+        let flags = format!("{SHORT} --no-shuffle --method {method}");
+        train(QUANTIZED, &data, &run, &format!("{flags} --max-steps 8"));
+        train(QUANTIZED, &data, &further, &format!("{flags} --max-steps 3 --init-adapter {run}"));
+        let expected = eval_loss(QUANTIZED, &first, Some(&run));
+        assert_relative(step_losses(&further)[0], expected, 1e-6);
+        assert!(expected < 0.95 * eval_loss(QUANTIZED, &first, None), "{method} did not learn");
+        // What came out is complete: it runs on the base that was named.
+        assert!(eval_loss(QUANTIZED, &first, Some(&further)) < expected, "{method}");
+        if method.starts_with("pissa") {
+            let init = |run: &str| common::files(&format!("{run}/init")).into_iter().map(|(_, bytes)| bytes);
+            assert!(init(&run).eq(init(&further)), "{method}: the split is that of the first run");
+        }
+    }
+}
+
+#[test]
+fn the_last_checkpoint_is_an_adapter_as_well() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(8, 24, 10));
+    for method in ["dora", "pissa"] {
+        let run = dir.path(method);
+        train(
+            QUANTIZED,
+            &data,
+            &run,
+            &format!("{SHORT} --max-steps 6 --save-steps 2 --save-total-limit 2 --method {method}"),
+        );
+        let mut kept: Vec<_> = std::fs::read_dir(format!("{run}/checkpoints"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        kept.sort();
+        assert_eq!(kept, ["step-4", "step-6"]);
+        let checkpoint = format!("{run}/checkpoints/step-6");
+        assert_eq!(adapter_bytes(&checkpoint), adapter_bytes(&run));
+        assert_eq!(eval_loss(QUANTIZED, &data, Some(&checkpoint)), eval_loss(QUANTIZED, &data, Some(&run)));
+    }
+}
+
+#[test]
+fn a_pissa_run_keeps_its_split_and_uses_it_again() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(8, 24, 11));
+    let run = dir.path("run");
+    let flags = format!("{SHORT} --method pissa --max-steps 4 --eval-data {data}");
+    train(QUANTIZED, &data, &run, &flags);
+    let init = || common::files(&format!("{run}/init"));
+    let (before, trained) = (init(), adapter_bytes(&run));
+    let names: Vec<_> = before.iter().map(|(path, _)| path.file_name().unwrap().to_str().unwrap()).collect();
+    assert_eq!(names, ["adapter_config.json", "adapter_model.safetensors", "manifest.json", "residual.gguf"]);
+
+    // The same settings find the split by what it was made of; it is not even written again.
+    let written = || std::fs::metadata(format!("{run}/init/residual.gguf")).unwrap().modified().unwrap();
+    let at = written();
+    let said = train(QUANTIZED, &data, &run, &format!("{flags} --overwrite-output"));
+    assert!(!said.contains("split (PiSSA)"), "{said}");
+    assert_eq!(written(), at);
+    assert_eq!(init(), before);
+    assert_eq!(adapter_bytes(&run), trained);
+
+    // Another rank is another split.
+    let said = train(QUANTIZED, &data, &run, &format!("{flags} --overwrite-output --seed 7"));
+    assert!(said.contains("split (PiSSA)"), "{said}");
+    assert_ne!(init(), before);
+}
+
+#[test]
+fn a_pissa_adapter_finds_its_residual_base() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(8, 24, 12));
+    for (index, model) in [QUANTIZED, DENSE].into_iter().enumerate() {
+        let run = dir.path(&format!("run-{index}"));
+        train(model, &data, &run, &format!("{SHORT} --method pissa --max-steps 6 --eval-data {data}"));
+        let evals = eval_losses(&run);
+        assert_eq!(evals.len(), 2);
+        assert_eq!(eval_loss(model, &data, Some(&run)), evals[1]);
+
+        // The initial factors on the residual are the model that training began with ...
+        let initial = dir.copy(&run, &format!("initial-{index}"));
+        std::fs::copy(
+            format!("{run}/init/adapter_model.safetensors"),
+            format!("{initial}/adapter_model.safetensors"),
+        )
+        .unwrap();
+        assert_eq!(eval_loss(model, &data, Some(&initial)), evals[0]);
+        // ... which is the base itself where the residual is not quantized.
+        if model == DENSE {
+            assert_relative(evals[0], eval_loss(model, &data, None), 1e-5);
+        }
+    }
+}
+
+#[test]
+fn eval_measures_what_training_measured() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(8, 24, 13));
+    let held_out = dir.write("held-out.jsonl", sequences(5, 24, 14));
+    for method in ["lora", "dora"] {
+        let run = dir.path(method);
+        let flags = format!("{SHORT} --max-steps 6 --method {method} --lora-dropout 0.2 --eval-steps 2");
+        train(QUANTIZED, &data, &run, &format!("{flags} --eval-data {held_out}"));
+        let evals = eval_losses(&run);
+        assert_eq!(evals.len(), 4, "before, after steps 2, 4 and 6");
+        assert_eq!(eval_loss(QUANTIZED, &held_out, None), evals[0], "a new adapter changes nothing");
+        assert_eq!(eval_loss(QUANTIZED, &held_out, Some(&run)), evals[3]);
+    }
+}
+
+#[test]
+fn a_merged_model_behaves_as_the_adapter_does() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(8, 24, 15));
+    for method in METHODS {
+        let name = method.replace(' ', "");
+        let run = dir.path(&name);
+        train(QUANTIZED, &data, &run, &format!("{SHORT} --max-steps 60 --method {method}"));
+        let (base, adapted) = (eval_loss(QUANTIZED, &data, None), eval_loss(QUANTIZED, &data, Some(&run)));
+        for quant in ["", "f32", "f16", "q8_0", "q4_0"] {
+            let merged = dir.path(&format!("{name}-{quant}.gguf"));
+            let mut args = vec!["merge", "--model", QUANTIZED, "--adapter", &run, "--output", &merged];
+            if !quant.is_empty() {
+                args.extend(["--quant", quant]);
+            }
+            let report = json(&args);
+            assert_eq!(report["merged"], 7);
+            let types = |path: &str| json(&["inspect", path])["types"].clone();
+            if quant.is_empty() {
+                assert_eq!(types(&merged), types(QUANTIZED), "the base's own types");
+            } else {
+                // Norms stay in F32.
+                let expected = if quant == "f32" { 1 } else { 2 };
+                let types = types(&merged);
+                assert_eq!(types.as_object().unwrap().len(), expected, "{types}");
+                assert!(types.get(quant.to_uppercase()).is_some(), "{types}");
+            }
+            let loss = eval_loss(&merged, &data, None);
+            if quant == "f32" {
+                // Only the order of the sums differs: (W + s B A) x in place of W x + s B (A x).
+                assert_relative(loss, adapted, 1e-5);
+                continue;
+            }
+            // Packing loses a share of the change, in a direction that has nothing to do with the loss;
+            // losing that share along the change itself would cost as large a share of the improvement.
+            let lost = report["relative_loss"].as_f64().unwrap();
+            let bound = 0.1 * lost * (base - adapted);
+            assert!((loss - adapted).abs() < bound, "{method} {quant}: {adapted} -> {loss}, bound {bound}");
+        }
+    }
+}
+
+#[test]
+fn greedy_text_is_the_same_every_time() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(8, 24, 16));
+    let run = dir.path("run");
+    train(QUANTIZED, &data, &run, &format!("{SHORT} --max-steps 8 --method dora"));
+    let say = |flags: &str| {
+        let mut args = vec!["generate", "--model", QUANTIZED, "--adapter", &run, "--prompt", "this is"];
+        args.extend(["--max-new-tokens", "24"]);
+        args.extend(flags.split_whitespace());
+        succeed(&args).0
+    };
+    let greedy = say("--threads 1");
+    assert!(greedy.trim().len() > 2, "{greedy}");
+    assert_eq!(greedy, say("--threads 2 --seed 9"));
+    let sampled = say("--temperature 2 --seed 1");
+    assert_eq!(sampled, say("--temperature 2 --seed 1"));
+    assert_ne!(sampled, say("--temperature 2 --seed 2"));
+    assert_ne!(greedy, sampled);
+}
+
+#[test]
+fn a_pissa_adapter_becomes_a_lora_of_the_original_base() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(8, 24, 17));
+    for method in ["pissa", "pissa --use-dora"] {
+        let name = method.replace(' ', "");
+        let (run, lora) = (dir.path(&name), dir.path(&format!("{name}-lora")));
+        train(DENSE, &data, &run, &format!("{SHORT} --max-steps 10 --method {method}"));
+        let args = ["convert", "pissa-to-lora", "--adapter", &run, "--output", &lora, "--model", DENSE];
+        let (_, said) = succeed(&args);
+        assert!(said.contains("the result is exact"), "{said}");
+        let converted = adapter(&lora);
+        assert_eq!((converted.config.r, converted.config.lora_alpha), (16, 16.0));
+        let trained = eval_loss(DENSE, &data, Some(&run));
+        assert_relative(eval_loss(DENSE, &data, Some(&lora)), trained, 1e-5);
+        assert!(trained < 0.95 * eval_loss(DENSE, &data, None));
+    }
+}
+
+#[test]
+fn on_a_quantized_base_the_conversion_tells_its_error() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(8, 24, 18));
+    let (run, lora) = (dir.path("run"), dir.path("lora"));
+    train(QUANTIZED, &data, &run, &format!("{SHORT} --max-steps 4 --method pissa"));
+    let args = ["convert", "pissa-to-lora", "--adapter", &run, "--output", &lora, "--model", QUANTIZED];
+    let (_, said) = succeed(&args);
+    assert!(said.contains("residual quantization error") && !said.contains("exact\n"), "{said}");
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(format!("{run}/init/manifest.json")).unwrap()).unwrap();
+    let report = json(&[&args[..], &["--overwrite-output"]].concat());
+    let error = report["residual_quantization_error"].as_f64().unwrap();
+    assert_eq!(manifest["quantization_error"], error);
+    // 4-bit blocks of a near-Gaussian weight lose between 1 and 10 % of its norm.
+    assert!((0.01..0.1).contains(&error), "{error}");
+    // Close to the trained model, and said to be no more than that.
+    let (trained, converted) =
+        (eval_loss(QUANTIZED, &data, Some(&run)), eval_loss(QUANTIZED, &data, Some(&lora)));
+    assert!(trained != converted && (trained - converted).abs() < 0.1 * trained, "{trained} {converted}");
+}
