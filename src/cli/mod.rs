@@ -264,7 +264,7 @@ mod tests {
             ("--max-grad-norm=-1", "`--max-grad-norm`: expected a number of at least 0, found `-1`"),
             ("--adam-beta2=1", "`--adam-beta2`: expected a number of at least 0 and below 1, found `1`"),
             ("--eval-split=1", "`--eval-split`: expected a number of at least 0 and below 1, found `1`"),
-            ("--method=qlora", "`--method`: expected `lora`, `dora` or `pissa`, found `qlora`"),
+            ("--method=qlora", "`--method`: expected one of `lora`, `dora`, `pissa`, found `qlora`"),
             (
                 "--lr-scheduler-type=x",
                 "`--lr-scheduler-type`: expected `cosine`, `linear` or `constant`, found `x`",

@@ -242,7 +242,8 @@ mod tests {
             anyhow::Error::new(train::Error::NoCheckpoint { path: "run".into() }).context("cannot resume");
         assert_eq!(
             rendered(&error),
-            "error: cannot resume\n  caused by: `run` has no checkpoint\n\nhint: start the run without `--resume`\n"
+            "error: cannot resume\n  caused by: `run` has no checkpoint\n\n\
+             hint: start the run again with `--overwrite-output` in place of `--resume`\n"
         );
         assert_eq!(fault(&error), Fault::Input);
     }

@@ -150,8 +150,8 @@ fn targets_are_matched_as_peft_matches_them() {
         config.targets(module)
     };
     assert!(in_layers(serde_json::json!([0, 1]), module).unwrap());
-    assert!(in_layers(serde_json::json!(0), module).unwrap());
-    assert!(!in_layers(serde_json::json!([1]), module).unwrap());
+    assert!(in_layers(serde_json::json!(1), module).unwrap());
+    assert!(!in_layers(serde_json::json!([0]), module).unwrap());
     assert!(!in_layers(serde_json::json!([1]), "model.1.q_proj").unwrap(), "the number follows two parts");
     let error = in_layers(serde_json::json!(["last"]), module).unwrap_err();
     assert!(matches!(error.kind, Kind::WrongSetting { .. }));
