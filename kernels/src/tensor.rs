@@ -189,6 +189,7 @@ impl<'a> View<'a> {
     ///
     /// # Panics
     /// The range lies outside of the view.
+    #[must_use]
     pub fn row_range(self, start: usize, rows: usize) -> View<'a> {
         assert!(start + rows <= self.rows, "rows {start}..{} of {}", start + rows, self.rows);
         let data = match self.data {
@@ -202,6 +203,7 @@ impl<'a> View<'a> {
     ///
     /// # Panics
     /// The view has gaps or another number of elements.
+    #[must_use]
     pub fn reshaped(self, rows: usize, cols: usize) -> View<'a> {
         assert!(
             self.stride == self.cols && self.rows * self.cols == rows * cols,
@@ -214,6 +216,7 @@ impl<'a> View<'a> {
     ///
     /// # Panics
     /// The view has gaps or ends before.
+    #[must_use]
     pub fn slice(self, start: usize, rows: usize, cols: usize) -> View<'a> {
         assert!(self.stride == self.cols, "a slice of a view with gaps");
         self.reshaped(1, self.rows * self.cols).column_range(start, rows * cols).with_shape(rows, cols)
@@ -227,6 +230,7 @@ impl<'a> View<'a> {
     ///
     /// # Panics
     /// The range lies outside of the view.
+    #[must_use]
     pub fn column_range(self, start: usize, cols: usize) -> View<'a> {
         assert!(start + cols <= self.cols, "columns {start}..{} of {}", start + cols, self.cols);
         let data = match self.data {
@@ -292,6 +296,7 @@ impl<'a> ViewMut<'a> {
     ///
     /// # Panics
     /// The range lies outside of the view.
+    #[must_use]
     pub fn into_row_range(self, start: usize, rows: usize) -> ViewMut<'a> {
         assert!(start + rows <= self.rows, "rows {start}..{} of {}", start + rows, self.rows);
         let data = match self.data {
@@ -305,6 +310,7 @@ impl<'a> ViewMut<'a> {
     ///
     /// # Panics
     /// The range lies outside of the view.
+    #[must_use]
     pub fn into_column_range(self, start: usize, cols: usize) -> ViewMut<'a> {
         assert!(start + cols <= self.cols, "columns {start}..{} of {}", start + cols, self.cols);
         let data = match self.data {
@@ -340,6 +346,7 @@ impl<'a> ViewMut<'a> {
     ///
     /// # Panics
     /// The view has gaps or ends before.
+    #[must_use]
     pub fn into_slice(self, start: usize, rows: usize, cols: usize) -> ViewMut<'a> {
         assert!(self.stride == self.cols, "a slice of a view with gaps");
         assert!(start + rows * cols <= self.rows * self.cols, "a slice outside of the view");

@@ -1,7 +1,7 @@
 //! The frozen base weight: packed rows behind one interface, the seam between methods and formats.
 //!
 //! A linear layer holds one [`BaseWeight`] and asks it for f32 rows or tiles; an adapter never learns
-//! in which type they are stored, and a new type is one more [`Storage`] variant here. The bytes stay
+//! in which type they are stored, and a new type is one more `Storage` variant here. The bytes stay
 //! packed and usually mapped from the file: a clone is a pointer, and only the tile at work is f32.
 //! N rows are output features, K columns are input features.
 

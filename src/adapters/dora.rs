@@ -139,7 +139,9 @@ impl Adapter for Dora {
         for (row, w) in rows.zip(w.chunks_exact_mut(self.lora.a.shape[1])) {
             let norm = w.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
             let factor = if norm == 0.0 { 0.0 } else { (f64::from(m[row]) / norm) as f32 };
-            w.iter_mut().for_each(|x| *x *= factor);
+            for x in w {
+                *x *= factor;
+            }
         }
     }
 }

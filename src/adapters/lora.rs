@@ -108,24 +108,13 @@ impl Lora {
         let db = db.into_slice(0, self.b.shape[0], self.b.shape[1]);
 
         // y = diag(g) W x + h folded^T
-        let mut dx = match dx {
-            Some(InputGradient { mut dx, accumulate }) => {
-                let to = dx.reborrow();
-                quant_linear_backward(
-                    to,
-                    Some(dh.reborrow()),
-                    dy,
-                    weight,
-                    g,
-                    Some(self.folded.view()),
-                    accumulate,
-                )?;
-                Some(dx)
-            }
-            None => {
-                low_rank_branch_gradient(dh.reborrow(), dy, self.folded.view())?;
-                None
-            }
+        let mut dx = if let Some(InputGradient { mut dx, accumulate }) = dx {
+            let (to, folded) = (dx.reborrow(), Some(self.folded.view()));
+            quant_linear_backward(to, Some(dh.reborrow()), dy, weight, g, folded, accumulate)?;
+            Some(dx)
+        } else {
+            low_rank_branch_gradient(dh.reborrow(), dy, self.folded.view())?;
+            None
         };
         // h = A drop(x)
         match self.dropout_key(pass) {

@@ -223,12 +223,14 @@ pub fn write(
     adapter.write(staged.staging())?;
 
     let mut total = SplitError::default();
-    errors.iter().for_each(|(_, e)| total += *e);
+    for (_, e) in errors {
+        total += *e;
+    }
     let manifest = Manifest {
         version: VERSION,
         base: FileId::of(base)?,
         residual: FileId { name: name.to_owned(), fingerprint: Base::open(&path)?.fingerprint()? },
-        settings: settings.clone(),
+        settings,
         quantization_error: total.relative_quantization(),
         captured: total.captured(),
         tensors: errors

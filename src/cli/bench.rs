@@ -3,6 +3,7 @@
 //! Every token is supervised, so the head runs over all rows: the most expensive case. With `--compare` the
 //! two methods take turns step by step, so that a noisy machine is noisy to both.
 
+use std::fmt::Write as _;
 use std::time::Instant;
 
 use qpeft_formats::peft::{InitLoraWeights, PeftConfig, TargetModules};
@@ -64,21 +65,22 @@ pub fn run(args: &BenchTrainArgs, printer: &Printer) -> anyhow::Result<()> {
     let mut text = String::new();
     for subject in &subjects {
         let tokens = (args.batch_size * args.max_seq_length) as f64;
-        text.push_str(&format!(
-            "{:<6} {:8.1} tok/s  {:8.3} s per step (median of {}, fastest {:.3})\n",
+        writeln!(
+            text,
+            "{:<6} {:8.1} tok/s  {:8.3} s per step (median of {}, fastest {:.3})",
             subject.method.name(),
             tokens / subject.median(),
             subject.median(),
             subject.seconds.len(),
             subject.seconds.iter().copied().fold(f64::INFINITY, f64::min)
-        ));
+        )?;
     }
     if let [a, b] = &subjects[..] {
         let (name, other) = (a.method.name(), b.method.name());
-        text.push_str(&format!("{name} runs at {:.3} x the speed of {other}\n", b.median() / a.median()));
+        writeln!(text, "{name} runs at {:.3} x the speed of {other}", b.median() / a.median())?;
     }
     match peak {
-        Some(bytes) => text.push_str(&format!("peak memory {:.0} MiB\n", bytes as f64 / f64::from(1 << 20))),
+        Some(bytes) => writeln!(text, "peak memory {:.0} MiB", bytes as f64 / f64::from(1 << 20))?,
         None => text.push_str("peak memory unknown on this system\n"),
     }
     Ok(printer.data(&text)?)

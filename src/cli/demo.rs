@@ -82,14 +82,16 @@ pub fn run(args: &DemoArgs, printer: &Printer) -> anyhow::Result<()> {
 
     heading(printer, 4, "what came out");
     let (loss_before, _) = outcome.eval.context("the demo trains with held-out data")?;
-    let mut text = String::new();
-    text.push_str(&format!("held-out loss before       {loss_before:.4}\n"));
-    text.push_str(&format!("held-out loss with adapter {adapter_loss:.4}\n"));
-    text.push_str(&format!("held-out loss merged       {merged_loss:.4}\n"));
-    text.push_str(&format!("\nquestion: {QUESTION}\n"));
-    text.push_str(&format!("\nanswer before: {}\n", indented(&answer_before)));
-    text.push_str(&format!("\nanswer after:  {}\n", indented(&answer_after)));
-    printer.data(&text)?;
+    printer.data(&format!(
+        "held-out loss before       {loss_before:.4}\n\
+         held-out loss with adapter {adapter_loss:.4}\n\
+         held-out loss merged       {merged_loss:.4}\n\n\
+         question: {QUESTION}\n\n\
+         answer before: {}\n\n\
+         answer after:  {}\n",
+        indented(&answer_before),
+        indented(&answer_after)
+    ))?;
     printer.note(&format!(
         "\ndone in {}; the adapter is in {}, the merged model in {}",
         duration(began.elapsed().as_secs()),

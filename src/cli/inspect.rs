@@ -1,6 +1,6 @@
 //! `qpeft inspect`: what is in a GGUF, a safetensors file, a model folder or an adapter folder.
 //!
-//! Each kind of input becomes one [`Listing`]; text and `--json` are two views of it.
+//! Each kind of input becomes one `Listing`; text and `--json` are two views of it.
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -1,6 +1,6 @@
 //! What several commands start with: threads, a device, a model with or without its adapter.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::Context;
 use qpeft_kernels::Device;
@@ -101,7 +101,7 @@ impl From<&DataArgs> for DataOptions {
 ///
 /// # Errors
 /// [`Usage`] naming the path.
-pub fn refuse_existing(path: &PathBuf, overwrite: bool) -> Result<(), Usage> {
+pub fn refuse_existing(path: &Path, overwrite: bool) -> Result<(), Usage> {
     if overwrite || !path.exists() || path.read_dir().is_ok_and(|mut dir| dir.next().is_none()) {
         return Ok(());
     }

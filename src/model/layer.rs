@@ -105,12 +105,12 @@ pub struct Backward<'a> {
     pub scratch: &'a mut Scratch,
 }
 
-fn overwrite(dx: ViewMut<'_>) -> Option<InputGradient<'_>> {
-    Some(InputGradient { dx, accumulate: false })
+fn overwrite(dx: ViewMut<'_>) -> InputGradient<'_> {
+    InputGradient { dx, accumulate: false }
 }
 
-fn accumulate(dx: ViewMut<'_>) -> Option<InputGradient<'_>> {
-    Some(InputGradient { dx, accumulate: true })
+fn accumulate(dx: ViewMut<'_>) -> InputGradient<'_> {
+    InputGradient { dx, accumulate: true }
 }
 
 impl Place<'_> {
@@ -255,7 +255,7 @@ impl Layer {
         let ffn_out = if s.ffn_out.rows() == 0 { s.act.top(t) } else { s.ffn_out.top(t) };
         self.project_backward(
             Slot::Down,
-            overwrite(g.act.top_mut(t)),
+            Some(overwrite(g.act.top_mut(t))),
             g.stream.top(t),
             s.act.top(t),
             ffn_out,
@@ -265,7 +265,7 @@ impl Layer {
         swiglu_backward(g.gate.top_mut(t), g.up.top_mut(t), g.act.top(t), s.gate.top(t), s.up.top(t))?;
         self.project_backward(
             Slot::Up,
-            overwrite(g.norm.top_mut(t)),
+            Some(overwrite(g.norm.top_mut(t))),
             g.up.top(t),
             s.ffn_norm.top(t),
             s.up.top(t),
@@ -274,7 +274,7 @@ impl Layer {
         )?;
         self.project_backward(
             Slot::Gate,
-            accumulate(g.norm.top_mut(t)),
+            Some(accumulate(g.norm.top_mut(t))),
             g.gate.top(t),
             s.ffn_norm.top(t),
             s.gate.top(t),
@@ -293,7 +293,7 @@ impl Layer {
         let attn_out = if s.attn_out.rows() == 0 { s.attn.top(t) } else { s.attn_out.top(t) };
         self.project_backward(
             Slot::O,
-            overwrite(g.attn.top_mut(t)),
+            Some(overwrite(g.attn.top_mut(t))),
             g.stream.top(t),
             s.attn.top(t),
             attn_out,
@@ -327,7 +327,7 @@ impl Layer {
         if input_gradient {
             self.project_backward(
                 Slot::Q,
-                overwrite(g.norm.top_mut(t)),
+                Some(overwrite(g.norm.top_mut(t))),
                 g.q.top(t),
                 norm,
                 s.q.top(t),
@@ -336,7 +336,7 @@ impl Layer {
             )?;
             self.project_backward(
                 Slot::K,
-                accumulate(g.norm.top_mut(t)),
+                Some(accumulate(g.norm.top_mut(t))),
                 g.k.top(t),
                 norm,
                 s.k.top(t),
@@ -345,7 +345,7 @@ impl Layer {
             )?;
             self.project_backward(
                 Slot::V,
-                accumulate(g.norm.top_mut(t)),
+                Some(accumulate(g.norm.top_mut(t))),
                 g.v.top(t),
                 norm,
                 s.v.top(t),

@@ -322,7 +322,7 @@ mod tests {
 
     fn save_step(run: &Path, step: u64) -> PathBuf {
         let (a, m) = (awkward(), vec![step as f32; 2]);
-        save(run, &state(step), [("a", &[2, 3][..], &a[..]), ("a.m", &[2], &m)]).unwrap()
+        save(run, &state(step), [("a", &[2, 3][..], &a[..]), ("a.m", &[2], &m)], |_| Ok(())).unwrap()
     }
 
     #[test]
@@ -381,7 +381,7 @@ mod tests {
     fn saving_a_step_again_replaces_it() {
         let run = tempfile::tempdir().unwrap();
         save_step(run.path(), 2);
-        save(run.path(), &state(2), [("b", &[1][..], &[4.0][..])]).unwrap();
+        save(run.path(), &state(2), [("b", &[1][..], &[4.0][..])], |_| Ok(())).unwrap();
         let again = load(&latest(run.path()).unwrap()).unwrap();
         assert_eq!(again.tensors.keys().collect::<Vec<_>>(), ["b"]);
         assert_eq!(entries(run.path()).unwrap(), ["step-2"]);
@@ -469,7 +469,7 @@ mod tests {
         config.learning_rate = 1.2345678901234567e-5;
         config.adam_epsilon = 9.999999999999999e-9;
         let state = State { config: config.binding(), ..state(5) };
-        let path = save(run.path(), &state, [("a", &[1][..], &[1.0][..])]).unwrap();
+        let path = save(run.path(), &state, [("a", &[1][..], &[1.0][..])], |_| Ok(())).unwrap();
         load(&path).unwrap().state.check(&config, "blake3:data", "blake3:base").unwrap();
     }
 }

@@ -119,7 +119,7 @@ pub enum Error {
 fn kept(checkpoint: Option<&Path>) -> String {
     match checkpoint {
         Some(path) => format!(", `{}` is kept", path.display()),
-        None => " before the first checkpoint".to_owned(),
+        None => ", and no checkpoint before it is known to be good".to_owned(),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The CPU side: one portable body per loop, compiled for each instruction set and picked at run time.
 //!
-//! [`by_isa!`] is the only way to processor-specific code here. The bodies are plain Rust without
+//! `by_isa!` is the only way to processor-specific code here. The bodies are plain Rust without
 //! fused multiply-add, and Rust does not reassociate floats, so every instruction set gives the same
 //! bits. Matrix products go through the `gemm` crate, which dispatches by itself.
 
@@ -29,7 +29,7 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         {
             static ISA: std::sync::OnceLock<Isa> = std::sync::OnceLock::new();
-            return *ISA.get_or_init(|| {
+            *ISA.get_or_init(|| {
                 let avx2 = is_x86_feature_detected!("avx2")
                     && is_x86_feature_detected!("f16c")
                     && is_x86_feature_detected!("bmi2");
@@ -42,7 +42,7 @@ impl Isa {
                     (true, false) => Isa::Avx2,
                     (false, _) => Isa::Portable,
                 }
-            });
+            })
         }
         #[cfg(not(target_arch = "x86_64"))]
         Isa::Portable

@@ -148,7 +148,7 @@ fn small() -> Fields {
 }
 
 fn refusal(fields: Fields) -> TokenizerError {
-    Tokenizer::from_fields(fields).err().expect("refused")
+    Tokenizer::from_fields(fields).expect_err("refused")
 }
 
 #[test]
