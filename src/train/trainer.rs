@@ -144,6 +144,9 @@ impl<'a> Run<'a> {
             None => model.tokenizer()?,
         };
         let (data, eval_data) = load_data(config, &tokenizer, observer)?;
+        let longest = |d: &Dataset| d.examples.iter().map(|e| e.input_ids.len()).max().unwrap_or(0);
+        let longest = longest(&data).max(eval_data.as_ref().map_or(0, longest));
+        model.config()?.check_length(longest)?;
 
         let init = config.init_adapter.as_deref().map(AdapterFolder::open).transpose()?;
         let start = Start { config, device, model, init: init.as_ref(), resume };
@@ -156,8 +159,7 @@ impl<'a> Run<'a> {
             weight_decay: config.weight_decay as f32,
         };
         let mut optimizer = Optimizer::new(device, params.count(), hyper, config.max_grad_norm)?;
-        let longest = |d: &Dataset| d.examples.iter().map(|e| e.input_ids.len()).max().unwrap_or(0);
-        let capacity = config.batch_size * longest(&data).max(eval_data.as_ref().map_or(0, longest));
+        let capacity = config.batch_size * longest;
         let keep = if config.gradient_checkpointing { Keep::LayerInputs } else { Keep::Everything };
         let mut decoder = decoder;
         let buffers = Buffers::new(&decoder, capacity, keep)?;

@@ -247,15 +247,44 @@ impl PeftConfig {
     /// `all-linear`, leaves out the output head: which modules these are is the model's to know.
     ///
     /// # Errors
-    /// A pattern is not a regular expression, or `layers_to_transform` is set, which is not supported.
+    /// A pattern is not a regular expression, `layers_to_transform` holds something else than numbers, or
+    /// `layers_pattern` is set, which is not supported.
     pub fn targets(&self, module: &str) -> Result<bool> {
-        check::absent(&self.other, "layers_to_transform")?;
+        check::absent(&self.other, "layers_pattern")?;
         let matches = |key, modules: &Option<TargetModules>| match modules {
             None => Ok(false),
             Some(modules) => modules.matches(key, module),
         };
         Ok(!matches("exclude_modules", &self.exclude_modules)?
-            && matches("target_modules", &self.target_modules)?)
+            && matches("target_modules", &self.target_modules)?
+            && self.in_layers(module)?)
+    }
+
+    /// Whether `layers_to_transform` (one layer or a list; all if it is not set) has the module's layer: the
+    /// first number of its path that is not the first or second part.
+    fn in_layers(&self, module: &str) -> Result<bool> {
+        const KEY: &str = "layers_to_transform";
+        let refuse = |value: &Value| {
+            let found = format!("`{value}`").into();
+            Error::new(Kind::WrongSetting { expected: "layer number or list of them", found })
+                .at(Place::Key(KEY.to_owned()))
+        };
+        let layers = match self.other.get(KEY) {
+            None | Some(Value::Null) => return Ok(true),
+            Some(Value::Array(list)) if list.is_empty() => return Ok(true),
+            Some(Value::Array(list)) => list.iter().map(|x| x.as_u64().ok_or_else(|| refuse(x))).collect(),
+            Some(one) => one.as_u64().map(|layer| vec![layer]).ok_or_else(|| refuse(one)),
+        }?;
+        // PEFT lets a module that is named in full through.
+        if let Some(TargetModules::List(list)) = &self.target_modules
+            && list.iter().any(|target| target == module)
+        {
+            return Ok(true);
+        }
+        let parts: Vec<&str> = module.split('.').collect();
+        let inner = parts.get(2..parts.len().saturating_sub(1)).unwrap_or_default();
+        let layer = inner.iter().find_map(|part| part.parse::<u64>().ok());
+        Ok(layer.is_some_and(|layer| layers.contains(&layer)))
     }
 }
 

@@ -1,3 +1,5 @@
+//! Memory maps, atomic files and folders, fingerprints.
+
 use qpeft_formats::error::Kind;
 use qpeft_formats::file::{AtomicDir, AtomicFile, Bytes, fingerprint, write_atomic};
 use std::fs;

@@ -1,3 +1,5 @@
+//! GGUF files: against golden files and an independent reader, and what is refused.
+
 use qpeft_formats::GgmlType;
 use qpeft_formats::error::{Kind, Place};
 use qpeft_formats::file::Bytes;

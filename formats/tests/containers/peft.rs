@@ -1,3 +1,5 @@
+//! PEFT folders: against golden adapters, and what is refused.
+
 use indexmap::IndexMap;
 use qpeft_formats::error::{Kind, Place};
 use qpeft_formats::peft::names::{parse_key, tensor_key};
@@ -143,7 +145,17 @@ fn targets_are_matched_as_peft_matches_them() {
     assert!(!targets(list(&["q_proj"]), regex(r".*layers\.1\..*")), "exclusion wins");
     config.target_modules = list(&["q_proj"]);
     config.exclude_modules = None;
-    config.other.insert("layers_to_transform".into(), serde_json::json!([1]));
+    let mut in_layers = |layers: serde_json::Value, module: &str| {
+        config.other.insert("layers_to_transform".into(), layers);
+        config.targets(module)
+    };
+    assert!(in_layers(serde_json::json!([0, 1]), module).unwrap());
+    assert!(in_layers(serde_json::json!(0), module).unwrap());
+    assert!(!in_layers(serde_json::json!([1]), module).unwrap());
+    assert!(!in_layers(serde_json::json!([1]), "model.1.q_proj").unwrap(), "the number follows two parts");
+    let error = in_layers(serde_json::json!(["last"]), module).unwrap_err();
+    assert!(matches!(error.kind, Kind::WrongSetting { .. }));
+    config.other.insert("layers_pattern".into(), serde_json::json!("layers"));
     assert!(matches!(config.targets(module).unwrap_err().kind, Kind::UnsupportedSetting { .. }));
 }
 

@@ -1,3 +1,5 @@
+//! safetensors files and checkpoint folders: against the reference implementation, and what is refused.
+
 use ::safetensors::SafeTensors;
 use half::{bf16, f16};
 use qpeft_formats::error::Kind;
