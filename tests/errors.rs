@@ -254,6 +254,14 @@ fn the_wrong_base_is_refused_by_its_fingerprint() {
         assert_eq!(refuse(&generate), refusal);
         assert!(!Path::new(&merged).exists());
     }
+    for method in ["lora", "pissa"] {
+        let first = dir.path(method);
+        train(QUANTIZED, &data, &first, &format!("{SHORT} --method {method}"));
+        let flags = format!("{SHORT} --method {method} --init-adapter {first}");
+        let refusal = refuse(&train_args(&other, &data, &dir.path("further"), &flags));
+        refusal.says(1, &["was trained on another base", &other]);
+        assert!(files(&dir.path("further")).is_empty());
+    }
     let before = files(&run);
     let refusal = refuse(&train_args(&other, &data, &run, &format!("{SHORT} --resume")));
     refusal.says(1, &["another base model", "fingerprint"]).hints(&["--model"]);

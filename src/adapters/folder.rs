@@ -81,7 +81,12 @@ impl AdapterFolder {
         if self.manifest.as_ref().is_some_and(|m| m.residual.fingerprint == found.fingerprint) {
             return Ok(model);
         }
-        Err(Error::refused(format!(
+        Err(self.other_base(&model, &found, expected))
+    }
+
+    /// The refusal of `model`, which has the identity `found`, where `expected` belongs.
+    pub(crate) fn other_base(&self, model: &Base, found: &FileId, expected: &FileId) -> Error {
+        Error::refused(format!(
             "the adapter `{}` was trained on another base: `{}` has fingerprint {}, expected {} (`{}`)",
             self.dir.display(),
             model.path().display(),
@@ -89,7 +94,7 @@ impl AdapterFolder {
             expected.fingerprint,
             expected.name
         ))
-        .with_hint(format!("give `--model` the file `{}` that the run was started with", expected.name)))
+        .with_hint(format!("give `--model` the file `{}` that the run was started with", expected.name))
     }
 
     fn raw_pissa(&self) -> Error {

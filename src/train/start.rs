@@ -68,11 +68,17 @@ impl Start<'_> {
         // Trained further: the residual and the factors of that run are this run's.
         let continued = self.init.filter(|folder| folder.manifest.is_some());
         let given = self.init.filter(|folder| folder.manifest.is_none()).map(|folder| &folder.adapter);
+        let base_id = FileId::of(&self.model)?;
+        if let Some(folder) = continued
+            && let Some(manifest) = &folder.manifest
+            && manifest.base.fingerprint != base_id.fingerprint
+        {
+            return Err(folder.other_base(&self.model, &base_id, &manifest.base).into());
+        }
         if let Some(folder) = continued.filter(|_| !self.resume) {
             checkpoint::clear_run(run)?;
             staged::copy(&folder.run, run)?;
         }
-        let base_id = FileId::of(&self.model)?;
         let mut decoder = Decoder::load(&self.model, self.device)?;
         let settings = self.settings(&decoder, &peft, given)?;
         let manifest = match Manifest::read(run)? {
