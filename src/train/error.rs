@@ -158,14 +158,11 @@ impl Error {
                 Some("give the same `--model`, or start a new run in another `--output`".to_owned())
             }
             Error::NotFinite { last_checkpoint, .. } => {
-                let mut hint = "lower `--learning-rate` or `--max-grad-norm`, warm up longer with `--warmup-steps`, and look for broken examples in the data".to_owned();
-                if let Some(path) = last_checkpoint {
-                    hint.push_str(&format!(
-                        "; `--init-adapter {}` goes on from the checkpoint in a new run",
-                        path.display()
-                    ));
-                }
-                Some(hint)
+                let lower = "lower `--learning-rate` or `--max-grad-norm`, warm up longer with `--warmup-steps`, and look for broken examples in the data";
+                let on = last_checkpoint.as_ref().map(|path| {
+                    format!("; `--init-adapter {}` goes on from the checkpoint in a new run", path.display())
+                });
+                Some(format!("{lower}{}", on.unwrap_or_default()))
             }
             Error::Data(e) => e.hint(),
             Error::Pipeline(e) => e.hint(),
