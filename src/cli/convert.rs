@@ -23,9 +23,12 @@ pub fn pissa(args: &PissaToLoraArgs, printer: &Printer) -> anyhow::Result<()> {
     refuse_existing(&args.output, args.overwrite_output)?;
     let trained = AdapterFolder::open(&args.adapter)?;
     if args.output.canonicalize().is_ok_and(|output| output.starts_with(&trained.run)) {
-        return Err(Error::refused(format!("`--output {}` lies in the run that is converted", args.output.display()))
-            .with_hint("give a folder outside of the run: its adapter stays as it is")
-            .into());
+        return Err(Error::refused(format!(
+            "`--output {}` lies in the run that is converted",
+            args.output.display()
+        ))
+        .with_hint("give a folder outside of the run: its adapter stays as it is")
+        .into());
     }
     if !is_pissa(&trained.adapter.config) {
         return Err(Error::refused(format!("`{}` is not a PiSSA adapter", args.adapter.display()))

@@ -36,6 +36,15 @@ pub fn run(args: &EvalArgs, printer: &Printer) -> anyhow::Result<()> {
         dump_logits(&session, &data, path)?;
         printer.note(&format!("wrote {}", path.display()));
     }
+    if !loss.mean().is_finite() {
+        return Err(crate::Error::refused(format!(
+            "the loss is {} over {} tokens",
+            loss.mean(),
+            loss.tokens
+        ))
+        .with_hint("the weights or the adapter hold values that are not finite, or far too large ones")
+        .into());
+    }
     if args.json {
         return Ok(printer.json(&json!({
             "loss": loss.mean(),

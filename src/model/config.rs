@@ -187,6 +187,21 @@ impl Config {
         Ok(self)
     }
 
+    /// Refuses a sequence of `length` tokens that the model has no positions for.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with both numbers.
+    pub fn check_length(&self, length: usize) -> Result<()> {
+        if length <= self.max_positions {
+            return Ok(());
+        }
+        let message = format!(
+            "a sequence of {length} tokens is longer than the model's {} positions",
+            self.max_positions
+        );
+        Err(Error::refused(message).with_hint("lower `--max-seq-length`"))
+    }
+
     /// Scale of the attention logits.
     pub fn attention_scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()

@@ -334,14 +334,7 @@ impl Decoder {
             )));
         }
         let longest = batch.starts.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0) as usize;
-        if longest > self.rope.rows() {
-            return Err(Error::refused(format!(
-                "a sequence of {longest} tokens is longer than the model's {} positions",
-                self.rope.rows()
-            ))
-            .with_hint("lower `--max-seq-length`"));
-        }
-        Ok(())
+        self.config.check_length(longest)
     }
 }
 

@@ -119,7 +119,7 @@ pub enum Error {
 fn kept(checkpoint: Option<&Path>) -> String {
     match checkpoint {
         Some(path) => format!(", `{}` is kept", path.display()),
-        None => " before the first checkpoint".to_owned(),
+        None => ", and no checkpoint before it is known to be good".to_owned(),
     }
 }
 
@@ -158,13 +158,11 @@ impl Error {
                 Some("give the same `--model`, or start a new run in another `--output`".to_owned())
             }
             Error::NotFinite { last_checkpoint, .. } => {
-                let go_on = last_checkpoint.as_ref().map_or_else(String::new, |path| {
+                let lower = "lower `--learning-rate` or `--max-grad-norm`, warm up longer with `--warmup-steps`, and look for broken examples in the data";
+                let on = last_checkpoint.as_ref().map(|path| {
                     format!("; `--init-adapter {}` goes on from the checkpoint in a new run", path.display())
                 });
-                Some(format!(
-                    "lower `--learning-rate` or `--max-grad-norm`, warm up longer with `--warmup-steps`, \
-                     and look for broken examples in the data{go_on}"
-                ))
+                Some(format!("{lower}{}", on.unwrap_or_default()))
             }
             Error::Data(e) => e.hint(),
             Error::Pipeline(e) => e.hint(),

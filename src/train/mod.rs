@@ -8,6 +8,7 @@ pub mod log;
 pub mod optimizer;
 pub mod run_files;
 pub mod schedule;
+mod start;
 pub mod trainer;
 
 pub use config::TrainConfig;

@@ -6,11 +6,10 @@
 use std::path::Path;
 use std::time::Instant;
 
-use qpeft_formats::peft::{InitLoraWeights, PeftAdapter, PeftConfig};
+use qpeft_formats::peft::PeftConfig;
 use qpeft_kernels::Device;
 use qpeft_kernels::ops::adamw::AdamW;
 use qpeft_kernels::rng::RngKey;
-use qpeft_kernels::svd::SvdOptions;
 
 use super::checkpoint::{self, Checkpoint, State};
 use super::config::TrainConfig;
@@ -20,8 +19,8 @@ use super::log::{EvalRecord, LogWriter, StepRecord};
 use super::optimizer::Optimizer;
 use super::run_files::RunFile;
 use super::schedule::{Schedule, warmup_steps};
-use crate::adapters::pissa::SplitError;
-use crate::adapters::staged::{self, FileId, Manifest, Settings};
+use super::start::Start;
+use crate::adapters::staged::{FileId, Manifest};
 use crate::adapters::{self, AdapterFolder, folder};
 use crate::model::tokenizer::Tokenizer;
 use crate::model::{Base, Batch, Buffers, Decoder, Keep, Loss, Parameters, Pass};
@@ -94,9 +93,6 @@ pub struct Outcome {
     pub seconds: f64,
 }
 
-/// Streams of the run's random numbers; linears use the numbers below `1 << 20` of their own.
-const SVD_STREAM: u64 = 1 << 40;
-
 /// Trains as `config` says and writes the run into `config.output`; a run that is there is continued
 /// with `resume` and replaced without.
 ///
@@ -148,6 +144,9 @@ impl<'a> Run<'a> {
             None => model.tokenizer()?,
         };
         let (data, eval_data) = load_data(config, &tokenizer, observer)?;
+        let longest = |d: &Dataset| d.examples.iter().map(|e| e.input_ids.len()).max().unwrap_or(0);
+        let longest = longest(&data).max(eval_data.as_ref().map_or(0, longest));
+        model.config()?.check_length(longest)?;
 
         let init = config.init_adapter.as_deref().map(AdapterFolder::open).transpose()?;
         let start = Start { config, device, model, init: init.as_ref(), resume };
@@ -160,8 +159,7 @@ impl<'a> Run<'a> {
             weight_decay: config.weight_decay as f32,
         };
         let mut optimizer = Optimizer::new(device, params.count(), hyper, config.max_grad_norm)?;
-        let longest = |d: &Dataset| d.examples.iter().map(|e| e.input_ids.len()).max().unwrap_or(0);
-        let capacity = config.batch_size * longest(&data).max(eval_data.as_ref().map_or(0, longest));
+        let capacity = config.batch_size * longest;
         let keep = if config.gradient_checkpointing { Keep::LayerInputs } else { Keep::Everything };
         let mut decoder = decoder;
         let buffers = Buffers::new(&decoder, capacity, keep)?;
@@ -402,175 +400,6 @@ pub fn dataset_loss(
         progress(indices.last().map_or(0, |i| i + 1));
     }
     Ok(loss)
-}
-
-/// What an adapter is put on, and how it starts.
-struct Start<'a> {
-    config: &'a TrainConfig,
-    device: &'a Device,
-    model: Base,
-    init: Option<&'a AdapterFolder>,
-    resume: bool,
-}
-
-impl Start<'_> {
-    /// The decoder on the right base with initial adapter values.
-    fn adapt(
-        self,
-        observer: &mut dyn Observer,
-    ) -> Result<(Decoder, Parameters, PeftConfig, Option<Manifest>, Base)> {
-        let peft = self.peft_config();
-        if self.config.method.info().staged {
-            return self.adapt_staged(peft, observer);
-        }
-        let base = match self.init {
-            Some(folder) => {
-                check_kind(&folder.adapter.config, false, peft_uses_dora(self.config))?;
-                folder.resolve(self.model)?
-            }
-            None => self.model,
-        };
-        let mut decoder = Decoder::load(&base, self.device)?;
-        let mut params = adapters::attach(&mut decoder, &peft)?;
-        match self.init {
-            Some(folder) => adapters::load(&mut params, &folder.adapter)?,
-            None => adapters::initialize(&mut decoder, &mut params, self.config.seed)?,
-        }
-        Ok((decoder, params, peft, None, base))
-    }
-
-    /// PiSSA: split the base unless this run has done so, then train on what is left of it.
-    fn adapt_staged(
-        self,
-        peft: PeftConfig,
-        observer: &mut dyn Observer,
-    ) -> Result<(Decoder, Parameters, PeftConfig, Option<Manifest>, Base)> {
-        let run = &self.config.output;
-        // Trained further: the residual and the factors of that run are this run's.
-        let continued = self.init.filter(|folder| folder.manifest.is_some());
-        let given = self.init.filter(|folder| folder.manifest.is_none()).map(|folder| &folder.adapter);
-        let base_id = FileId::of(&self.model)?;
-        if let Some((folder, manifest)) = continued.and_then(|folder| Some((folder, folder.manifest.as_ref()?))) {
-            check_kind(&folder.adapter.config, true, self.config.use_dora)?;
-            folder.check_base(&base_id, &[&manifest.base, &manifest.residual])?;
-            if !self.resume {
-                checkpoint::clear_run(run)?;
-                staged::copy(&folder.run, run)?;
-            }
-        } else if let Some(given) = given {
-            // Factors to split off: a plain pair. Magnitudes follow from it; a trained pair without its
-            // residual does not say what was split off.
-            check_kind(&given.config, false, false)?;
-        }
-        let mut decoder = Decoder::load(&self.model, self.device)?;
-        let settings = self.settings(&decoder, &peft, given)?;
-        let manifest = match Manifest::read(run)? {
-            Some(manifest) if continued.is_some() || self.resume => manifest,
-            Some(manifest) if manifest.base == base_id && manifest.settings == settings => manifest,
-            None if self.resume => {
-                return Err(crate::Error::refused(format!(
-                    "`{}` has no staged init (`init/manifest.json`), which the checkpoint was trained on",
-                    run.display()
-                ))
-                .with_hint("restore the run's `init` folder; the residual cannot be recomputed")
-                .into());
-            }
-            _ => {
-                let options = SvdOptions {
-                    iterations: self.config.pissa_niter,
-                    seed: self.config.seed ^ SVD_STREAM,
-                    ..SvdOptions::default()
-                };
-                let (factors, errors) =
-                    adapters::split_targets(&mut decoder, &peft, given, &options, |done, total| {
-                        observer.phase("split (PiSSA)", done, total);
-                    })?;
-                let mut total = SplitError::default();
-                errors.iter().for_each(|(_, error)| total += *error);
-                if given.is_some() && total.captured() <= 0.0 {
-                    observer.warn("the factors of `--init-adapter` hold nothing of the base: they are taken out of it as they are, but they are no principal factors");
-                }
-                // The adapter of a former run fits only the residual that is about to go.
-                checkpoint::clear_run(run)?;
-                staged::write(run, &self.model, &decoder, &factors, settings, &errors)?
-            }
-        };
-        let base = manifest.open_residual(run)?;
-        let mut decoder = Decoder::load(&base, self.device)?;
-        let mut params = adapters::attach(&mut decoder, &peft)?;
-        if let Some(folder) = continued {
-            adapters::load(&mut params, &folder.adapter)?;
-        } else {
-            let factors = PeftAdapter::read(&staged::initial_adapter(run))?;
-            adapters::load_factors(&mut decoder, &mut params, &factors)?;
-        }
-        Ok((decoder, params, peft, Some(manifest), base))
-    }
-
-    fn settings(
-        &self,
-        decoder: &Decoder,
-        peft: &PeftConfig,
-        given: Option<&PeftAdapter>,
-    ) -> Result<Settings> {
-        let mut targets = Vec::new();
-        for linear in decoder.linears() {
-            if peft.targets(&linear.module)? {
-                targets.push(linear.module.clone());
-            }
-        }
-        Ok(Settings {
-            rank: peft.r,
-            scaling: peft.scaling("")?,
-            iterations: given.is_none().then_some(self.config.pissa_niter),
-            seed: self.config.seed,
-            factors: given.map(staged::hash_of),
-            targets,
-        })
-    }
-
-    /// The adapter's configuration: that of the saved adapter, or the one that the flags describe.
-    fn peft_config(&self) -> PeftConfig {
-        let config = self.config;
-        let mut peft = if let Some(folder) = self.init {
-            folder.adapter.config.clone()
-        } else {
-            let mut peft = PeftConfig::new(config.lora_r, config.lora_alpha);
-            peft.use_rslora = config.use_rslora;
-            peft.use_dora = peft_uses_dora(config);
-            peft.target_modules = Some((&config.target_modules).into());
-            peft
-        };
-        if config.method.info().staged {
-            peft.use_dora = config.use_dora;
-            peft.init_lora_weights = InitLoraWeights::Named(config.method.name().to_owned());
-        }
-        peft.lora_dropout = config.lora_dropout;
-        peft.base_model_name_or_path = Some(self.model.name());
-        peft
-    }
-}
-
-/// Whether the method of a run trains a magnitude per row.
-fn peft_uses_dora(config: &TrainConfig) -> bool {
-    config.use_dora || config.method.info().magnitude
-}
-
-/// Refuses to train an adapter further as one of another kind.
-fn check_kind(saved: &PeftConfig, pissa: bool, use_dora: bool) -> Result<()> {
-    let (kind, method) = match (folder::is_pissa(saved), saved.use_dora) {
-        (true, false) => ("PiSSA", "pissa"),
-        (true, true) => ("PiSSA + DoRA", "pissa --use-dora"),
-        (false, true) => ("DoRA", "dora"),
-        (false, false) => ("LoRA", "lora"),
-    };
-    if folder::is_pissa(saved) == pissa && saved.use_dora == use_dora {
-        return Ok(());
-    }
-    let error = crate::Error::refused(format!(
-        "`--init-adapter`: the adapter is a {kind} adapter, which `--method` does not name"
-    ));
-    Err(error.with_hint(format!("train it further with `--method {method}`")).into())
 }
 
 fn load_data(
