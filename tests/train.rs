@@ -325,7 +325,7 @@ fn a_merged_model_behaves_as_the_adapter_does() {
             }
             // Packing loses a share of the change, in a direction that has nothing to do with the loss;
             // losing that share along the change itself would cost as large a share of the improvement.
-            let lost = report["relative_loss"].as_f64().unwrap();
+            let lost = report["noise_to_change"].as_f64().unwrap();
             let bound = 0.1 * lost * (base - adapted);
             assert!((loss - adapted).abs() < bound, "{method} {quant}: {adapted} -> {loss}, bound {bound}");
         }

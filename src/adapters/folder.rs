@@ -89,7 +89,7 @@ impl AdapterFolder {
         let residual = self.manifest.as_ref().map(|manifest| &manifest.residual);
         let mut known = vec![expected];
         known.extend(residual);
-        self.check_base(&found, &known)?;
+        self.check_base(model.path(), &found, &known)?;
         Ok(model)
     }
 
@@ -97,7 +97,7 @@ impl AdapterFolder {
     ///
     /// # Errors
     /// The fingerprints differ.
-    pub fn check_base(&self, found: &FileId, known: &[&FileId]) -> Result<()> {
+    pub fn check_base(&self, path: &Path, found: &FileId, known: &[&FileId]) -> Result<()> {
         if known.iter().any(|id| id.fingerprint == found.fingerprint) {
             return Ok(());
         }
@@ -105,7 +105,7 @@ impl AdapterFolder {
         Err(Error::refused(format!(
             "the adapter `{}` was trained on another base: `{}` has fingerprint {}, expected {} (`{}`)",
             self.dir.display(),
-            found.name,
+            path.display(),
             found.fingerprint,
             expected.fingerprint,
             expected.name

@@ -43,6 +43,7 @@ pub fn run(args: &MergeArgs, printer: &Printer) -> anyhow::Result<()> {
             "converted": report.converted,
             "copied": report.copied,
             "change_arrived": report.arrived_share(),
+            "noise_to_change": report.noise_to_change(),
             "relative_noise": report.relative_noise(),
         }))?);
     }

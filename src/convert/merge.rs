@@ -42,6 +42,11 @@ impl MergeReport {
         if self.change == 0.0 { 1.0 } else { self.arrived / self.change }
     }
 
+    /// ‖stored - W'‖ / ‖W' - W‖.
+    pub fn noise_to_change(&self) -> f64 {
+        if self.change == 0.0 { 0.0 } else { (self.noise / self.change).sqrt() }
+    }
+
     /// ‖stored - W'‖ / ‖W'‖.
     pub fn relative_noise(&self) -> f64 {
         if self.adapted == 0.0 { 0.0 } else { (self.noise / self.adapted).sqrt() }

@@ -74,7 +74,7 @@ impl Start<'_> {
             continued.and_then(|folder| Some((folder, folder.manifest.as_ref()?)))
         {
             check_kind(&folder.adapter.config, true, self.config.use_dora)?;
-            folder.check_base(&base_id, &[&manifest.base])?;
+            folder.check_base(self.model.path(), &base_id, &[&manifest.base])?;
             if !self.resume {
                 checkpoint::clear_run(run)?;
                 staged::copy(&folder.run, run)?;
@@ -108,7 +108,9 @@ impl Start<'_> {
                         observer.phase("split (PiSSA)", done, total);
                     })?;
                 let mut total = SplitError::default();
-                errors.iter().for_each(|(_, error)| total += *error);
+                for (_, error) in &errors {
+                    total += *error;
+                }
                 if given.is_some() && total.captured() <= 0.0 {
                     observer.warn("the factors of `--init-adapter` hold nothing of the base: they are taken out of it as they are, but they are no principal factors");
                 }
