@@ -113,10 +113,10 @@ const ROW_TILE: usize = 96;
 const COL_PANEL: usize = 192;
 
 /// Rows of W that a backward task dequantizes at a time.
-const ROW_CHUNK: usize = 256;
+const ROW_CHUNK: usize = 512;
 
 /// Tasks that a product is cut into at least, if it is large enough: work for the cores of a desktop.
-const TASKS: usize = 16;
+const TASKS: usize = 12;
 
 /// Fewest tokens of one task: below, unpacking W costs more than a few per cent of the product.
 const LEAST_TOKENS: usize = 128;

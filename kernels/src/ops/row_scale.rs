@@ -44,8 +44,8 @@ pub fn row_scale_forward(y: ViewMut, x: View, scale: View) -> Result<()> {
 ///
 /// Shapes: `dscale`, `scale` (1, N); `dy`, `y` (T, N), y without bias.
 /// Accumulates: `dscale` is added to.
-/// Precision: f32 products summed over tokens in f64, one rounding; within 1e-6 of f64, relative to
-/// sum |dy y / scale|.
+/// Precision: products summed over 8 tokens in f32, over all in f64, one rounding; within 1e-6 of f64, relative
+/// to sum |dy y / scale|.
 ///
 /// # Errors
 /// Shapes that do not belong together, or no kernel for the device.
@@ -64,7 +64,10 @@ pub fn row_scale_backward(dscale: ViewMut, dy: View, y: View, scale: View) -> Re
 // ------------------------------------------------------------------------------------------ CPU
 
 /// Channels whose sums one backward task keeps on its stack.
-const CHANNELS: usize = 64;
+const CHANNELS: usize = 192;
+
+/// Tokens whose products are added in f32 before they go into the sum in f64.
+const GROUP: usize = 8;
 
 #[cfg(test)]
 fn forward_naive(y: &mut [f64], x: &[f64], scale: &[f64]) {
@@ -112,10 +115,14 @@ fn backward_fast(dscale: ViewMut, dy: View, y: View, scale: View) -> Result<()> 
         (dscale.cpu(BACKWARD)?, dy.cpu(BACKWARD)?, y.cpu(BACKWARD)?, scale.cpu(BACKWARD)?);
     dscale[..cols].par_chunks_mut(CHANNELS).enumerate().for_each(|(i, dscale)| {
         let (start, width) = (i * CHANNELS, dscale.len());
-        let mut sums = [0.0; CHANNELS];
-        for t in 0..tokens {
-            let (dy, y) = (row(dy, t, cols, dy_stride), row(y, t, cols, y_stride));
-            add_products(&mut sums[..width], &dy[start..start + width], &y[start..start + width]);
+        let mut sums = [0.0f64; CHANNELS];
+        for first in (0..tokens).step_by(GROUP) {
+            let mut partial = [0.0f32; CHANNELS];
+            for t in first..tokens.min(first + GROUP) {
+                let (dy, y) = (row(dy, t, cols, dy_stride), row(y, t, cols, y_stride));
+                add_products(&mut partial[..width], &dy[start..start + width], &y[start..start + width]);
+            }
+            sums.iter_mut().zip(partial).for_each(|(sum, partial)| *sum += partial as f64);
         }
         for ((dscale, sum), &scale) in dscale.iter_mut().zip(sums).zip(&scale[start..]) {
             if scale != 0.0 {
@@ -127,9 +134,9 @@ fn backward_fast(dscale: ViewMut, dy: View, y: View, scale: View) -> Result<()> 
 }
 
 by_isa! {
-    fn add_products(sums: &mut [f64], dy: &[f32], y: &[f32]) {
+    fn add_products(sums: &mut [f32], dy: &[f32], y: &[f32]) {
         for ((sum, &dy), &y) in sums.iter_mut().zip(dy).zip(y) {
-            *sum += dy as f64 * y as f64;
+            *sum += dy * y;
         }
     }
 }
