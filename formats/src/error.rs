@@ -101,8 +101,13 @@ pub enum Kind {
     UnknownTensorType { found: u32 },
     #[error("data lies at offset {found}, expected {expected}")]
     WrongOffset { expected: u64, found: u64 },
-    #[error("type {found} is not supported by this version; supported: {}", GgmlType::names())]
-    UnsupportedType { found: &'static str },
+    #[error("values cannot be written in type {found}; writable: {}", GgmlType::writable_names())]
+    ReadOnlyType { found: &'static str },
+    #[error(
+        "type {found} is written only with an importance matrix; without: {}",
+        GgmlType::writable_names()
+    )]
+    ImportanceRequired { found: &'static str },
     #[error("the tensor is missing")]
     MissingTensor,
 
@@ -201,7 +206,10 @@ impl Error {
             Kind::NoWeights => "give the folder of a safetensors checkpoint, or a `.gguf` file",
             Kind::MissingShard { .. } => "the download may be incomplete; fetch the missing shard",
             Kind::UnsupportedSetting { .. } => "convert the adapter to a plain LoRA or DoRA with PEFT first",
-            Kind::UnsupportedType { .. } => "quantize the model to a supported type: `llama-quantize`",
+            Kind::ReadOnlyType { .. } => "choose one of the writable types",
+            Kind::ImportanceRequired { .. } => {
+                "give an importance matrix (`--imatrix FILE`), or another type"
+            }
             _ => return None,
         };
         Some(hint.to_owned())

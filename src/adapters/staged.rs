@@ -216,7 +216,7 @@ pub fn write(
             file,
             &path,
             file.metadata(),
-            |_, info| Ok(info.dtype()?),
+            |_, info| Ok(info.dtype),
             |hf, _| hf.map_or(Ok(None), &replace),
         )?,
         Base::Folder(folder) => write_folder(folder, &path, replace)?,

@@ -157,7 +157,7 @@ fn list_gguf(path: &Path) -> anyhow::Result<Listing> {
     let file = GgufFile::open(path)?;
     let tensors = file.tensors().iter().map(|t| Tensor {
         name: t.name.clone(),
-        r#type: t.ty.name().to_owned(),
+        r#type: t.dtype.name().to_owned(),
         shape: t.shape.clone(),
         bytes: t.size,
     });

@@ -78,8 +78,8 @@ pub fn probability(text: &str) -> Result<f64, String> {
 
 /// A ggml type by name.
 pub fn ggml_type(text: &str) -> Result<GgmlType, String> {
-    GgmlType::from_name(text).ok_or_else(|| {
-        let names = GgmlType::ALL.map(|t| format!("`{t}`"));
+    GgmlType::from_name(text).filter(|t| t.require_quantizer(false).is_ok()).ok_or_else(|| {
+        let names: Vec<_> = GgmlType::writable().map(|t| format!("`{t}`")).collect();
         format!("expected one of {}", names.join(", "))
     })
 }

@@ -78,12 +78,12 @@ pub fn merge_to_gguf(
     let values = params.values.read()?;
     let mut report = MergeReport::default();
     let mut metadata = file.metadata().clone();
-    if let Some(quant) = quant {
-        metadata.insert("general.file_type", Value::U32(quant.file_type()));
+    if let Some(file_type) = quant.and_then(GgmlType::file_type) {
+        metadata.insert("general.file_type", Value::U32(file_type));
     }
     let dtype_of = |info: &TensorInfo| match quant {
         Some(quant) if is_matrix(info) => Ok(fitting(quant, info.row_len())),
-        _ => Ok(info.dtype()?),
+        _ => Ok(info.dtype),
     };
     let (total, mut done) = (file.tensors().len(), 0);
     write_gguf(
@@ -106,7 +106,7 @@ pub fn merge_to_gguf(
                 let heads = slot.permuted_heads(&decoder.config);
                 return merged_weight(linear, &values, dtype, heads, &info.name, &mut report).map(Some);
             }
-            if dtype == info.dtype()? {
+            if dtype == info.dtype {
                 report.copied += 1;
                 return Ok(None);
             }
@@ -153,6 +153,7 @@ fn merged_weight(
     const CHUNK: usize = 64;
     let adapter = linear.adapter.as_ref().expect("only adapted linears are merged");
     let cols = linear.weight.cols();
+    dtype.require_quantizer(false)?;
     let row_bytes = dtype.row_bytes(cols)?;
     let mut merged = vec![0.0; linear.weight.rows() * cols];
     let parts: Vec<[f64; 4]> = merged
@@ -166,7 +167,7 @@ fn merged_weight(
             let (mut packed, mut stored) = (vec![0; row_bytes], vec![0.0; cols]);
             let mut sums = [0.0; 4];
             for (w, before) in w.chunks_exact(cols).zip(before.chunks_exact(cols)) {
-                blocks::quantize_row(dtype, w, &mut packed);
+                blocks::quantize_row(dtype, w, None, &mut packed);
                 blocks::dequantize_row(dtype, &packed, &mut stored);
                 for ((w, before), stored) in w.iter().zip(before).zip(&stored) {
                     let (w, change) = (f64::from(*w), f64::from(w - before));
@@ -190,7 +191,7 @@ fn merged_weight(
 
 /// A tensor of the base in another type, rows in the order of the file.
 fn converted_weight(file: &GgufFile, info: &TensorInfo, dtype: GgmlType) -> Result<Replacement> {
-    let (from, bytes, cols) = (info.dtype()?, file.bytes(info), info.row_len());
+    let (from, bytes, cols) = (info.dtype, file.bytes(info), info.row_len());
     let mut values = vec![0.0; info.n_rows() * cols];
     values
         .par_chunks_mut(cols)

@@ -105,7 +105,7 @@ impl Base {
         match self {
             Base::Gguf(file) => {
                 let info = file.require(&gguf_name(name)?)?;
-                let dtype = info.dtype()?;
+                let dtype = info.dtype;
                 self.expect_shape(&info.name, &[rows, cols], &[info.n_rows(), info.row_len()])?;
                 let mut bytes = file.bytes(info);
                 if let Some(heads) = heads {
@@ -136,7 +136,7 @@ impl Base {
                 let info = file.require(&gguf_name(name)?)?;
                 self.expect_shape(&info.name, &[len], &[info.n_rows() * info.row_len()])?;
                 let mut values = vec![0.0; len];
-                blocks::dequantize_row(info.dtype()?, &file.bytes(info), &mut values);
+                blocks::dequantize_row(info.dtype, &file.bytes(info), &mut values);
                 values
             }
             Base::Folder(folder) => {
@@ -158,7 +158,7 @@ impl Base {
         match self {
             Base::Gguf(file) => {
                 for info in file.tensors().iter().filter(|info| info.name.starts_with("blk.")) {
-                    count(info.ty.name().to_owned(), info.size);
+                    count(info.dtype.name().to_owned(), info.size);
                 }
             }
             Base::Folder(folder) => {

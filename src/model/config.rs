@@ -212,7 +212,7 @@ fn gguf_rope_scaling(file: &GgufFile, meta: &Metadata) -> Result<RopeScaling> {
     if let Some(info) = file.tensor("rope_freqs.weight") {
         let bytes = file.bytes(info);
         let mut factors = vec![0.0; info.row_len()];
-        qpeft_formats::blocks::dequantize_row(info.dtype()?, &bytes, &mut factors);
+        qpeft_formats::blocks::dequantize_row(info.dtype, &bytes, &mut factors);
         return Ok(RopeScaling::Factors(factors));
     }
     match meta.str("llama.rope.scaling.type")? {

@@ -29,7 +29,7 @@ pub struct Replacement {
 /// Packs f32 rows (Hugging Face order) as the file wants them.
 ///
 /// # Errors
-/// A value is not finite, or the row length does not divide into blocks.
+/// A value is not finite, values cannot be written in the type, or the row length does not divide into blocks.
 pub fn pack_rows(
     values: &[f32],
     cols: usize,
@@ -37,6 +37,7 @@ pub fn pack_rows(
     heads: Option<usize>,
     name: &str,
 ) -> Result<Replacement> {
+    dtype.require_quantizer(false)?;
     let row_bytes = dtype.row_bytes(cols)?;
     if let Err(index) = blocks::check_finite(values) {
         return Err(Error::refused(format!(
@@ -51,7 +52,7 @@ pub fn pack_rows(
     bytes
         .par_chunks_mut(row_bytes)
         .zip(values.par_chunks(cols))
-        .for_each(|(bytes, row)| blocks::quantize_row(dtype, row, bytes));
+        .for_each(|(bytes, row)| blocks::quantize_row(dtype, row, None, bytes));
     Ok(Replacement { dtype, bytes: file_order(bytes, row_bytes, heads)? })
 }
 

@@ -2,8 +2,8 @@
 //!
 //! F16 and BF16 are written rounded to nearest, ties to even; F16 overflows to infinity.
 
-use super::Block;
 use super::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
+use super::{Block, Importance, Quantize};
 use crate::dtype::GgmlType;
 
 /// IEEE binary32.
@@ -20,9 +20,11 @@ impl Block<4, 1> for F32 {
     fn dequantize(block: &[u8; 4], out: &mut [f32; 1]) {
         out[0] = f32::from_le_bytes(*block);
     }
+}
 
+impl Quantize<4, 1> for F32 {
     #[inline(always)]
-    fn quantize(x: &[f32; 1], block: &mut [u8; 4]) {
+    fn quantize(x: &[f32; 1], _: Option<Importance<'_, 1>>, block: &mut [u8; 4]) {
         *block = x[0].to_le_bytes();
     }
 }
@@ -34,9 +36,11 @@ impl Block<2, 1> for F16 {
     fn dequantize(block: &[u8; 2], out: &mut [f32; 1]) {
         out[0] = f16_to_f32(u16::from_le_bytes(*block));
     }
+}
 
+impl Quantize<2, 1> for F16 {
     #[inline(always)]
-    fn quantize(x: &[f32; 1], block: &mut [u8; 2]) {
+    fn quantize(x: &[f32; 1], _: Option<Importance<'_, 1>>, block: &mut [u8; 2]) {
         *block = f32_to_f16(x[0]).to_le_bytes();
     }
 }
@@ -48,9 +52,11 @@ impl Block<2, 1> for BF16 {
     fn dequantize(block: &[u8; 2], out: &mut [f32; 1]) {
         out[0] = bf16_to_f32(u16::from_le_bytes(*block));
     }
+}
 
+impl Quantize<2, 1> for BF16 {
     #[inline(always)]
-    fn quantize(x: &[f32; 1], block: &mut [u8; 2]) {
+    fn quantize(x: &[f32; 1], _: Option<Importance<'_, 1>>, block: &mut [u8; 2]) {
         *block = f32_to_bf16(x[0]).to_le_bytes();
     }
 }

@@ -47,7 +47,7 @@ fn quantizes(dtype: GgmlType) {
             floats(&source).chunks(columns).zip(expected.chunks(row_bytes)).enumerate()
         {
             let mut bytes = vec![0xa5; row_bytes];
-            quantize_row(dtype, row, &mut bytes);
+            quantize_row(dtype, row, None, &mut bytes);
             assert_eq!(bytes, expected, "{dtype} {name} row {r}");
         }
     }
@@ -61,7 +61,7 @@ fn f32_passes_through() {
     dequantize_row(GgmlType::F32, &bytes, &mut values);
     assert_eq!(values, floats(&bytes));
     let mut back = vec![0; bytes.len()];
-    quantize_row(GgmlType::F32, &values, &mut back);
+    quantize_row(GgmlType::F32, &values, None, &mut back);
     assert_eq!(back, bytes);
 }
 

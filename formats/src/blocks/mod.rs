@@ -31,9 +31,21 @@ trait Block<const BYTES: usize, const LEN: usize> {
 
     /// Block -> values. Branch-free, and always inlined to be vectorized with its caller.
     fn dequantize(block: &[u8; BYTES], out: &mut [f32; LEN]);
+}
 
-    /// Values -> block, without an importance matrix. Overwrites every byte.
-    fn quantize(x: &[f32; LEN], block: &mut [u8; BYTES]);
+/// A block type in which values can be written.
+trait Quantize<const BYTES: usize, const LEN: usize>: Block<BYTES, LEN> {
+    /// Values -> block. Overwrites every byte.
+    fn quantize(x: &[f32; LEN], importance: Option<Importance<'_, LEN>>, block: &mut [u8; BYTES]);
+}
+
+/// What an importance matrix says of one block: how much an error in each of its columns matters.
+#[derive(Debug, Clone, Copy)]
+struct Importance<'a, const LEN: usize> {
+    /// Mean squared activation of each column of the block.
+    weights: &'a [f32; LEN],
+    /// Mean of x^2 over the whole row, summed in f32 from left to right.
+    row_mean_square: f32,
 }
 
 /// Calls `$row::<Codec, _, _>(args)` with the codec of a type.
@@ -51,6 +63,27 @@ macro_rules! with_codec {
             GgmlType::Q4_K => $row::<q4_k::Q4_K, _, _>($($arg),*),
             GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
             GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),
+            other => panic!("no codec for {other}"),
+        }
+    };
+}
+
+/// As `with_codec!`, for the types in which values can be written.
+macro_rules! with_quantizer {
+    ($dtype:expr, $row:ident($($arg:expr),*)) => {
+        match $dtype {
+            GgmlType::F32 => $row::<dense::F32, _, _>($($arg),*),
+            GgmlType::F16 => $row::<dense::F16, _, _>($($arg),*),
+            GgmlType::BF16 => $row::<dense::BF16, _, _>($($arg),*),
+            GgmlType::Q4_0 => $row::<q4_0::Q4_0, _, _>($($arg),*),
+            GgmlType::Q4_1 => $row::<q4_1::Q4_1, _, _>($($arg),*),
+            GgmlType::Q5_0 => $row::<q5_0::Q5_0, _, _>($($arg),*),
+            GgmlType::Q5_1 => $row::<q5_1::Q5_1, _, _>($($arg),*),
+            GgmlType::Q8_0 => $row::<q8_0::Q8_0, _, _>($($arg),*),
+            GgmlType::Q4_K => $row::<q4_k::Q4_K, _, _>($($arg),*),
+            GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
+            GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),
+            read_only => panic!("values cannot be written in type {read_only}"),
         }
     };
 }
@@ -68,13 +101,17 @@ pub fn dequantize_row(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) {
 
 /// Quantizes one row; `bytes` receives `row.len() / block_len` blocks.
 ///
+/// `importance` holds one weight per column, as an importance matrix has it. Callers ask
+/// [`GgmlType::require_quantizer`] first.
+///
 /// NaN and infinities give blocks without meaning (see [`check_finite`]). A finite block whose scale
 /// is beyond 65504 gets an infinite f16 scale, as in the reference.
 ///
 /// # Panics
-/// The lengths do not belong together; callers take both from [`GgmlType::row_bytes`].
-pub fn quantize_row(dtype: GgmlType, row: &[f32], bytes: &mut [u8]) {
-    with_codec!(dtype, quantize_blocks(row, bytes));
+/// The lengths do not belong together (callers take both from [`GgmlType::row_bytes`]), or values
+/// cannot be written in the type.
+pub fn quantize_row(dtype: GgmlType, row: &[f32], importance: Option<&[f32]>, bytes: &mut [u8]) {
+    with_quantizer!(dtype, quantize_blocks(row, importance, bytes));
 }
 
 /// Looks for NaN and infinities before quantizing.
@@ -105,8 +142,9 @@ fn dequantize_blocks<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>
     }
 }
 
-fn quantize_blocks<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
+fn quantize_blocks<B: Quantize<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
     row: &[f32],
+    importance: Option<&[f32]>,
     bytes: &mut [u8],
 ) {
     const { assert_sizes::<B, BYTES, LEN>() };
@@ -116,8 +154,17 @@ fn quantize_blocks<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
         blocks.len() == values.len() && bytes_left.is_empty() && values_left.is_empty(),
         "bytes and values of a row must be the same number of whole blocks"
     );
-    for (values, block) in values.iter().zip(blocks) {
-        B::quantize(values, block);
+    let Some(importance) = importance else {
+        for (values, block) in values.iter().zip(blocks) {
+            B::quantize(values, None, block);
+        }
+        return;
+    };
+    assert_eq!(importance.len(), row.len(), "one importance per column");
+    let sum_squares = row.iter().fold(0.0, |sum, x| sum + x * x);
+    let row_mean_square = sum_squares / row.len() as f32;
+    for ((values, weights), block) in values.iter().zip(importance.as_chunks::<LEN>().0).zip(blocks) {
+        B::quantize(values, Some(Importance { weights, row_mean_square }), block);
     }
 }
 

@@ -8,7 +8,7 @@
 use super::half::{f32_to_f16, read_f16};
 use super::nibbles::{extreme, inverse, pack4, unpack4};
 use super::rounding::truncate_small;
-use super::{Block, field};
+use super::{Block, Importance, Quantize, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
@@ -25,8 +25,10 @@ impl Block<18, 32> for Q4_0 {
             out[j] = (i32::from(q[j]) - 8) as f32 * d;
         }
     }
+}
 
-    fn quantize(x: &[f32; 32], block: &mut [u8; 18]) {
+impl Quantize<18, 32> for Q4_0 {
+    fn quantize(x: &[f32; 32], _: Option<Importance<'_, 32>>, block: &mut [u8; 18]) {
         let d = extreme(x) / -8.0;
         let id = inverse(d);
         let q = x.map(|x| truncate_small(x * id + 8.5).min(15));

@@ -9,7 +9,7 @@
 use super::half::{f32_to_f16, read_f16};
 use super::nibbles::{inverse, min_max, pack4, unpack4};
 use super::rounding::truncate_small;
-use super::{Block, field};
+use super::{Block, Importance, Quantize, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
@@ -27,8 +27,10 @@ impl Block<20, 32> for Q4_1 {
             out[j] = f32::from(q[j]) * d + m;
         }
     }
+}
 
-    fn quantize(x: &[f32; 32], block: &mut [u8; 20]) {
+impl Quantize<20, 32> for Q4_1 {
+    fn quantize(x: &[f32; 32], _: Option<Importance<'_, 32>>, block: &mut [u8; 20]) {
         let (min, max) = min_max(x);
         let d = (max - min) / 15.0;
         let id = inverse(d);

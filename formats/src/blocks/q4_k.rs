@@ -9,7 +9,7 @@
 
 use super::half::read_f16;
 use super::k_quants::{SUPERBLOCK, Search, fit_affine, unpack_scales};
-use super::{Block, field};
+use super::{Block, Importance, Quantize, field};
 use crate::dtype::GgmlType;
 
 const SEARCH: Search = Search { q_max: 15, first: -1.0, step: 0.1, last: 20 };
@@ -37,8 +37,10 @@ impl Block<144, SUPERBLOCK> for Q4_K {
             }
         }
     }
+}
 
-    fn quantize(x: &[f32; SUPERBLOCK], block: &mut [u8; 144]) {
+impl Quantize<144, SUPERBLOCK> for Q4_K {
+    fn quantize(x: &[f32; SUPERBLOCK], _: Option<Importance<'_, SUPERBLOCK>>, block: &mut [u8; 144]) {
         let fit = fit_affine(x, &SEARCH);
         block[0..2].copy_from_slice(&fit.d.to_le_bytes());
         block[2..4].copy_from_slice(&fit.dmin.to_le_bytes());

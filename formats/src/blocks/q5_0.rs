@@ -9,7 +9,7 @@
 use super::half::{f32_to_f16, read_f16};
 use super::nibbles::{extreme, inverse, pack5, unpack5};
 use super::rounding::truncate_small;
-use super::{Block, field};
+use super::{Block, Importance, Quantize, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
@@ -26,8 +26,10 @@ impl Block<22, 32> for Q5_0 {
             out[j] = (i32::from(q[j]) - 16) as f32 * d;
         }
     }
+}
 
-    fn quantize(x: &[f32; 32], block: &mut [u8; 22]) {
+impl Quantize<22, 32> for Q5_0 {
+    fn quantize(x: &[f32; 32], _: Option<Importance<'_, 32>>, block: &mut [u8; 22]) {
         let d = extreme(x) / -16.0;
         let id = inverse(d);
         let q = x.map(|x| truncate_small(x * id + 16.5).min(31));

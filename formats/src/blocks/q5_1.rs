@@ -10,7 +10,7 @@
 use super::half::{f32_to_f16, read_f16};
 use super::nibbles::{inverse, min_max, pack5, unpack5};
 use super::rounding::truncate_small;
-use super::{Block, field};
+use super::{Block, Importance, Quantize, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
@@ -28,8 +28,10 @@ impl Block<24, 32> for Q5_1 {
             out[j] = f32::from(q[j]) * d + m;
         }
     }
+}
 
-    fn quantize(x: &[f32; 32], block: &mut [u8; 24]) {
+impl Quantize<24, 32> for Q5_1 {
+    fn quantize(x: &[f32; 32], _: Option<Importance<'_, 32>>, block: &mut [u8; 24]) {
         let (min, max) = min_max(x);
         let d = (max - min) / 31.0;
         let id = inverse(d);

@@ -10,7 +10,7 @@
 
 use super::half::read_f16;
 use super::k_quants::{SUPERBLOCK, Search, fit_affine, unpack_scales};
-use super::{Block, field};
+use super::{Block, Importance, Quantize, field};
 use crate::dtype::GgmlType;
 
 const SEARCH: Search = Search { q_max: 31, first: -0.5, step: 0.1, last: 15 };
@@ -42,8 +42,10 @@ impl Block<176, SUPERBLOCK> for Q5_K {
             }
         }
     }
+}
 
-    fn quantize(x: &[f32; SUPERBLOCK], block: &mut [u8; 176]) {
+impl Quantize<176, SUPERBLOCK> for Q5_K {
+    fn quantize(x: &[f32; SUPERBLOCK], _: Option<Importance<'_, SUPERBLOCK>>, block: &mut [u8; 176]) {
         let fit = fit_affine(x, &SEARCH);
         block[0..2].copy_from_slice(&fit.d.to_le_bytes());
         block[2..4].copy_from_slice(&fit.dmin.to_le_bytes());

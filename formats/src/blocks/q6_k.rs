@@ -13,7 +13,7 @@
 
 use super::half::read_f16;
 use super::k_quants::{SUPERBLOCK, fit_symmetric};
-use super::{Block, field};
+use super::{Block, Importance, Quantize, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
@@ -42,8 +42,10 @@ impl Block<210, SUPERBLOCK> for Q6_K {
             }
         }
     }
+}
 
-    fn quantize(x: &[f32; SUPERBLOCK], block: &mut [u8; 210]) {
+impl Quantize<210, SUPERBLOCK> for Q6_K {
+    fn quantize(x: &[f32; SUPERBLOCK], _: Option<Importance<'_, SUPERBLOCK>>, block: &mut [u8; 210]) {
         let fit = fit_symmetric(x);
         for half in 0..2 {
             for l in 0..32 {

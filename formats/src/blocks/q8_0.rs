@@ -8,7 +8,7 @@
 use super::half::{f32_to_f16, read_f16};
 use super::nibbles::{extreme, inverse};
 use super::rounding::round_half_away;
-use super::{Block, field};
+use super::{Block, Importance, Quantize, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
@@ -25,8 +25,10 @@ impl Block<34, 32> for Q8_0 {
             out[j] = f32::from(qs[j] as i8) * d;
         }
     }
+}
 
-    fn quantize(x: &[f32; 32], block: &mut [u8; 34]) {
+impl Quantize<34, 32> for Q8_0 {
+    fn quantize(x: &[f32; 32], _: Option<Importance<'_, 32>>, block: &mut [u8; 34]) {
         let d = extreme(x).abs() / 127.0;
         let id = inverse(d);
         let q = x.map(|x| round_half_away(x * id) as u8);

@@ -81,7 +81,7 @@ pub(crate) fn tensors(tensors: &[TensorInfo], alignment: u64) -> Result<HashMap<
             return Err(at(Kind::TooManyDims { found: dims, limit: limits::MAX_DIMS }));
         }
         let extent =
-            layout.push(tensor.ty, &tensor.shape).map_err(|e| e.at(Place::Tensor(tensor.name.clone())))?;
+            layout.push(tensor.dtype, &tensor.shape).map_err(|e| e.at(Place::Tensor(tensor.name.clone())))?;
         if tensor.offset != extent.offset {
             return Err(at(Kind::WrongOffset { expected: extent.offset, found: tensor.offset }));
         }

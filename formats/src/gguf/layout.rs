@@ -1,6 +1,6 @@
 //! Where the data of each tensor lies. This arithmetic exists once, for the reader and the writer.
 
-use super::TensorType;
+use crate::dtype::GgmlType;
 use crate::error::{Error, Kind, Result};
 
 /// `general.alignment` of a file that does not say.
@@ -26,7 +26,7 @@ impl Layout {
     }
 
     /// Places the next tensor.
-    pub fn push(&mut self, ty: TensorType, shape: &[u64]) -> Result<Extent> {
+    pub fn push(&mut self, ty: GgmlType, shape: &[u64]) -> Result<Extent> {
         let extent = Extent { offset: self.end, size: tensor_bytes(ty, shape)? };
         self.end = extent
             .offset
@@ -43,7 +43,7 @@ pub(crate) fn align_up(n: u64, alignment: u64) -> Option<u64> {
 }
 
 /// Bytes of a tensor, without padding. A tensor without dimensions holds one element.
-pub(crate) fn tensor_bytes(ty: TensorType, shape: &[u64]) -> Result<u64> {
+pub(crate) fn tensor_bytes(ty: GgmlType, shape: &[u64]) -> Result<u64> {
     let row_len = shape.first().copied().unwrap_or(1);
     if !row_len.is_multiple_of(ty.block_len() as u64) {
         return Err(Error::new(Kind::PartialBlock { dtype: ty.name(), block_len: ty.block_len(), row_len }));

@@ -20,14 +20,12 @@ mod check;
 pub mod layout;
 pub mod names;
 mod read;
-pub mod tensor_type;
 pub mod value;
 mod write;
 
 use crate::dtype::GgmlType;
 use crate::error::{Error, Kind, Place, Result};
 use crate::file::{self, Bytes};
-pub use tensor_type::TensorType;
 pub use value::{Array, Metadata, Value};
 pub use write::{GgufWriter, TensorDecl};
 
@@ -52,7 +50,7 @@ pub struct TensorInfo {
     /// Its size, row length first; at most four dimensions, none for a scalar.
     pub shape: Vec<u64>,
     /// The type of its elements.
-    pub ty: TensorType,
+    pub dtype: GgmlType,
     /// Bytes from the start of the data section.
     pub offset: u64,
     /// Bytes without padding.
@@ -60,14 +58,6 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
-    /// The type to compute with.
-    ///
-    /// # Errors
-    /// This version cannot compute with it; the message names the types that it can.
-    pub fn dtype(&self) -> Result<GgmlType> {
-        self.ty.dtype().map_err(|e| e.at(Place::Tensor(self.name.clone())))
-    }
-
     /// Elements in a row; 1 for a scalar.
     pub fn row_len(&self) -> usize {
         self.shape.first().map_or(1, |&len| len as usize)

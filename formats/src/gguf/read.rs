@@ -3,8 +3,9 @@
 
 use super::layout::{align_up, tensor_bytes};
 use super::value::ARRAY_ID;
-use super::{Array, Header, Metadata, TensorInfo, TensorType, Value, check};
+use super::{Array, Header, Metadata, TensorInfo, Value, check};
 use crate::bytes::Cursor;
+use crate::dtype::GgmlType;
 use crate::error::{Error, Kind, Place, Result};
 use crate::limits::{self, MAX_METADATA_BYTES};
 
@@ -127,7 +128,7 @@ fn tensor(cursor: &mut Cursor) -> Result<TensorInfo> {
     let start = cursor.offset();
     let name =
         cursor.string("tensor name", limits::MAX_TENSOR_NAME).map_err(|e| e.at(Place::Header))?.to_owned();
-    let mut rest = || -> Result<(Vec<u64>, TensorType, u64)> {
+    let mut rest = || -> Result<(Vec<u64>, GgmlType, u64)> {
         let offset = cursor.offset();
         let dims = u64::from(cursor.u32("number of dimensions")?);
         if dims > limits::MAX_DIMS {
@@ -145,13 +146,14 @@ fn tensor(cursor: &mut Cursor) -> Result<TensorInfo> {
         }
         let offset = cursor.offset();
         let id = cursor.u32("tensor type")?;
-        let ty = TensorType::from_id(id)
+        let ty = GgmlType::from_id(id)
             .ok_or_else(|| Error::new(Kind::UnknownTensorType { found: id }).offset(offset))?;
         Ok((shape, ty, cursor.u64("tensor offset")?))
     };
-    let read = rest().and_then(|(shape, ty, offset)| Ok((tensor_bytes(ty, &shape)?, shape, ty, offset)));
+    let read =
+        rest().and_then(|(shape, dtype, offset)| Ok((tensor_bytes(dtype, &shape)?, shape, dtype, offset)));
     match read {
-        Ok((size, shape, ty, offset)) => Ok(TensorInfo { name, shape, ty, offset, size }),
+        Ok((size, shape, dtype, offset)) => Ok(TensorInfo { name, shape, dtype, offset, size }),
         Err(e) => Err(e.at(Place::Tensor(name)).offset(start)),
     }
 }

@@ -120,12 +120,12 @@ fn describe(metadata: &Metadata, decls: &[TensorDecl]) -> Result<(Vec<u8>, u64, 
     let mut layout = Layout::new(alignment);
     let mut tensors = Vec::with_capacity(decls.len());
     for decl in decls {
-        let ty = decl.dtype.into();
-        let extent = layout.push(ty, &decl.shape).map_err(|e| e.at(Place::Tensor(decl.name.clone())))?;
+        let extent =
+            layout.push(decl.dtype, &decl.shape).map_err(|e| e.at(Place::Tensor(decl.name.clone())))?;
         tensors.push(TensorInfo {
             name: decl.name.clone(),
             shape: decl.shape.clone(),
-            ty,
+            dtype: decl.dtype,
             offset: extent.offset,
             size: extent.size,
         });
@@ -146,7 +146,7 @@ fn describe(metadata: &Metadata, decls: &[TensorDecl]) -> Result<(Vec<u8>, u64, 
         put_string(&mut out, &tensor.name);
         out.extend((tensor.shape.len() as u32).to_le_bytes());
         out.extend(tensor.shape.iter().flat_map(|dim| dim.to_le_bytes()));
-        out.extend(tensor.ty.id().to_le_bytes());
+        out.extend(tensor.dtype.id().to_le_bytes());
         out.extend(tensor.offset.to_le_bytes());
     }
     Ok((out, alignment, tensors))

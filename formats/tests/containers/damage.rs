@@ -47,7 +47,7 @@ fn read_gguf(bytes: &[u8]) -> bool {
     for tensor in file.tensors() {
         assert_eq!(file.bytes(tensor).len() as u64, tensor.size);
         assert!(tensor.row_len().checked_mul(tensor.n_rows()).is_some());
-        let _ = (tensor.dtype(), file.require(&tensor.name));
+        let _ = (tensor.dtype, file.require(&tensor.name));
     }
     for (key, value) in file.metadata().iter() {
         let _ = (file.metadata().u32(key), file.metadata().i32s(key), value.type_name());

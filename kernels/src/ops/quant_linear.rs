@@ -340,7 +340,7 @@ mod tests {
 
     #[test]
     fn every_block_type_computes_with_its_dequantized_values() {
-        for dtype in GgmlType::ALL {
+        for dtype in GgmlType::writable() {
             let (n, k) = (37, 512);
             let zeros = Bytes::from(vec![0; n * dtype.row_bytes(k).unwrap()]);
             let weight = BaseWeight::from_ggml(dtype, n, k, zeros).unwrap();
