@@ -2,3 +2,4 @@
 
 pub mod merge;
 pub mod pissa_to_lora;
+pub mod source;
