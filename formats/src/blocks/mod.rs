@@ -11,7 +11,11 @@
 mod dense;
 mod half;
 mod k_quants;
+mod k_quants_affine;
+mod k_quants_symmetric;
 mod nibbles;
+mod q2_k;
+mod q3_k;
 mod q4_0;
 mod q4_1;
 mod q4_k;
@@ -60,6 +64,8 @@ macro_rules! with_codec {
             GgmlType::Q5_0 => $row::<q5_0::Q5_0, _, _>($($arg),*),
             GgmlType::Q5_1 => $row::<q5_1::Q5_1, _, _>($($arg),*),
             GgmlType::Q8_0 => $row::<q8_0::Q8_0, _, _>($($arg),*),
+            GgmlType::Q2_K => $row::<q2_k::Q2_K, _, _>($($arg),*),
+            GgmlType::Q3_K => $row::<q3_k::Q3_K, _, _>($($arg),*),
             GgmlType::Q4_K => $row::<q4_k::Q4_K, _, _>($($arg),*),
             GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
             GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),
@@ -80,6 +86,8 @@ macro_rules! with_quantizer {
             GgmlType::Q5_0 => $row::<q5_0::Q5_0, _, _>($($arg),*),
             GgmlType::Q5_1 => $row::<q5_1::Q5_1, _, _>($($arg),*),
             GgmlType::Q8_0 => $row::<q8_0::Q8_0, _, _>($($arg),*),
+            GgmlType::Q2_K => $row::<q2_k::Q2_K, _, _>($($arg),*),
+            GgmlType::Q3_K => $row::<q3_k::Q3_K, _, _>($($arg),*),
             GgmlType::Q4_K => $row::<q4_k::Q4_K, _, _>($($arg),*),
             GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
             GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),
@@ -110,6 +118,7 @@ pub fn dequantize_row(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) {
 /// # Panics
 /// The lengths do not belong together (callers take both from [`GgmlType::row_bytes`]), or values
 /// cannot be written in the type.
+#[inline(always)]
 pub fn quantize_row(dtype: GgmlType, row: &[f32], importance: Option<&[f32]>, bytes: &mut [u8]) {
     with_quantizer!(dtype, quantize_blocks(row, importance, bytes));
 }
@@ -142,6 +151,7 @@ fn dequantize_blocks<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>
     }
 }
 
+#[inline(always)]
 fn quantize_blocks<B: Quantize<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
     row: &[f32],
     importance: Option<&[f32]>,
