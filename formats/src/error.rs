@@ -110,6 +110,8 @@ pub enum Kind {
     ImportanceRequired { found: &'static str },
     #[error("the tensor is missing")]
     MissingTensor,
+    #[error("does not lie in one of the {layers} layers, as `blk.N.` in its name should say")]
+    NotInALayer { layers: u64 },
 
     // GGUF: writing.
     #[error("was given before tensor `{expected}` was complete")]

@@ -12,6 +12,7 @@ pub mod file;
 pub mod gguf;
 pub mod json;
 pub mod limits;
+pub mod mixture;
 pub mod peft;
 pub mod safetensors;
 
