@@ -79,8 +79,14 @@ pub enum Kind {
     NestedArray,
     #[error("is {found}, an alignment is a power of two from 1 to {limit}")]
     BadAlignment { found: u64, limit: u64 },
-    #[error("is one of {count} files, split models are not supported")]
-    SplitFile { count: u64 },
+    #[error(
+        "is file {number} of {count}; a split model has files `NAME-00001-of-{count:05}.gguf` and so on, and is opened by the first"
+    )]
+    SplitFile { number: u64, count: u64 },
+    #[error("is {found}, expected {expected} in this file of the split model")]
+    WrongPart { expected: u64, found: u64 },
+    #[error("is {expected}, the files of the split model hold {found} tensors")]
+    WrongTensorCount { expected: u64, found: u64 },
     #[error("the key is missing")]
     MissingKey,
     #[error("is of type {found}, expected {expected}")]
@@ -110,6 +116,8 @@ pub enum Kind {
     ImportanceRequired { found: &'static str },
     #[error("the tensor is missing")]
     MissingTensor,
+    #[error("does not lie in one of the {layers} layers, as `blk.N.` in its name should say")]
+    NotInALayer { layers: u64 },
 
     // GGUF: writing.
     #[error("was given before tensor `{expected}` was complete")]
@@ -118,6 +126,20 @@ pub enum Kind {
     UndeclaredTensor,
     #[error("needs {expected} bytes, {found} were given")]
     WrongLength { expected: u64, found: u64 },
+
+    // Importance matrices.
+    #[error("is `{found}`, an importance matrix has `imatrix`")]
+    NotImatrix { found: Box<str> },
+    #[error("holds no importance")]
+    NoImportance,
+    #[error("is of type {found}, expected {expected}")]
+    WrongTensorType { expected: &'static str, found: &'static str },
+    #[error("{what} {index} is `{value}`, expected a finite number of at least 0")]
+    BadImportance { what: &'static str, index: u64, value: f32 },
+    #[error("{values} values cannot be those of {experts} experts")]
+    UnevenImportance { values: u64, experts: u64 },
+    #[error("has {found} values of importance, the weight has {expected} columns over all experts")]
+    ImportanceLength { expected: u64, found: u64 },
 
     // JSON, safetensors and checkpoint folders.
     #[error("is not the expected JSON: {0}")]
@@ -202,10 +224,17 @@ impl Error {
             Kind::NotGguf { .. } => "give the path of a `.gguf` file",
             Kind::BigEndian => "convert the model again for a little-endian machine",
             Kind::UnsupportedVersion { .. } => "convert the model again with a current converter",
-            Kind::SplitFile { .. } => "join the files first: `llama-gguf-split --merge FIRST OUTPUT`",
+            Kind::SplitFile { .. } => "give the path of the first file, under the name it was published with",
+            Kind::WrongPart { .. } | Kind::WrongTensorCount { .. } => {
+                "the files do not belong together; fetch all of them again from one place"
+            }
             Kind::NoWeights => "give the folder of a safetensors checkpoint, or a `.gguf` file",
             Kind::MissingShard { .. } => "the download may be incomplete; fetch the missing shard",
             Kind::UnsupportedSetting { .. } => "convert the adapter to a plain LoRA or DoRA with PEFT first",
+            Kind::NotImatrix { .. } | Kind::NoImportance => {
+                "give a file that `llama-imatrix` wrote for this model"
+            }
+            Kind::ImportanceLength { .. } => "give the importance matrix of this model",
             Kind::ReadOnlyType { .. } => "choose one of the writable types",
             Kind::ImportanceRequired { .. } => {
                 "give an importance matrix (`--imatrix FILE`), or another type"

@@ -206,7 +206,11 @@ impl BaseWeight {
 }
 
 by_isa! {
-    fn dequantize_blocks(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) {
+    /// Whole blocks of `dtype` as f32, on the calling thread.
+    ///
+    /// # Panics
+    /// The lengths do not belong together.
+    pub fn dequantize_blocks(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) {
         blocks::dequantize_row(dtype, bytes, out);
     }
 }
