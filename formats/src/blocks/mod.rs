@@ -9,7 +9,7 @@
 )]
 
 mod dense;
-mod half;
+pub(crate) mod half;
 mod k_quants;
 mod nibbles;
 mod q4_0;
