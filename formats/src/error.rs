@@ -159,6 +159,18 @@ pub enum Kind {
     #[error("lies in two shards, `{first}` and `{second}`")]
     TensorInTwoShards { first: Box<str>, second: Box<str> },
 
+    // Quantized weights of checkpoint folders.
+    #[error("has elements of type {found}, expected {expected}")]
+    WrongDtype { expected: &'static str, found: Box<str> },
+    #[error("has {found}, expected {expected}")]
+    WrongQuantState { expected: &'static str, found: Box<str> },
+    #[error("entry {entry} is `{found}`, the {table} table has `{expected}`")]
+    WrongTable { table: &'static str, entry: usize, expected: f32, found: f32 },
+    #[error("element {index} is `{value}`, and a scale is a finite number")]
+    BadScale { index: u64, value: f32 },
+    #[error("quantization `{found}` is not supported; supported: {supported}")]
+    UnsupportedQuantization { found: Box<str>, supported: &'static str },
+
     // PEFT adapter folders.
     #[error("is {found}, expected a {expected}")]
     WrongSetting { expected: &'static str, found: Box<str> },
@@ -230,6 +242,12 @@ impl Error {
             }
             Kind::NoWeights => "give the folder of a safetensors checkpoint, or a `.gguf` file",
             Kind::MissingShard { .. } => "the download may be incomplete; fetch the missing shard",
+            Kind::UnsupportedQuantization { .. } => {
+                "give the unquantized checkpoint, with `--base-quant nf4` to quantize it at load, or a GGUF"
+            }
+            Kind::WrongTable { .. } | Kind::WrongQuantState { .. } | Kind::WrongDtype { .. } => {
+                "quantize the model again with a current bitsandbytes, or with `qpeft quantize`"
+            }
             Kind::UnsupportedSetting { .. } => "convert the adapter to a plain LoRA or DoRA with PEFT first",
             Kind::NotImatrix { .. } | Kind::NoImportance => {
                 "give a file that `llama-imatrix` wrote for this model"

@@ -10,7 +10,7 @@
 
 mod dense;
 mod fp4;
-mod half;
+pub(crate) mod half;
 mod k_quants;
 mod k_quants_affine;
 mod k_quants_symmetric;
