@@ -13,7 +13,9 @@ pub mod generate;
 pub mod inspect;
 pub mod merge;
 pub mod printer;
+mod problems;
 pub mod progress;
+pub mod quantize;
 pub mod report;
 pub mod session;
 pub mod train;
@@ -47,6 +49,7 @@ pub fn run(command: &Command, printer: &Printer) -> anyhow::Result<()> {
         Command::Train(args) => train::run(args, printer),
         Command::Convert(ConvertCommand::PissaToLora(args)) => convert::pissa(args, printer),
         Command::Merge(args) => merge::run(args, printer),
+        Command::Quantize(args) => quantize::run(args, printer),
         Command::Eval(args) => eval::run(args, printer),
         Command::Generate(args) => generate::run(args, printer),
         Command::Inspect(args) => inspect::run(args, printer),

@@ -21,8 +21,10 @@ mod q5_k;
 mod q6_k;
 mod q8_0;
 mod rounding;
+mod validate;
 
 use crate::dtype::GgmlType;
+pub use validate::check_scales;
 
 /// One block type: `BYTES` bytes hold `LEN` elements. Multi-byte fields are little-endian.
 trait Block<const BYTES: usize, const LEN: usize> {
