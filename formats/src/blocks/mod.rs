@@ -35,9 +35,11 @@ mod rounding;
 mod ternary;
 mod tq1_0;
 mod tq2_0;
+mod validate;
 mod weighted;
 
 use crate::dtype::GgmlType;
+pub use validate::check_scales;
 
 /// One block type: `BYTES` bytes hold `LEN` elements. Multi-byte fields are little-endian.
 trait Block<const BYTES: usize, const LEN: usize> {
