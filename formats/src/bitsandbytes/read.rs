@@ -36,7 +36,8 @@ impl FourBit {
         };
         let json = get(&state_key(name, quant_type))?;
         expect_dtype(&json, Dtype::U8, "U8")?;
-        let blob = Blob::parse(&json.bytes, quant_type).map_err(|e| e.at(Place::Tensor(json.name.clone())))?;
+        let blob =
+            Blob::parse(&json.bytes, quant_type).map_err(|e| e.at(Place::Tensor(json.name.clone())))?;
         let state = blob.state;
 
         let codes = get(name)?;

@@ -99,8 +99,7 @@ mod tests {
     fn tasks_quantize_as_one_pass_does() {
         let (rows, cols) = (300, 331);
         let values = Mat::random(5, rows, cols, 1.0).values();
-        let state =
-            QuantState { quant_type: QuantType::Nf4, blocksize: 64, rows, cols, dtype: Dtype::BF16 };
+        let state = QuantState { quant_type: QuantType::Nf4, blocksize: 64, rows, cols, dtype: Dtype::BF16 };
         let (a, b) = (quantize(state, true, &values), FourBit::quantize(state, &values, true));
         for (a, b) in a.tensors("w").iter().zip(b.tensors("w")) {
             assert!(a.name == b.name && a.bytes[..] == b.bytes[..], "{}", a.name);

@@ -62,9 +62,7 @@ impl WeightType {
                 let (codes, absmax) = (vec![0; state.code_bytes()], vec![0.0; state.blocks()]);
                 Ok(BaseWeight::from_four_bit(FourBit::from_parts(state, codes, &absmax, double)))
             }
-            WeightType::Int8 => {
-                Ok(BaseWeight::from_int8(Int8::quantize(cols, &vec![0.0; rows * cols])))
-            }
+            WeightType::Int8 => Ok(BaseWeight::from_int8(Int8::quantize(cols, &vec![0.0; rows * cols]))),
         }
     }
 }
