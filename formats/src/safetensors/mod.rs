@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 
 mod check;
+pub mod folder;
 pub mod fp8;
 mod read;
 pub mod shards;
@@ -24,6 +25,7 @@ mod write;
 use crate::error::{Error, Kind, Place, Result};
 use crate::file::Bytes;
 pub use ::safetensors::Dtype;
+pub use folder::FolderWriter;
 pub use shards::Checkpoint;
 pub use write::{TensorRef, write_safetensors, write_safetensors_f32};
 
