@@ -8,9 +8,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use qpeft_formats::GgmlType;
+use qpeft_kernels::weight::WeightType;
 
 use super::report::Usage;
-use super::values::{at_least_one, at_least_zero, fraction, ggml_type, positive, probability, share};
+use super::values::{
+    at_least_one, at_least_zero, dense_type, fraction, ggml_type, positive, probability, share, weight_type,
+};
 use crate::train::TrainConfig;
 use crate::train::config::{Method, TargetModules};
 use crate::train::schedule::SchedulerType;
@@ -84,6 +87,9 @@ pub struct ModelArgs {
     /// GGUF file or Hugging Face folder
     #[arg(long, short, value_name = "PATH", aliases = ["model-name-or-path", "model-name", "base-model"])]
     pub model: PathBuf,
+    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub base_quant: Option<WeightType>,
     /// Adapter folder; a PiSSA run finds its own residual base
     #[arg(long, value_name = "DIR", aliases = ["adapter-path", "adapter-name-or-path"])]
     pub adapter: Option<PathBuf>,
@@ -122,6 +128,9 @@ pub struct TrainArgs {
     /// GGUF file or Hugging Face folder
     #[arg(long, short, value_name = "PATH", aliases = ["model-name-or-path", "model-name", "base-model"])]
     pub model: PathBuf,
+    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub base_quant: Option<WeightType>,
     /// Training examples, JSONL
     #[arg(long, short, value_name = "FILE", aliases = ["dataset", "dataset-name", "train-file"])]
     pub data: PathBuf,
@@ -294,6 +303,7 @@ impl TrainArgs {
         };
         Ok(TrainConfig {
             model: self.model.clone(),
+            base_quant: self.base_quant,
             data: self.data.clone(),
             output: self.output.clone(),
             tokenizer: self.tokenizer.clone(),
@@ -365,6 +375,14 @@ pub struct PissaToLoraArgs {
 pub enum MergeTarget {
     /// One GGUF file
     Gguf,
+    /// Hugging Face folder, all tensors dense
+    Safetensors,
+    /// Hugging Face folder in NF4, the scales as in the base
+    Nf4,
+    /// Hugging Face folder in NF4 with double quantization
+    Nf4Dq,
+    /// Hugging Face folder in FP4, the scales as in the base
+    Fp4,
 }
 
 /// `qpeft merge`
@@ -373,17 +391,26 @@ pub struct MergeArgs {
     /// GGUF file or Hugging Face folder
     #[arg(long, short, value_name = "PATH")]
     pub model: PathBuf,
+    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub base_quant: Option<WeightType>,
     /// Adapter folder
     #[arg(long, value_name = "DIR")]
     pub adapter: PathBuf,
     /// Format of the merged model
     #[arg(long, value_enum, default_value = "gguf")]
     pub to: MergeTarget,
-    /// Type of the merged weights [default: the base's own types]
+    /// Type of the merged weights, with --to gguf [default: the base's own types]
     #[arg(long, value_name = "TYPE", value_parser = ggml_type)]
     pub quant: Option<GgmlType>,
-    /// File to write
-    #[arg(long, short, value_name = "FILE")]
+    /// Type of all tensors, with --to safetensors: f32, f16 or bf16 [default: the base's]
+    #[arg(long, value_name = "TYPE", value_parser = dense_type)]
+    pub dtype: Option<GgmlType>,
+    /// Most gigabytes of one file of a folder
+    #[arg(long, value_name = "GB", default_value_t = 5.0, value_parser = positive)]
+    pub max_shard_size: f64,
+    /// File or folder to write
+    #[arg(long, short, value_name = "PATH")]
     pub output: PathBuf,
     /// Replace --output
     #[arg(long, alias = "overwrite")]
@@ -470,6 +497,9 @@ pub struct BenchTrainArgs {
     /// GGUF file or Hugging Face folder
     #[arg(long, short, value_name = "PATH")]
     pub model: PathBuf,
+    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub base_quant: Option<WeightType>,
     /// Method: lora, dora or pissa
     #[arg(long, value_name = "NAME", default_value_t, value_parser = str::parse::<Method>)]
     pub method: Method,

@@ -6,6 +6,7 @@ use std::fmt::Display;
 use std::str::FromStr;
 
 use qpeft_formats::GgmlType;
+use qpeft_kernels::weight::WeightType;
 
 /// A number with the word that messages use for its kind.
 pub trait Number: FromStr + PartialOrd + Copy + Display {
@@ -74,6 +75,19 @@ pub fn share(text: &str) -> Result<f64, String> {
 /// `(0, 1]`
 pub fn probability(text: &str) -> Result<f64, String> {
     number(text, "above 0 and at most 1", |x: f64| x > 0.0 && x <= 1.0)
+}
+
+/// A type that a base can be quantized to at load.
+pub fn weight_type(text: &str) -> Result<WeightType, String> {
+    text.parse()
+}
+
+/// A dense type.
+pub fn dense_type(text: &str) -> Result<GgmlType, String> {
+    match GgmlType::from_name(text) {
+        Some(dtype @ (GgmlType::F32 | GgmlType::F16 | GgmlType::BF16)) => Ok(dtype),
+        _ => Err("expected f32, f16 or bf16".to_owned()),
+    }
 }
 
 /// A ggml type by name.
