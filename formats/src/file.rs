@@ -1,7 +1,7 @@
 //! Floor 0, bytes on disk: memory maps that many owners share, and writes that happen whole or not at all.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -276,6 +276,24 @@ impl AtomicFile {
         let file = self.file.as_mut().expect("the file is there until `commit` consumes it");
         let sync = |file: &mut BufWriter<File>| file.flush().and_then(|()| file.get_ref().sync_data());
         sync(file).map_err(|e| Error::from(e).in_file(&self.path))
+    }
+
+    /// Replaces bytes that were written before, from byte `offset` on.
+    ///
+    /// # Errors
+    /// The disk is full or fails.
+    ///
+    /// # Panics
+    /// They reach past what was written.
+    pub fn rewrite(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        assert!(offset + bytes.len() as u64 <= self.len, "bytes that were not written yet");
+        let file = self.file.as_mut().expect("the file is there until `commit` consumes it");
+        let mut rewrite = || -> io::Result<()> {
+            file.seek(SeekFrom::Start(offset))?;
+            file.write_all(bytes)?;
+            file.seek(SeekFrom::End(0)).map(drop)
+        };
+        rewrite().map_err(|e| Error::from(e).in_file(&self.path))
     }
 
     /// Makes the file appear under its name, replacing an older one.

@@ -10,12 +10,12 @@ use clap::{Args, Parser, Subcommand};
 use qpeft_formats::GgmlType;
 use qpeft_formats::gguf::split::SplitLimit;
 use qpeft_formats::mixture::{FileType, Mixture, TypeOverride};
-use qpeft_formats::safetensors::Dtype;
+use qpeft_kernels::weight::WeightType;
 
 use super::report::Usage;
 use super::values::{
     Quant, at_least_one, at_least_zero, bytes, dense_type, file_type, file_type_or_copy, fraction, ggml_type,
-    out_type, positive, probability, share, type_override,
+    out_type, positive, probability, share, type_override, weight_type,
 };
 use crate::convert::hf_to_gguf::OutType;
 use crate::train::TrainConfig;
@@ -97,6 +97,9 @@ pub struct ModelArgs {
     /// GGUF file or Hugging Face folder
     #[arg(long, short, value_name = "PATH", aliases = ["model-name-or-path", "model-name", "base-model"])]
     pub model: PathBuf,
+    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub base_quant: Option<WeightType>,
     /// Adapter folder; a PiSSA run finds its own residual base
     #[arg(long, value_name = "DIR", aliases = ["adapter-path", "adapter-name-or-path"])]
     pub adapter: Option<PathBuf>,
@@ -135,6 +138,9 @@ pub struct TrainArgs {
     /// GGUF file or Hugging Face folder
     #[arg(long, short, value_name = "PATH", aliases = ["model-name-or-path", "model-name", "base-model"])]
     pub model: PathBuf,
+    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub base_quant: Option<WeightType>,
     /// Training examples, JSONL
     #[arg(long, short, value_name = "FILE", aliases = ["dataset", "dataset-name", "train-file"])]
     pub data: PathBuf,
@@ -307,6 +313,7 @@ impl TrainArgs {
         };
         Ok(TrainConfig {
             model: self.model.clone(),
+            base_quant: self.base_quant,
             data: self.data.clone(),
             output: self.output.clone(),
             tokenizer: self.tokenizer.clone(),
@@ -384,7 +391,7 @@ pub struct GgufToHfArgs {
     pub output: PathBuf,
     /// Type of the tensors: f32, f16 or bf16 [default: that of the matrices, bf16 if they are quantized]
     #[arg(long, value_name = "TYPE", value_parser = dense_type)]
-    pub dtype: Option<Dtype>,
+    pub dtype: Option<GgmlType>,
     /// Replace what is in --output
     #[arg(long, alias = "overwrite")]
     pub overwrite_output: bool,
@@ -421,6 +428,14 @@ pub struct PissaToLoraArgs {
 pub enum MergeTarget {
     /// One GGUF file
     Gguf,
+    /// Hugging Face folder, all tensors dense
+    Safetensors,
+    /// Hugging Face folder in NF4, the scales as in the base
+    Nf4,
+    /// Hugging Face folder in NF4 with double quantization
+    Nf4Dq,
+    /// Hugging Face folder in FP4, the scales as in the base
+    Fp4,
 }
 
 /// `qpeft merge`
@@ -429,20 +444,29 @@ pub struct MergeArgs {
     /// GGUF file or Hugging Face folder
     #[arg(long, short, value_name = "PATH")]
     pub model: PathBuf,
+    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub base_quant: Option<WeightType>,
     /// Adapter folder
     #[arg(long, value_name = "DIR")]
     pub adapter: PathBuf,
     /// Format of the merged model
     #[arg(long, value_enum, default_value = "gguf")]
     pub to: MergeTarget,
-    /// Type or mixture of the merged weights: q8_0, q4_k_m, ... [default: the base's own types]
+    /// Type or mixture of the merged weights, with --to gguf: q8_0, q4_k_m, ... [default: the base's own types]
     #[arg(long, value_name = "TYPE", value_parser = file_type)]
     pub quant: Option<FileType>,
     /// What is particular about some tensors, and about the files.
     #[command(flatten)]
     pub types: TypeArgs,
-    /// File to write
-    #[arg(long, short, value_name = "FILE")]
+    /// Type of all tensors, with --to safetensors: f32, f16 or bf16 [default: the base's]
+    #[arg(long, value_name = "TYPE", value_parser = dense_type)]
+    pub dtype: Option<GgmlType>,
+    /// Most gigabytes of one file of a folder
+    #[arg(long, value_name = "GB", default_value_t = 5.0, value_parser = positive)]
+    pub max_shard_size: f64,
+    /// File or folder to write
+    #[arg(long, short, value_name = "PATH")]
     pub output: PathBuf,
     /// Replace --output
     #[arg(long, alias = "overwrite")]
@@ -627,6 +651,9 @@ pub struct BenchTrainArgs {
     /// GGUF file or Hugging Face folder
     #[arg(long, short, value_name = "PATH")]
     pub model: PathBuf,
+    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub base_quant: Option<WeightType>,
     /// Method: lora, dora or pissa
     #[arg(long, value_name = "NAME", default_value_t, value_parser = str::parse::<Method>)]
     pub method: Method,

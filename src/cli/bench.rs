@@ -26,7 +26,7 @@ use crate::train::optimizer::Optimizer;
 /// The model is refused or memory runs out.
 pub fn run(args: &BenchTrainArgs, printer: &Printer) -> anyhow::Result<()> {
     let device = open_device(&args.compute)?;
-    let base = Base::open(&args.model)?;
+    let base = Base::open_as(&args.model, args.base_quant)?;
     let mut subjects = vec![Subject::new(args, args.method, &base, &device)?];
     if let Some(other) = args.compare {
         subjects.push(Subject::new(args, other, &base, &device)?);

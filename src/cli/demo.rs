@@ -115,7 +115,12 @@ fn indented(text: &str) -> String {
 
 fn session(model: &Path, adapter: Option<&Path>, args: &DemoArgs) -> anyhow::Result<Session> {
     let compute = ComputeArgs { threads: None, ..args.compute.clone() };
-    let args = ModelArgs { model: model.to_owned(), adapter: adapter.map(Path::to_owned), tokenizer: None };
+    let args = ModelArgs {
+        model: model.to_owned(),
+        base_quant: None,
+        adapter: adapter.map(Path::to_owned),
+        tokenizer: None,
+    };
     Session::open(&args, &open_device(&compute)?)
 }
 
@@ -132,6 +137,7 @@ fn load(session: &Session, path: &Path, options: &DataOptions) -> anyhow::Result
 /// A few dozen small steps: about two minutes on two cores.
 fn settings(args: &DemoArgs, model: &Path, data: &Path, held_out: &Path, run: &Path) -> TrainConfig {
     TrainConfig {
+        base_quant: None,
         model: model.to_owned(),
         data: data.to_owned(),
         output: run.to_owned(),

@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use qpeft_formats::GgmlType;
 use qpeft_formats::mixture::{FileType, TypeOverride};
-use qpeft_formats::safetensors::Dtype;
+use qpeft_kernels::weight::WeightType;
 
 use crate::convert::hf_to_gguf::OutType;
 
@@ -80,6 +80,19 @@ pub fn probability(text: &str) -> Result<f64, String> {
     number(text, "above 0 and at most 1", |x: f64| x > 0.0 && x <= 1.0)
 }
 
+/// A type that a base can be quantized to at load.
+pub fn weight_type(text: &str) -> Result<WeightType, String> {
+    text.parse()
+}
+
+/// A dense type.
+pub fn dense_type(text: &str) -> Result<GgmlType, String> {
+    match GgmlType::from_name(text) {
+        Some(dtype @ (GgmlType::F32 | GgmlType::F16 | GgmlType::BF16)) => Ok(dtype),
+        _ => Err("expected f32, f16 or bf16".to_owned()),
+    }
+}
+
 /// A ggml type in which values can be written, by name.
 pub fn ggml_type(text: &str) -> Result<GgmlType, String> {
     let writable = |t: &GgmlType| t.require_quantizer(true).is_ok();
@@ -98,16 +111,6 @@ pub fn out_type(text: &str) -> Result<OutType, String> {
     match GgmlType::from_name(text).filter(|dtype| TYPES.contains(dtype)) {
         Some(dtype) => Ok(OutType::Type(dtype)),
         None => Err("expected one of f32, f16, bf16, q8_0, auto".to_owned()),
-    }
-}
-
-/// `f32`, `f16`, `bf16`
-pub fn dense_type(text: &str) -> Result<Dtype, String> {
-    match text.to_ascii_lowercase().as_str() {
-        "f32" => Ok(Dtype::F32),
-        "f16" => Ok(Dtype::F16),
-        "bf16" => Ok(Dtype::BF16),
-        _ => Err("expected one of f32, f16, bf16".to_owned()),
     }
 }
 

@@ -79,12 +79,22 @@ pub fn merge_to_gguf(
     path: &Path,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<MergeReport> {
-    let Base::Gguf(file) = base else {
-        return Err(Error::refused(format!(
-            "`{}` is a Hugging Face folder; `--to gguf` needs a base that is a GGUF file",
-            base.path().display()
-        ))
-        .with_hint("convert the base to GGUF first, or load the adapter folder with PEFT"));
+    let file = match base {
+        Base::Gguf(file) => file,
+        Base::Quantized { base: inner, to } if matches!(**inner, Base::Gguf(_)) => {
+            return Err(Error::refused(format!(
+                "`--to gguf` writes the base's own types, and this adapter was trained on `{}` quantized to {to} at load",
+                base.path().display()
+            ))
+            .with_hint("quantize the GGUF first with `qpeft quantize`, and train on the result"));
+        }
+        Base::Folder(_) | Base::Quantized { .. } => {
+            return Err(Error::refused(format!(
+                "`{}` is a Hugging Face folder; `--to gguf` needs a base that is a GGUF file",
+                base.path().display()
+            ))
+            .with_hint("merge with `--to safetensors` or `--to nf4`, or convert the base to GGUF first"));
+        }
     };
     let values = params.values.read()?;
     let mut report = MergeReport::default();

@@ -1,5 +1,6 @@
 //! From what was trained to what is served: merged models, other kinds of adapters, other formats.
 
+pub mod bitsandbytes;
 mod card;
 pub mod families;
 pub mod gguf;
@@ -7,6 +8,7 @@ pub mod gguf_to_hf;
 pub mod hf;
 pub mod hf_to_gguf;
 pub mod merge;
+pub mod merge_folder;
 pub mod pipeline;
 pub mod pissa_to_lora;
 pub mod quantize;

@@ -1,15 +1,12 @@
-//! The mirror of `load`: a base written again with some of its matrices replaced.
+//! The mirror of `load`: a GGUF written again with some of its matrices replaced (folders: `save_folder`).
 //!
 //! Everything else is copied byte for byte, so that a residual base or a merged model differs from its
 //! base in nothing but what was trained. GGUF rows of q and k go back into the file's order.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
-use qpeft_formats::file::AtomicDir;
 use qpeft_formats::gguf::split::SplitLimit;
 use qpeft_formats::gguf::{GgufFile, GgufWriter, Metadata, TensorDecl, TensorInfo, names};
-use qpeft_formats::safetensors::{Checkpoint, TensorRef, TensorView, write_safetensors};
 use qpeft_formats::{GgmlType, blocks};
 use qpeft_kernels::cpu::quantize::quantize_rows;
 
@@ -101,6 +98,7 @@ pub fn permuted_heads(base: &Base, config: &Config, name: &str) -> Option<usize>
     match base {
         Base::Gguf(_) => slot_of(name).and_then(|(_, slot)| slot.permuted_heads(config)),
         Base::Folder(_) => None,
+        Base::Quantized { base, .. } => permuted_heads(base, config, name),
     }
 }
 
@@ -145,56 +143,4 @@ pub fn write_gguf(
         }
     }
     Ok(writer.finish()?)
-}
-
-/// Writes a Hugging Face folder like `folder` with some tensors replaced, each in its own type.
-///
-/// # Errors
-/// The output cannot be written or `replace` fails. Nothing is left at `path`.
-pub fn write_folder(
-    folder: &Checkpoint,
-    path: &Path,
-    mut replace: impl FnMut(&str) -> Result<Option<Replacement>>,
-) -> Result<()> {
-    let staged = AtomicDir::create(path)?;
-    let mut tensors: Vec<TensorView> = Vec::new();
-    for name in folder.names() {
-        let mut view = folder.require(name)?;
-        if let Some(replacement) = replace(name)? {
-            view.bytes = replacement.bytes.into();
-        }
-        tensors.push(view);
-    }
-    let refs: Vec<TensorRef<'_>> =
-        tensors.iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice(), &*t.bytes)).collect();
-    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    write_safetensors(&staged.staging().join("model.safetensors"), &refs, &metadata)?;
-    copy_side_files(folder.dir(), staged.staging())?;
-    Ok(staged.commit()?)
-}
-
-/// Configuration and tokenizer: the small files that make a folder of weights a model.
-const SIDE_FILES: [&str; 9] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-];
-
-fn copy_side_files(from: &Path, to: &Path) -> Result<()> {
-    for name in SIDE_FILES {
-        let file = from.join(name);
-        if file.exists() {
-            // Not `fs::copy`: a base that is read-only would make the copy read-only too.
-            std::fs::read(&file)
-                .and_then(|bytes| std::fs::write(to.join(name), bytes))
-                .map_err(|e| Error::refused(format!("cannot copy `{}`: {e}", file.display())))?;
-        }
-    }
-    Ok(())
 }

@@ -5,7 +5,7 @@
 //! goes to the lower entry, as in bitsandbytes' CPU path.
 
 use super::{FourBit, QuantType};
-use crate::blocks::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
+use crate::blocks::half::{bf16_to_f32, f32_to_bf16, round_to_f16};
 use crate::safetensors::Dtype;
 
 static NF4: [f32; 16] = [
@@ -174,7 +174,7 @@ impl Round for ToF32 {
 impl Round for ToF16 {
     #[inline(always)]
     fn round(x: f32) -> f32 {
-        f16_to_f32(f32_to_f16(x))
+        round_to_f16(x)
     }
 }
 

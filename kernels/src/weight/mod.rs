@@ -229,7 +229,16 @@ impl BaseWeight {
     /// # Errors
     /// Rows are not whole blocks of the type, values cannot be written in it, or one is not finite.
     pub fn quantized(&self, to: WeightType) -> Result<BaseWeight> {
-        let zeros = to.empty(self.rows, self.cols, self.element_type())?;
+        self.quantized_from(to, self.element_type())
+    }
+
+    /// As [`BaseWeight::quantized`], as if the elements had been of `dtype` (F32, F16 or BF16): dequantized
+    /// 4-bit values are rounded to it.
+    ///
+    /// # Errors
+    /// See [`BaseWeight::quantized`].
+    pub fn quantized_from(&self, to: WeightType, dtype: Dtype) -> Result<BaseWeight> {
+        let zeros = to.empty(self.rows, self.cols, dtype)?;
         zeros.requantize(&self.dequantize())
     }
 
