@@ -13,6 +13,7 @@ use qpeft_formats::file::Bytes;
 use rayon::prelude::*;
 
 use crate::cpu::by_isa;
+use crate::cpu::quantize::quantize_rows;
 use crate::cpu::scratch::with_scratch;
 use crate::error::{Error, Result, check};
 use crate::tensor::ViewMut;
@@ -174,7 +175,7 @@ impl BaseWeight {
                 packed
                     .par_chunks_mut(row_bytes.max(1))
                     .zip(values.par_chunks(self.cols.max(1)))
-                    .for_each(|(packed, row)| blocks::quantize_row(*dtype, row, None, packed));
+                    .for_each(|(packed, row)| quantize_rows(*dtype, row, self.cols, None, packed));
                 Storage::Ggml { dtype: *dtype, bytes: Bytes::from(packed) }
             }
         };

@@ -12,11 +12,15 @@ mod dense;
 mod fp4;
 mod half;
 mod k_quants;
+mod k_quants_affine;
+mod k_quants_symmetric;
 mod mxfp4;
 mod nibbles;
 mod nvfp4;
 mod q1_0;
 mod q2_0;
+mod q2_k;
+mod q3_k;
 mod q4_0;
 mod q4_1;
 mod q4_k;
@@ -77,6 +81,8 @@ macro_rules! with_codec {
             GgmlType::Q5_1 => $row::<q5_1::Q5_1, _, _>($($arg),*),
             GgmlType::Q8_0 => $row::<q8_0::Q8_0, _, _>($($arg),*),
             GgmlType::Q8_1 => $row::<q8_1::Q8_1, _, _>($($arg),*),
+            GgmlType::Q2_K => $row::<q2_k::Q2_K, _, _>($($arg),*),
+            GgmlType::Q3_K => $row::<q3_k::Q3_K, _, _>($($arg),*),
             GgmlType::Q4_K => $row::<q4_k::Q4_K, _, _>($($arg),*),
             GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
             GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),
@@ -104,6 +110,8 @@ macro_rules! with_quantizer {
             GgmlType::Q5_0 => $row::<q5_0::Q5_0, _, _>($($arg),*),
             GgmlType::Q5_1 => $row::<q5_1::Q5_1, _, _>($($arg),*),
             GgmlType::Q8_0 => $row::<q8_0::Q8_0, _, _>($($arg),*),
+            GgmlType::Q2_K => $row::<q2_k::Q2_K, _, _>($($arg),*),
+            GgmlType::Q3_K => $row::<q3_k::Q3_K, _, _>($($arg),*),
             GgmlType::Q4_K => $row::<q4_k::Q4_K, _, _>($($arg),*),
             GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
             GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),

@@ -14,8 +14,9 @@ const F16_MIN: f32 = 1.0 / 16384.0;
 ///
 /// `element` follows from the format: half a step (a whole step where the range is not symmetric and
 /// the far end is cut off) plus the f16 roundings of d and m. The K-quants minimize a sum of squares
-/// and promise nothing for one element; the 8-bit scales of NVFP4 have an absolute spacing. `rms` is the measured value with 2 % to spare.
-const ERROR_BOUNDS: [(GgmlType, Option<f32>, f64); 17] = [
+/// and promise nothing for one element; the 8-bit scales of NVFP4 have an absolute spacing. `rms` is the
+/// measured value with 2 % to spare.
+const ERROR_BOUNDS: [(GgmlType, Option<f32>, f64); 19] = [
     (GgmlType::F32, Some(0.0), 0.0),
     (GgmlType::F16, Some(F16), 2.12e-4),
     (GgmlType::BF16, Some(BF16), 1.70e-3),
@@ -24,6 +25,8 @@ const ERROR_BOUNDS: [(GgmlType, Option<f32>, f64); 17] = [
     (GgmlType::Q5_0, Some(1.0 / 16.0 + F16), 0.0429),
     (GgmlType::Q5_1, Some(1.0 / 31.0 + 3.0 * F16), 0.0382),
     (GgmlType::Q8_0, Some(0.5 / 127.0 + F16), 5.37e-3),
+    (GgmlType::Q2_K, None, 0.3),
+    (GgmlType::Q3_K, None, 0.15),
     (GgmlType::Q4_K, None, 0.0718),
     (GgmlType::Q5_K, None, 0.0364),
     (GgmlType::Q6_K, None, 0.0179),
