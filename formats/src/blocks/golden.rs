@@ -83,61 +83,6 @@ macro_rules! golden {
 }
 golden!(F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K);
 
-/// Rows, importances, bytes and values of the K-quants (testdata/make/k_blocks.py).
-const K_BLOCKS: &[u8] = include_bytes!("../../../testdata/ggml/k_blocks.safetensors");
-
-/// Dequantizes what was quantized, and blocks of random bytes, and compares all bits.
-fn k_dequantizes(dtype: GgmlType) {
-    let file = SafeTensors::deserialize(K_BLOCKS).expect("the golden file is a safetensors file");
-    for (blocks, values) in [("bytes", "f32"), ("random", "random.f32")] {
-        let (_, bytes) = tensor(&file, &format!("{dtype}.{blocks}")).expect("the blocks");
-        let expected = floats(&tensor(&file, &format!("{dtype}.{values}")).expect("their values").1);
-        let mut values = vec![0.0; expected.len()];
-        dequantize_row(dtype, &bytes, &mut values);
-        for (i, (value, expected)) in values.iter().zip(&expected).enumerate() {
-            assert_eq!(value.to_bits(), expected.to_bits(), "{dtype}.{blocks} element {i}");
-        }
-    }
-}
-
-/// Quantizes the rows without importance and with each, and compares all bytes.
-fn k_quantizes(dtype: GgmlType) {
-    let file = SafeTensors::deserialize(K_BLOCKS).expect("the golden file is a safetensors file");
-    let (columns, rows) = tensor(&file, "rows").expect("the rows");
-    let importances = floats(&tensor(&file, "importance").expect("weights of the columns").1);
-    let weighted = importances.chunks(columns).enumerate().map(|(i, w)| (format!("weighted.{i}"), Some(w)));
-    for (name, importance) in std::iter::once(("bytes".to_owned(), None)).chain(weighted) {
-        let (row_bytes, expected) = tensor(&file, &format!("{dtype}.{name}")).expect("the bytes");
-        for (r, (row, expected)) in floats(&rows).chunks(columns).zip(expected.chunks(row_bytes)).enumerate()
-        {
-            let mut bytes = vec![0xa5; row_bytes];
-            quantize_row(dtype, row, importance, &mut bytes);
-            assert_eq!(bytes, expected, "{dtype} {name} row {r}");
-        }
-    }
-}
-
-macro_rules! k_golden {
-    ($($dtype:ident $quantizes:ident $dequantizes:ident;)*) => {$(
-        #[test]
-        fn $quantizes() {
-            k_quantizes(GgmlType::$dtype);
-        }
-
-        #[test]
-        fn $dequantizes() {
-            k_dequantizes(GgmlType::$dtype);
-        }
-    )*};
-}
-k_golden! {
-    Q2_K q2_k_with_and_without_importance_has_the_bytes_of_llama_cpp q2_k_has_the_values_of_llama_cpp;
-    Q3_K q3_k_with_and_without_importance_has_the_bytes_of_llama_cpp q3_k_has_the_values_of_llama_cpp;
-    Q4_K q4_k_with_and_without_importance_has_the_bytes_of_llama_cpp q4_k_has_the_values_of_llama_cpp;
-    Q5_K q5_k_with_and_without_importance_has_the_bytes_of_llama_cpp q5_k_has_the_values_of_llama_cpp;
-    Q6_K q6_k_with_and_without_importance_has_the_bytes_of_llama_cpp q6_k_has_the_values_of_llama_cpp;
-}
-
 /// Rows, importance, bytes and values of the types that are neither K-quants nor IQ types
 /// (testdata/make/simple_blocks.py).
 const SIMPLE: &[u8] = include_bytes!("../../../testdata/ggml/simple_blocks.safetensors");
@@ -227,4 +172,59 @@ simple_golden! {
     nvfp4_with_and_without_importance_has_the_bytes_of_llama_cpp: NVFP4;
     q1_0_with_and_without_importance_has_the_bytes_of_llama_cpp: Q1_0;
     q2_0_with_and_without_importance_has_the_bytes_of_llama_cpp: Q2_0;
+}
+
+/// Rows, importances, bytes and values of the K-quants (testdata/make/k_blocks.py).
+const K_BLOCKS: &[u8] = include_bytes!("../../../testdata/ggml/k_blocks.safetensors");
+
+/// Dequantizes what was quantized, and blocks of random bytes, and compares all bits.
+fn k_dequantizes(dtype: GgmlType) {
+    let file = SafeTensors::deserialize(K_BLOCKS).expect("the golden file is a safetensors file");
+    for (blocks, values) in [("bytes", "f32"), ("random", "random.f32")] {
+        let (_, bytes) = tensor(&file, &format!("{dtype}.{blocks}")).expect("the blocks");
+        let expected = floats(&tensor(&file, &format!("{dtype}.{values}")).expect("their values").1);
+        let mut values = vec![0.0; expected.len()];
+        dequantize_row(dtype, &bytes, &mut values);
+        for (i, (value, expected)) in values.iter().zip(&expected).enumerate() {
+            assert_eq!(value.to_bits(), expected.to_bits(), "{dtype}.{blocks} element {i}");
+        }
+    }
+}
+
+/// Quantizes the rows without importance and with each, and compares all bytes.
+fn k_quantizes(dtype: GgmlType) {
+    let file = SafeTensors::deserialize(K_BLOCKS).expect("the golden file is a safetensors file");
+    let (columns, rows) = tensor(&file, "rows").expect("the rows");
+    let importances = floats(&tensor(&file, "importance").expect("weights of the columns").1);
+    let weighted = importances.chunks(columns).enumerate().map(|(i, w)| (format!("weighted.{i}"), Some(w)));
+    for (name, importance) in std::iter::once(("bytes".to_owned(), None)).chain(weighted) {
+        let (row_bytes, expected) = tensor(&file, &format!("{dtype}.{name}")).expect("the bytes");
+        for (r, (row, expected)) in floats(&rows).chunks(columns).zip(expected.chunks(row_bytes)).enumerate()
+        {
+            let mut bytes = vec![0xa5; row_bytes];
+            quantize_row(dtype, row, importance, &mut bytes);
+            assert_eq!(bytes, expected, "{dtype} {name} row {r}");
+        }
+    }
+}
+
+macro_rules! k_golden {
+    ($($dtype:ident $quantizes:ident $dequantizes:ident;)*) => {$(
+        #[test]
+        fn $quantizes() {
+            k_quantizes(GgmlType::$dtype);
+        }
+
+        #[test]
+        fn $dequantizes() {
+            k_dequantizes(GgmlType::$dtype);
+        }
+    )*};
+}
+k_golden! {
+    Q2_K q2_k_with_and_without_importance_has_the_bytes_of_llama_cpp q2_k_has_the_values_of_llama_cpp;
+    Q3_K q3_k_with_and_without_importance_has_the_bytes_of_llama_cpp q3_k_has_the_values_of_llama_cpp;
+    Q4_K q4_k_with_and_without_importance_has_the_bytes_of_llama_cpp q4_k_has_the_values_of_llama_cpp;
+    Q5_K q5_k_with_and_without_importance_has_the_bytes_of_llama_cpp q5_k_has_the_values_of_llama_cpp;
+    Q6_K q6_k_with_and_without_importance_has_the_bytes_of_llama_cpp q6_k_has_the_values_of_llama_cpp;
 }

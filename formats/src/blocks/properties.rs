@@ -14,7 +14,8 @@ const F16_MIN: f32 = 1.0 / 16384.0;
 ///
 /// `element` follows from the format: half a step (a whole step where the range is not symmetric and
 /// the far end is cut off) plus the f16 roundings of d and m. The K-quants minimize a sum of squares
-/// and promise nothing for one element; the 8-bit scales of NVFP4 have an absolute spacing. `rms` is the measured value with 2 % to spare.
+/// and promise nothing for one element; the 8-bit scales of NVFP4 have an absolute spacing. `rms` is the
+/// measured value with 2 % to spare.
 const ERROR_BOUNDS: [(GgmlType, Option<f32>, f64); 19] = [
     (GgmlType::F32, Some(0.0), 0.0),
     (GgmlType::F16, Some(F16), 2.12e-4),
