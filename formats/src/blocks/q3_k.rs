@@ -8,10 +8,10 @@
 //! | 108..110 | `d` | scale of the sub-block scales, f16 |
 
 use super::half::{f32_to_f16, read_f16};
-use super::k_quants::{SUPERBLOCK, error_weights, pack2, side_by_side, sums};
-use super::k_quants_symmetric::{SUBS, fit_by_moves, fit_by_trials};
+use super::k_quants::{LANES, Lanes, SUPERBLOCK, error_weights, pack2, side_by_side, sums};
+use super::k_quants_symmetric::{Fits, SUBS, extreme_scale, fit_by_moves, fit_by_trials};
 use super::rounding::nearest_int;
-use super::{Block, Importance, Quantize, field};
+use super::{Block, QuantizeRow, field};
 use crate::dtype::GgmlType;
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
@@ -66,66 +66,86 @@ impl Block<110, SUPERBLOCK> for Q3_K {
     }
 }
 
-impl Quantize<110, SUPERBLOCK> for Q3_K {
+impl QuantizeRow<110, SUPERBLOCK> for Q3_K {
     #[inline(always)]
-    fn quantize(
-        x: &[f32; SUPERBLOCK],
-        importance: Option<Importance<'_, SUPERBLOCK>>,
-        block: &mut [u8; 110],
+    fn quantize_row(
+        row: &[[f32; SUPERBLOCK]],
+        importance: Option<&[[f32; SUPERBLOCK]]>,
+        blocks: &mut [[u8; 110]],
     ) {
-        let lanes = side_by_side(x);
-        let (fit, d, sc) = if let Some(importance) = importance {
-            let weights = error_weights(x, importance, 2.0);
-            let fit = fit_by_trials(&lanes, &weights, 4);
-            let (d, sc) = common_factor(&fit.scale, &sums(&weights));
-            (fit, f32_to_f16(d), sc)
-        } else {
-            let fit = fit_by_moves(&lanes, 4);
-            let (d, sc) = extreme_factor(&fit.scale);
-            (fit, f32_to_f16(d), sc)
-        };
-        let q = fit.quantize(x, d, &sc, 4);
-        for l in 0..32 {
-            let mut high = 0;
-            for t in 0..8 {
-                high |= (q[32 * t + l] >> 2) << t;
+        for (i, x) in row.chunks(LANES / SUBS).enumerate() {
+            let at = i * (LANES / SUBS)..i * (LANES / SUBS) + x.len();
+            let lanes = side_by_side(x);
+            let (fits, factors) = if let Some(importance) = importance {
+                let weights = error_weights(x, &importance[at.clone()], 2.0);
+                let fits = fit_by_trials(&lanes, &weights, 4);
+                let factors = common_factors(&fits.scale, &sums(&weights));
+                (fits, factors)
+            } else {
+                let fits = fit_by_moves(&lanes, 4);
+                let factors = extreme_factors(&fits);
+                (fits, factors)
+            };
+            for (b, (x, block)) in x.iter().zip(&mut blocks[at]).enumerate() {
+                let (d, sc) = factors[b];
+                let d = f32_to_f16(d);
+                let q = fits.quantize(b, x, d, &sc, 4);
+                for l in 0..32 {
+                    let mut high = 0;
+                    for t in 0..8 {
+                        high |= (q[32 * t + l] >> 2) << t;
+                    }
+                    block[l] = high;
+                }
+                block[32..96].copy_from_slice(&pack2(&q));
+                block[96..108].copy_from_slice(&pack_scales(&sc));
+                block[108..110].copy_from_slice(&d.to_le_bytes());
             }
-            block[l] = high;
         }
-        block[32..96].copy_from_slice(&pack2(&q));
-        block[96..108].copy_from_slice(&pack_scales(&sc));
-        block[108..110].copy_from_slice(&d.to_le_bytes());
     }
 }
 
-/// Rounds the scales to multiples in -32..32 of a factor that makes the one of largest magnitude -32.
+/// Of a superblock: d, and the scales of its sub-blocks in units of d.
+type Factor = (f32, [i8; SUBS]);
+
+/// Rounds the scales to multiples in -32..32 of the d that makes the one of largest magnitude -32.
 #[inline(always)]
-fn extreme_factor(scale: &[f32; SUBS]) -> (f32, [i8; SUBS]) {
-    let (mut largest, mut extreme) = (0.0, 0.0);
-    for &scale in scale {
-        if scale.abs() > largest {
-            (largest, extreme) = (scale.abs(), scale);
+fn extreme_factors(fits: &Fits<SUBS>) -> [Factor; LANES / SUBS] {
+    let mut factors = [(0.0, [0; SUBS]); LANES / SUBS];
+    for (b, (d, sc)) in factors.iter_mut().enumerate() {
+        let (extreme, _) = extreme_scale(fits.scales(b));
+        if extreme == 0.0 {
+            // Zero bytes, which stand for -32.
+            *sc = [-32; SUBS];
+            continue;
         }
+        let inverse = -32.0 / extreme;
+        for (sc, scale) in sc.iter_mut().zip(fits.scales(b)) {
+            *sc = (nearest_int(inverse * scale) as i8).clamp(-32, 31);
+        }
+        *d = 1.0 / inverse;
     }
-    if extreme == 0.0 {
-        // Zero bytes, which stand for -32.
-        return (0.0, [-32; SUBS]);
-    }
-    let inverse = -32.0 / extreme;
-    let mut sc = [0; SUBS];
-    for s in 0..SUBS {
-        sc[s] = (nearest_int(inverse * scale[s]) as i8).clamp(-32, 31);
-    }
-    (1.0 / inverse, sc)
+    factors
 }
 
-/// Rounds the scales to multiples in -32..32 of a factor that minimizes the weighted squared error.
+/// Rounds the scales to multiples in -32..32 of a d that minimizes the weighted squared error: scales
+/// are fitted like elements, the superblocks being the groups.
 #[inline(always)]
-fn common_factor(scale: &[f32; SUBS], weights: &[f32; SUBS]) -> (f32, [i8; SUBS]) {
-    let fit = fit_by_trials(&scale.map(|scale| [scale]), &weights.map(|weight| [weight]), 32);
-    let mut sc = [0; SUBS];
-    for s in 0..SUBS {
-        sc[s] = fit.levels.of(0, s, scale[s], 32) as i8;
+fn common_factors(scale: &[f32; LANES], weight: &[f32; LANES]) -> [Factor; LANES / SUBS] {
+    let (mut scales, mut weights): (Lanes<SUBS>, Lanes<SUBS>) = ([[0.0; LANES]; SUBS], [[0.0; LANES]; SUBS]);
+    for b in 0..LANES / SUBS {
+        for s in 0..SUBS {
+            scales[s][b] = scale[SUBS * b + s];
+            weights[s][b] = weight[SUBS * b + s];
+        }
     }
-    (fit.scale[0], sc)
+    let fits = fit_by_trials(&scales, &weights, 32);
+    let mut factors = [(0.0, [0; SUBS]); LANES / SUBS];
+    for (b, (d, sc)) in factors.iter_mut().enumerate() {
+        *d = fits.scale[b];
+        for s in 0..SUBS {
+            sc[s] = fits.q[s][b] as i8;
+        }
+    }
+    factors
 }
