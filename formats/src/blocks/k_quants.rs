@@ -45,10 +45,17 @@ pub(super) fn error_weights<const N: usize>(
     importance: &[[f32; SUPERBLOCK]],
     spread: f32,
 ) -> Lanes<N> {
+    // A superblock is summed from left to right, but next to the others.
+    let mut sum_squares = [0.0; LANES];
+    for l in 0..SUPERBLOCK {
+        for (sum, x) in sum_squares.iter_mut().zip(x) {
+            *sum += x[l] * x[l];
+        }
+    }
+    let subs = SUPERBLOCK / N;
     let mut mean_squares = [0.0; LANES];
-    for (b, x) in x.iter().enumerate() {
-        let sum = x.iter().fold(0.0, |sum, x| sum + x * x);
-        mean_squares[b * (SUPERBLOCK / N)..][..SUPERBLOCK / N].fill(spread * sum / SUPERBLOCK as f32);
+    for s in 0..LANES {
+        mean_squares[s] = spread * sum_squares[s / subs] / SUPERBLOCK as f32;
     }
     let x = side_by_side::<N>(x);
     let mut weights = side_by_side::<N>(importance);
@@ -128,4 +135,38 @@ pub(super) fn pack_scales(sc: &[u8; 8], m: &[u8; 8]) -> [u8; 12] {
         scales[i + 8] = (sc[i + 4] & 0x0f) | ((m[i + 4] & 0x0f) << 4);
     }
     scales
+}
+
+/// Sub-blocks and importances that searches are tested on: Gaussian of every scale, with offsets,
+/// outliers, zeros and equal elements; importances of which many are zero.
+#[cfg(test)]
+pub(super) fn samples<const N: usize>() -> impl Iterator<Item = (Lanes<N>, Lanes<N>)> {
+    let mut state = 1u64;
+    let mut uniform = move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1u64 << 24) as f32
+    };
+    (0..200).map(move |_| {
+        let (mut x, mut importance) = ([[0.0; LANES]; N], [[0.0; LANES]; N]);
+        for s in 0..LANES {
+            let kind = (8.0 * uniform()) as u8;
+            let scale = 10f32.powf(24.0 * uniform() - 16.0);
+            let offset = if kind == 1 { 3.0 * uniform() - 1.5 } else { 0.0 };
+            for l in 0..N {
+                let gaussian = (0..12).map(|_| uniform()).sum::<f32>() - 6.0;
+                let shape = match kind {
+                    2 => gaussian.round(),
+                    3 if uniform() < 0.9 => 0.0,
+                    4 => gaussian * if uniform() < 0.05 { 1000.0 } else { 1.0 },
+                    5 => 1.0,
+                    6 => gaussian.abs() + 0.1,
+                    7 => -gaussian.abs() - 0.1,
+                    _ => gaussian,
+                };
+                x[l][s] = (shape + offset) * scale;
+                importance[l][s] = if uniform() < 0.4 { 0.0 } else { gaussian * gaussian };
+            }
+        }
+        (x, importance)
+    })
 }

@@ -4,6 +4,11 @@
 //! factor each, and q is chosen again for the rounded ones (llama.cpp, quantize_row_q4_K_ref without
 //! importance and quantize_row_q4_K_impl with it).
 
+#![expect(
+    clippy::needless_bitwise_bool,
+    reason = "a lazy operator is a branch, and branches do not vectorize"
+)]
+
 use super::half::{f16_to_f32, f32_to_f16};
 use super::k_quants::{
     LANES, Lanes, SUPERBLOCK, error_weights, level, of_superblock, select, side_by_side, sums,
@@ -346,4 +351,79 @@ fn common_factor<const S: usize>(x: &[f32; S], weights: &[f32; S], most: u8) -> 
         }
     }
     (if sum_mm > 0.0 { sum_mx / sum_mm } else { 0.0 }, multiples)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::k_quants::samples;
+    use super::*;
+
+    /// The definition: one sub-block, one element after another.
+    fn fit_one(x: &[f32], weights: &[f32], q_max: u8, candidates: &Candidates, absolute: bool) -> [f32; 4] {
+        let (mut min, mut max) = (x[0], x[0]);
+        for &x in x {
+            min = if x < min { x } else { min };
+            max = if x > max { x } else { max };
+        }
+        min = if min > 0.0 { 0.0 } else { min };
+        if max == min {
+            return [0.0, -min, 0.0, 0.0];
+        }
+        let sum = |term: &dyn Fn(usize) -> f32| (0..x.len()).fold(0.0, |sum, l| sum + term(l));
+        let quantized = |inverse: f32, min: f32| -> Vec<f32> {
+            x.iter().map(|x| nearest_int(inverse * (x - min)).clamp(0, q_max.into()) as f32).collect()
+        };
+        let error = |q: &[f32], scale: f32, min: f32| {
+            sum(&|l| {
+                let diff = scale * q[l] + min - x[l];
+                weights[l] * if absolute { diff.abs() } else { diff * diff }
+            })
+        };
+        let (sum_w, sum_x) = (sum(&|l| weights[l]), sum(&|l| weights[l] * x[l]));
+        let (mut inverse, mut offset) = (f32::from(q_max) / (max - min), min);
+        let mut scale = 1.0 / inverse;
+        let mut best_error = error(&quantized(inverse, min), scale, min);
+        for i in 0..=candidates.last {
+            let candidate =
+                (candidates.first + candidates.step * f32::from(i) + f32::from(q_max)) / (max - min);
+            let q = quantized(candidate, min);
+            let sum_q = sum(&|l| weights[l] * q[l]);
+            let sum_qq = sum(&|l| weights[l] * q[l] * q[l]);
+            let sum_qx = sum(&|l| weights[l] * q[l] * x[l]);
+            let determinant = sum_w * sum_qq - sum_q * sum_q;
+            if determinant > 0.0 {
+                let mut this_scale = (sum_w * sum_qx - sum_x * sum_q) / determinant;
+                let mut this_min = (sum_qq * sum_x - sum_q * sum_qx) / determinant;
+                if this_min > 0.0 {
+                    (this_scale, this_min) = (sum_qx / sum_qq, 0.0);
+                }
+                let this_error = error(&q, this_scale, this_min);
+                if this_error < best_error {
+                    (inverse, offset, best_error) = (candidate, min, this_error);
+                    (scale, min) = (this_scale, this_min);
+                }
+            }
+        }
+        [scale, -min, inverse, offset]
+    }
+
+    #[test]
+    fn lanes_fit_as_one_sub_block_alone() {
+        let squared = Candidates { first: -1.0, step: 0.1, last: 20 };
+        for (x, importance) in samples::<32>() {
+            for (weights, q_max, candidates, absolute) in [
+                (magnitude_weights(&x, Weight::RmsPlusMagnitude), 15, &squared, false),
+                (magnitude_weights(&x, Weight::Magnitude), 3, &squared, true),
+                (importance, 31, &WITH_IMPORTANCE, false),
+            ] {
+                let fits = fit_sub_blocks(&x, &weights, q_max, candidates, absolute);
+                for s in 0..LANES {
+                    let lane = |lanes: &Lanes<32>| lanes.map(|lanes| lanes[s]);
+                    let expected = fit_one(&lane(&x), &lane(&weights), q_max, candidates, absolute);
+                    let found = [fits.scale[s], fits.min[s], fits.inverse[s], fits.offset[s]];
+                    assert_eq!(found.map(f32::to_bits), expected.map(f32::to_bits), "{:?}", lane(&x));
+                }
+            }
+        }
+    }
 }

@@ -3,6 +3,11 @@
 //! Each sub-block is fitted by itself, the scales of a superblock are rounded to a common factor, and
 //! q is chosen again for the rounded ones (llama.cpp, quantize_row_q6_K_ref and quantize_row_q3_K_ref).
 
+#![expect(
+    clippy::needless_bitwise_bool,
+    reason = "a lazy operator is a branch, and branches do not vectorize"
+)]
+
 use super::half::f16_to_f32;
 use super::k_quants::{LANES, Lanes, SUPERBLOCK, level, of_superblock, select};
 use super::rounding::nearest_int;
@@ -73,7 +78,7 @@ pub(super) fn fit_by_trials<const N: usize>(x: &Lanes<N>, weights: &Lanes<N>, ha
 
 /// Weighted sums of `q * x` and `q * q` over every group, for q of these inverse scales.
 #[inline(always)]
-fn trial<const N: usize>(
+pub(super) fn trial<const N: usize>(
     x: &Lanes<N>,
     weights: &Lanes<N>,
     inverse: &[f32; LANES],
@@ -203,4 +208,94 @@ pub(super) fn extreme_scale(scales: &[f32; SUBS]) -> (f32, f32) {
         }
     }
     (extreme, largest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::k_quants::samples;
+    use super::*;
+
+    fn extreme(x: &[f32]) -> Option<f32> {
+        let extreme =
+            x.iter().fold(0.0, |extreme: f32, &x| if x.abs() > extreme.abs() { x } else { extreme });
+        (extreme.abs() >= ZERO_GROUP).then_some(extreme)
+    }
+
+    fn rounded(x: f32, half: i32) -> f32 {
+        nearest_int(x).clamp(-half, half - 1) as f32
+    }
+
+    /// The definition of [`fit_by_trials`]: one group, one element after another.
+    fn trials_of_one(x: &[f32], weights: &[f32], half: i32) -> (f32, Vec<f32>) {
+        let Some(extreme) = extreme(x) else { return (0.0, vec![-half as f32; x.len()]) };
+        let mut best: Option<(f32, f32, Vec<f32>)> = None;
+        for step in std::iter::once(0).chain(-9..=-1).chain(1..=9) {
+            let inverse = -(half as f32 + 0.1 * step as f32) / extreme;
+            let q: Vec<f32> = x.iter().map(|x| rounded(inverse * x, half)).collect();
+            let (mut sum_qx, mut sum_qq) = (0.0, 0.0);
+            for l in 0..x.len() {
+                sum_qx += weights[l] * x[l] * q[l];
+                sum_qq += weights[l] * q[l] * q[l];
+            }
+            if let Some((_, score, _)) = best
+                && !(sum_qq > 0.0 && sum_qx * sum_qx > score * sum_qq)
+            {
+                continue;
+            }
+            let scale = if sum_qq == 0.0 { 0.0 } else { sum_qx / sum_qq };
+            best = Some((scale, scale * sum_qx, q));
+        }
+        let (scale, _, q) = best.expect("the first is kept");
+        (scale, q)
+    }
+
+    /// The definition of [`fit_by_moves`].
+    fn moves_of_one(x: &[f32], half: i32) -> (f32, Vec<f32>) {
+        let Some(extreme) = extreme(x) else { return (0.0, vec![-half as f32; x.len()]) };
+        let mut q: Vec<f32> = x.iter().map(|x| rounded(-(half as f32) / extreme * x, half)).collect();
+        let (mut sum_qx, mut sum_qq) = (0.0, 0.0);
+        for l in 0..x.len() {
+            let w = x[l] * x[l];
+            sum_qx += w * x[l] * q[l];
+            sum_qq += w * q[l] * q[l];
+        }
+        for _ in 0..5 {
+            let before = q.clone();
+            for l in 0..x.len() {
+                let w = x[l] * x[l];
+                let (mut qx, mut qq) = (sum_qx - w * x[l] * q[l], sum_qq - w * q[l] * q[l]);
+                if qx > 0.0 {
+                    let new = rounded(x[l] * qq / qx, half);
+                    qx += w * x[l] * new;
+                    qq += w * new * new;
+                    if new != q[l] && qq > 0.0 && qx * qx * sum_qq > sum_qx * sum_qx * qq {
+                        (q[l], sum_qx, sum_qq) = (new, qx, qq);
+                    }
+                }
+            }
+            if q == before {
+                break;
+            }
+        }
+        (if sum_qq > 0.0 { sum_qx / sum_qq } else { 0.0 }, q)
+    }
+
+    #[test]
+    fn lanes_fit_as_one_group_alone() {
+        for (x, importance) in samples::<16>() {
+            for half in [4, 32] {
+                let (trials, moves) = (fit_by_trials(&x, &importance, half), fit_by_moves(&x, half));
+                for s in 0..LANES {
+                    let lane = |lanes: &Lanes<16>| lanes.map(|lanes| lanes[s]);
+                    let (x, weights) = (lane(&x), lane(&importance));
+                    let (scale, q) = trials_of_one(&x, &weights, half);
+                    assert_eq!(trials.scale[s].to_bits(), scale.to_bits(), "{x:?} {weights:?}");
+                    assert_eq!(lane(&trials.q)[..], q, "{x:?} {weights:?}");
+                    let (scale, q) = moves_of_one(&x, half);
+                    assert_eq!(moves.scale[s].to_bits(), scale.to_bits(), "{x:?}");
+                    assert_eq!(lane(&moves.q)[..], q, "{x:?}");
+                }
+            }
+        }
+    }
 }

@@ -32,15 +32,17 @@ impl Block<84, SUPERBLOCK> for Q2_K {
         let scales: &[u8; 16] = field(block, 0);
         let qs: &[u8; 64] = field(block, 16);
         let (d, dmin) = (read_f16(block, 80), read_f16(block, 82));
-        for half in 0..2 {
+        for part in 0..4 {
+            let (half, at) = (part / 2, 16 * (part % 2));
+            let (mut scale, mut min) = ([0.0; 4], [0.0; 4]);
             for quarter in 0..4 {
-                for part in 0..2 {
-                    let sub = scales[8 * half + 2 * quarter + part];
-                    let (scale, min) = (d * f32::from(sub & 0x0f), dmin * f32::from(sub >> 4));
-                    for l in 16 * part..16 * part + 16 {
-                        let q = (qs[32 * half + l] >> (2 * quarter)) & 3;
-                        out[128 * half + 32 * quarter + l] = scale * f32::from(q) - min;
-                    }
+                let sub = scales[8 * half + 2 * quarter + part % 2];
+                (scale[quarter], min[quarter]) = (d * f32::from(sub & 0x0f), dmin * f32::from(sub >> 4));
+            }
+            for l in at..at + 16 {
+                for quarter in 0..4 {
+                    let q = (qs[32 * half + l] >> (2 * quarter)) & 3;
+                    out[128 * half + 32 * quarter + l] = scale[quarter] * f32::from(q) - min[quarter];
                 }
             }
         }

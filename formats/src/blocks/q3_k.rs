@@ -8,8 +8,8 @@
 //! | 108..110 | `d` | scale of the sub-block scales, f16 |
 
 use super::half::{f32_to_f16, read_f16};
-use super::k_quants::{LANES, Lanes, SUPERBLOCK, error_weights, pack2, side_by_side, sums};
-use super::k_quants_symmetric::{Fits, SUBS, extreme_scale, fit_by_moves, fit_by_trials};
+use super::k_quants::{LANES, SUPERBLOCK, error_weights, level, of_superblock, pack2, side_by_side, sums};
+use super::k_quants_symmetric::{SUBS, ZERO_GROUP, extreme_scale, fit_by_moves, fit_by_trials, trial};
 use super::rounding::nearest_int;
 use super::{Block, QuantizeRow, field};
 use crate::dtype::GgmlType;
@@ -50,16 +50,18 @@ impl Block<110, SUPERBLOCK> for Q3_K {
         let qs: &[u8; 64] = field(block, 32);
         let sc = unpack_scales(field(block, 96));
         let d = read_f16(block, 108);
-        for half in 0..2 {
+        for part in 0..4 {
+            let (half, at) = (part / 2, 16 * (part % 2));
+            let mut scale = [0.0; 4];
             for quarter in 0..4 {
-                for part in 0..2 {
-                    let scale = d * f32::from(sc[8 * half + 2 * quarter + part]);
-                    for l in 16 * part..16 * part + 16 {
-                        let low = (qs[32 * half + l] >> (2 * quarter)) & 3;
-                        let high = (hmask[l] >> (4 * half + quarter)) & 1;
-                        let q = i32::from(low | (high << 2)) - 4;
-                        out[128 * half + 32 * quarter + l] = scale * q as f32;
-                    }
+                scale[quarter] = d * f32::from(sc[8 * half + 2 * quarter + part % 2]);
+            }
+            for l in at..at + 16 {
+                for quarter in 0..4 {
+                    let low = (qs[32 * half + l] >> (2 * quarter)) & 3;
+                    let high = (hmask[l] >> (4 * half + quarter)) & 1;
+                    let q = i32::from(low | (high << 2)) - 4;
+                    out[128 * half + 32 * quarter + l] = scale[quarter] * q as f32;
                 }
             }
         }
@@ -76,18 +78,18 @@ impl QuantizeRow<110, SUPERBLOCK> for Q3_K {
         for (i, x) in row.chunks(LANES / SUBS).enumerate() {
             let at = i * (LANES / SUBS)..i * (LANES / SUBS) + x.len();
             let lanes = side_by_side(x);
-            let (fits, factors) = if let Some(importance) = importance {
+            let (fits, weights) = if let Some(importance) = importance {
                 let weights = error_weights(x, &importance[at.clone()], 2.0);
-                let fits = fit_by_trials(&lanes, &weights, 4);
-                let factors = common_factors(&fits.scale, &sums(&weights));
-                (fits, factors)
+                (fit_by_trials(&lanes, &weights, 4), Some(sums(&weights)))
             } else {
-                let fits = fit_by_moves(&lanes, 4);
-                let factors = extreme_factors(&fits);
-                (fits, factors)
+                (fit_by_moves(&lanes, 4), None)
             };
             for (b, (x, block)) in x.iter().zip(&mut blocks[at]).enumerate() {
-                let (d, sc) = factors[b];
+                let (d, sc) = if let Some(weights) = &weights {
+                    common_factor(fits.scales(b), of_superblock(weights, b))
+                } else {
+                    extreme_factor(fits.scales(b))
+                };
                 let d = f32_to_f16(d);
                 let q = fits.quantize(b, x, d, &sc, 4);
                 for l in 0..32 {
@@ -110,42 +112,48 @@ type Factor = (f32, [i8; SUBS]);
 
 /// Rounds the scales to multiples in -32..32 of the d that makes the one of largest magnitude -32.
 #[inline(always)]
-fn extreme_factors(fits: &Fits<SUBS>) -> [Factor; LANES / SUBS] {
-    let mut factors = [(0.0, [0; SUBS]); LANES / SUBS];
-    for (b, (d, sc)) in factors.iter_mut().enumerate() {
-        let (extreme, _) = extreme_scale(fits.scales(b));
-        if extreme == 0.0 {
-            // Zero bytes, which stand for -32.
-            *sc = [-32; SUBS];
-            continue;
-        }
-        let inverse = -32.0 / extreme;
-        for (sc, scale) in sc.iter_mut().zip(fits.scales(b)) {
-            *sc = (nearest_int(inverse * scale) as i8).clamp(-32, 31);
-        }
-        *d = 1.0 / inverse;
+fn extreme_factor(scales: &[f32; SUBS]) -> Factor {
+    let (extreme, _) = extreme_scale(scales);
+    if extreme == 0.0 {
+        // Zero bytes, which stand for -32.
+        return (0.0, [-32; SUBS]);
     }
-    factors
+    let inverse = -32.0 / extreme;
+    let mut sc = [0; SUBS];
+    for s in 0..SUBS {
+        sc[s] = (nearest_int(inverse * scales[s]) as i8).clamp(-32, 31);
+    }
+    (1.0 / inverse, sc)
 }
 
 /// Rounds the scales to multiples in -32..32 of a d that minimizes the weighted squared error: scales
-/// are fitted like elements, the superblocks being the groups.
+/// are fitted like elements, all candidates side by side.
 #[inline(always)]
-fn common_factors(scale: &[f32; LANES], weight: &[f32; LANES]) -> [Factor; LANES / SUBS] {
-    let (mut scales, mut weights): (Lanes<SUBS>, Lanes<SUBS>) = ([[0.0; LANES]; SUBS], [[0.0; LANES]; SUBS]);
-    for b in 0..LANES / SUBS {
-        for s in 0..SUBS {
-            scales[s][b] = scale[SUBS * b + s];
-            weights[s][b] = weight[SUBS * b + s];
+fn common_factor(scales: &[f32; SUBS], weights: &[f32; SUBS]) -> Factor {
+    let (extreme, largest) = extreme_scale(scales);
+    if largest < ZERO_GROUP {
+        return (0.0, [-32; SUBS]);
+    }
+    let mut inverse = [0.0; LANES];
+    for (i, inverse) in (0i8..).zip(&mut inverse) {
+        // 0, then -9..=9 without 0.
+        let step = if i == 0 { 0 } else { i - 10 + i8::from(i > 9) };
+        *inverse = -(32.0 + 0.1 * f32::from(step)) / extreme;
+    }
+    let (sum_qx, sum_qq) = trial(&scales.map(|x| [x; LANES]), &weights.map(|w| [w; LANES]), &inverse, 32);
+    let mut best = 0;
+    let mut d = if sum_qq[0] == 0.0 { 0.0 } else { sum_qx[0] / sum_qq[0] };
+    let mut score = d * sum_qx[0];
+    for i in 1..19 {
+        if sum_qq[i] > 0.0 && sum_qx[i] * sum_qx[i] > score * sum_qq[i] {
+            best = i;
+            d = sum_qx[i] / sum_qq[i];
+            score = d * sum_qx[i];
         }
     }
-    let fits = fit_by_trials(&scales, &weights, 32);
-    let mut factors = [(0.0, [0; SUBS]); LANES / SUBS];
-    for (b, (d, sc)) in factors.iter_mut().enumerate() {
-        *d = fits.scale[b];
-        for s in 0..SUBS {
-            sc[s] = fits.q[s][b] as i8;
-        }
+    let mut sc = [0; SUBS];
+    for s in 0..SUBS {
+        sc[s] = level(inverse[best] * scales[s], -32, 31) as i8;
     }
-    factors
+    (d, sc)
 }

@@ -37,10 +37,9 @@ impl Block<144, SUPERBLOCK> for Q4_K {
             let (d_lo, m_lo) = (d * f32::from(sc[2 * run]), dmin * f32::from(m[2 * run]));
             let (d_hi, m_hi) = (d * f32::from(sc[2 * run + 1]), dmin * f32::from(m[2 * run + 1]));
             for l in 0..32 {
-                out[64 * run + l] = d_lo * f32::from(qs[32 * run + l] & 0x0f) - m_lo;
-            }
-            for l in 0..32 {
-                out[64 * run + 32 + l] = d_hi * f32::from(qs[32 * run + l] >> 4) - m_hi;
+                let q = qs[32 * run + l];
+                out[64 * run + l] = d_lo * f32::from(q & 0x0f) - m_lo;
+                out[64 * run + 32 + l] = d_hi * f32::from(q >> 4) - m_hi;
             }
         }
     }

@@ -40,12 +40,10 @@ impl Block<176, SUPERBLOCK> for Q5_K {
             let (d_lo, m_lo) = (d * f32::from(sc[lo]), dmin * f32::from(m[lo]));
             let (d_hi, m_hi) = (d * f32::from(sc[hi]), dmin * f32::from(m[hi]));
             for l in 0..32 {
-                let q = (qs[32 * run + l] & 0x0f) | (((qh[l] >> lo) & 1) << 4);
-                out[64 * run + l] = d_lo * f32::from(q) - m_lo;
-            }
-            for l in 0..32 {
-                let q = (qs[32 * run + l] >> 4) | (((qh[l] >> hi) & 1) << 4);
-                out[64 * run + 32 + l] = d_hi * f32::from(q) - m_hi;
+                let (q, high) = (qs[32 * run + l], qh[l] >> lo);
+                let (q_lo, q_hi) = ((q & 0x0f) | ((high & 1) << 4), (q >> 4) | ((high & 2) << 3));
+                out[64 * run + l] = d_lo * f32::from(q_lo) - m_lo;
+                out[64 * run + 32 + l] = d_hi * f32::from(q_hi) - m_hi;
             }
         }
     }

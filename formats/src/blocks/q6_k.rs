@@ -30,16 +30,18 @@ impl Block<210, SUPERBLOCK> for Q6_K {
         let qh: &[u8; 64] = field(block, 128);
         let scales: &[u8; 16] = field(block, 192);
         let d = read_f16(block, 208);
-        for half in 0..2 {
+        for part in 0..4 {
+            let (half, at) = (part / 2, 16 * (part % 2));
+            let mut scale = [0.0; 4];
             for quarter in 0..4 {
-                for part in 0..2 {
-                    let scale = d * f32::from(scales[8 * half + 2 * quarter + part] as i8);
-                    for l in 16 * part..16 * part + 16 {
-                        let low = ql[64 * half + 32 * (quarter % 2) + l] >> (4 * (quarter / 2));
-                        let high = qh[32 * half + l] >> (2 * quarter);
-                        let q = (low & 0x0f) | ((high & 3) << 4);
-                        out[128 * half + 32 * quarter + l] = scale * (i32::from(q) - 32) as f32;
-                    }
+                scale[quarter] = d * f32::from(scales[8 * half + 2 * quarter + part % 2] as i8);
+            }
+            for l in at..at + 16 {
+                for quarter in 0..4 {
+                    let low = ql[64 * half + 32 * (quarter % 2) + l] >> (4 * (quarter / 2));
+                    let high = qh[32 * half + l] >> (2 * quarter);
+                    let q = (low & 0x0f) | ((high & 3) << 4);
+                    out[128 * half + 32 * quarter + l] = scale[quarter] * (i32::from(q) - 32) as f32;
                 }
             }
         }
