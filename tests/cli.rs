@@ -9,10 +9,11 @@ use qpeft_formats::gguf::{Array, GgufWriter, Metadata, TensorDecl, Value};
 use qpeft_formats::peft::{HostTensor, Part, PeftAdapter, PeftConfig, TargetModules};
 use qpeft_formats::safetensors::write_safetensors_f32;
 
-const COMMANDS: [&[&str]; 8] = [
+const COMMANDS: [&[&str]; 9] = [
     &["train"],
     &["convert", "pissa-to-lora"],
     &["merge"],
+    &["quantize"],
     &["eval"],
     &["generate"],
     &["inspect"],

@@ -216,6 +216,7 @@ pub fn write(
             file,
             &path,
             file.metadata(),
+            None,
             |_, info| Ok(info.dtype),
             |hf, _| hf.map_or(Ok(None), &replace),
         )?,

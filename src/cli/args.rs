@@ -8,9 +8,16 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use qpeft_formats::GgmlType;
+use qpeft_formats::gguf::split::SplitLimit;
+use qpeft_formats::mixture::{FileType, Mixture, TypeOverride};
+use qpeft_formats::safetensors::Dtype;
 
 use super::report::Usage;
-use super::values::{at_least_one, at_least_zero, fraction, ggml_type, positive, probability, share};
+use super::values::{
+    Quant, at_least_one, at_least_zero, bytes, dense_type, file_type, file_type_or_copy, fraction, ggml_type,
+    out_type, positive, probability, share, type_override,
+};
+use crate::convert::hf_to_gguf::OutType;
 use crate::train::TrainConfig;
 use crate::train::config::{Method, TargetModules};
 use crate::train::schedule::SchedulerType;
@@ -40,6 +47,8 @@ pub enum Command {
     Convert(ConvertCommand),
     /// Merge an adapter into its base and write one model
     Merge(MergeArgs),
+    /// Write a model in other types
+    Quantize(QuantizeArgs),
     /// Measure loss and perplexity of a model, with or without an adapter
     Eval(EvalArgs),
     /// Generate text, with or without an adapter
@@ -58,6 +67,10 @@ pub enum Command {
 pub enum ConvertCommand {
     /// Write a trained PiSSA adapter as a plain LoRA of the original base
     PissaToLora(PissaToLoraArgs),
+    /// Write a Hugging Face folder as a GGUF file
+    HfToGguf(HfToGgufArgs),
+    /// Write a GGUF file as a Hugging Face folder
+    GgufToHf(GgufToHfArgs),
 }
 
 /// `qpeft bench ...`
@@ -337,6 +350,49 @@ impl TrainArgs {
     }
 }
 
+/// `qpeft convert hf-to-gguf`
+#[derive(Debug, Clone, Args)]
+pub struct HfToGgufArgs {
+    /// Hugging Face folder
+    #[arg(long, short, value_name = "DIR", aliases = ["model-name-or-path", "model-name", "base-model"])]
+    pub model: PathBuf,
+    /// GGUF file to write
+    #[arg(long, short, value_name = "FILE", aliases = ["outfile", "output-file"])]
+    pub output: PathBuf,
+    /// Type of the matrices: f32, f16, bf16, q8_0, or auto (bf16 or f16, as the folder has them)
+    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = out_type)]
+    pub outtype: OutType,
+    /// Pre-tokenizer of a byte-level BPE vocabulary, as llama.cpp names it [default: recognized]
+    #[arg(long, value_name = "NAME")]
+    pub pre: Option<String>,
+    /// Replace what is in --output
+    #[arg(long, alias = "overwrite")]
+    pub overwrite_output: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `qpeft convert gguf-to-hf`
+#[derive(Debug, Clone, Args)]
+pub struct GgufToHfArgs {
+    /// GGUF file
+    #[arg(long, short, value_name = "FILE", aliases = ["model-name-or-path", "model-name", "base-model"])]
+    pub model: PathBuf,
+    /// Folder to write
+    #[arg(long, short, value_name = "DIR", aliases = ["output-dir"])]
+    pub output: PathBuf,
+    /// Type of the tensors: f32, f16 or bf16 [default: that of the matrices, bf16 if they are quantized]
+    #[arg(long, value_name = "TYPE", value_parser = dense_type)]
+    pub dtype: Option<Dtype>,
+    /// Replace what is in --output
+    #[arg(long, alias = "overwrite")]
+    pub overwrite_output: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `qpeft convert pissa-to-lora`
 #[derive(Debug, Clone, Args)]
 pub struct PissaToLoraArgs {
@@ -379,9 +435,12 @@ pub struct MergeArgs {
     /// Format of the merged model
     #[arg(long, value_enum, default_value = "gguf")]
     pub to: MergeTarget,
-    /// Type of the merged weights [default: the base's own types]
-    #[arg(long, value_name = "TYPE", value_parser = ggml_type)]
-    pub quant: Option<GgmlType>,
+    /// Type or mixture of the merged weights: q8_0, q4_k_m, ... [default: the base's own types]
+    #[arg(long, value_name = "TYPE", value_parser = file_type)]
+    pub quant: Option<FileType>,
+    /// What is particular about some tensors, and about the files.
+    #[command(flatten)]
+    pub types: TypeArgs,
     /// File to write
     #[arg(long, short, value_name = "FILE")]
     pub output: PathBuf,
@@ -394,6 +453,104 @@ pub struct MergeArgs {
     /// Where to compute.
     #[command(flatten)]
     pub compute: ComputeArgs,
+}
+
+/// Exceptions from a mixture, and the size of the files.
+#[derive(Debug, Clone, Args)]
+pub struct TypeArgs {
+    /// Give every quantized tensor the same type
+    #[arg(long, help_heading = "Types")]
+    pub pure: bool,
+    /// Type of the tensors whose names match; may be repeated, the first match decides
+    #[arg(long, value_name = "REGEX=TYPE", value_parser = type_override, action = clap::ArgAction::Append, help_heading = "Types")]
+    pub tensor_type: Vec<TypeOverride>,
+    /// Type of output.weight, or of a token embedding that is also the head
+    #[arg(long, value_name = "TYPE", value_parser = ggml_type, help_heading = "Types")]
+    pub output_tensor_type: Option<GgmlType>,
+    /// Type of the token embedding
+    #[arg(long, value_name = "TYPE", value_parser = ggml_type, help_heading = "Types")]
+    pub token_embedding_type: Option<GgmlType>,
+    /// Leave output.weight as it is
+    #[arg(long, help_heading = "Types")]
+    pub leave_output_tensor: bool,
+    /// Write several files of at most this size: 2G, 500M
+    #[arg(long, value_name = "SIZE", value_parser = bytes, conflicts_with = "split_max_tensors", help_heading = "Files")]
+    pub split_max_size: Option<u64>,
+    /// Write several files of at most so many tensors
+    #[arg(long, value_name = "N", value_parser = at_least_one::<usize>, help_heading = "Files")]
+    pub split_max_tensors: Option<usize>,
+}
+
+impl TypeArgs {
+    /// The mixture of a file type with these exceptions.
+    pub fn mixture(&self, file_type: FileType) -> Mixture {
+        Mixture {
+            file_type,
+            pure: self.pure,
+            leave_output: self.leave_output_tensor,
+            output_type: self.output_tensor_type,
+            embedding_type: self.token_embedding_type,
+            overrides: self.tensor_type.clone(),
+        }
+    }
+
+    /// Refuses exceptions where there is no mixture.
+    ///
+    /// # Errors
+    /// [`Usage`] naming the flag.
+    pub fn require_mixture(&self, why: &str) -> Result<(), Usage> {
+        let given = [
+            ("--pure", self.pure),
+            ("--tensor-type", !self.tensor_type.is_empty()),
+            ("--output-tensor-type", self.output_tensor_type.is_some()),
+            ("--token-embedding-type", self.token_embedding_type.is_some()),
+            ("--leave-output-tensor", self.leave_output_tensor),
+        ];
+        match given.into_iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(Usage::new(format!("`{flag}` does nothing {why}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// How the output is cut into files, if it is.
+    pub fn split(&self) -> Option<SplitLimit> {
+        self.split_max_size.map(SplitLimit::Bytes).or(self.split_max_tensors.map(SplitLimit::Tensors))
+    }
+}
+
+/// `qpeft quantize`
+#[derive(Debug, Clone, Args)]
+pub struct QuantizeArgs {
+    /// GGUF file, or the first of a split one
+    #[arg(long, short, value_name = "PATH")]
+    pub model: PathBuf,
+    /// Type or mixture: q8_0, q4_k_m, iq4_xs, ...; copy changes no tensor
+    #[arg(long, value_name = "TYPE", value_parser = file_type_or_copy)]
+    pub quant: Quant,
+    /// File to write
+    #[arg(long, short, value_name = "FILE", required_unless_present = "dry_run")]
+    pub output: Option<PathBuf>,
+    /// Importance matrix of the model: GGUF or legacy .dat
+    #[arg(long, value_name = "FILE")]
+    pub imatrix: Option<PathBuf>,
+    /// Say what would be written, and write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Do not warn that the model is quantized already
+    #[arg(long)]
+    pub allow_requantize: bool,
+    /// Replace --output
+    #[arg(long, alias = "overwrite")]
+    pub overwrite_output: bool,
+    /// What is particular about some tensors, and about the files.
+    #[command(flatten)]
+    pub types: TypeArgs,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = at_least_one::<usize>, help_heading = "Compute")]
+    pub threads: Option<usize>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `qpeft eval`

@@ -9,7 +9,7 @@ use super::args::MergeArgs;
 use super::printer::Printer;
 use super::progress::Progress;
 use super::session::{open_adapted, open_device, refuse_existing};
-use crate::convert::merge::merge_to_gguf;
+use crate::convert::merge::{MergeOptions, merge_to_gguf};
 use crate::model::Base;
 
 /// Runs the command.
@@ -17,11 +17,18 @@ use crate::model::Base;
 /// # Errors
 /// A file is refused, the adapter belongs to other weights, or the output cannot be written.
 pub fn run(args: &MergeArgs, printer: &Printer) -> anyhow::Result<()> {
+    if args.quant.is_none() {
+        args.types.require_mixture("without `--quant`")?;
+    }
+    let options = MergeOptions {
+        mixture: args.quant.map(|quant| args.types.mixture(quant)),
+        split: args.types.split(),
+    };
     refuse_existing(&args.output, args.overwrite_output)?;
     let device = open_device(&args.compute)?;
     let (base, decoder, params) = open_adapted(Base::open(&args.model)?, Some(&args.adapter), &device)?;
     let mut bar: Option<Progress> = None;
-    let report = merge_to_gguf(&base, &decoder, &params, args.quant, &args.output, |done, total| {
+    let report = merge_to_gguf(&base, &decoder, &params, &options, &args.output, |done, total| {
         let bar = bar.get_or_insert_with(|| Progress::start(printer, "tensor", 0, total as u64));
         bar.update(done as u64, "");
     })?;

@@ -7,13 +7,16 @@ pub mod args;
 pub mod bench;
 pub mod config;
 pub mod convert;
+pub mod convert_model;
 pub mod demo;
 pub mod eval;
 pub mod generate;
 pub mod inspect;
 pub mod merge;
 pub mod printer;
+mod problems;
 pub mod progress;
+pub mod quantize;
 pub mod report;
 pub mod session;
 pub mod train;
@@ -46,7 +49,10 @@ pub fn run(command: &Command, printer: &Printer) -> anyhow::Result<()> {
     match command {
         Command::Train(args) => train::run(args, printer),
         Command::Convert(ConvertCommand::PissaToLora(args)) => convert::pissa(args, printer),
+        Command::Convert(ConvertCommand::HfToGguf(args)) => convert_model::hf_to_gguf(args, printer),
+        Command::Convert(ConvertCommand::GgufToHf(args)) => convert_model::gguf_to_hf(args, printer),
         Command::Merge(args) => merge::run(args, printer),
+        Command::Quantize(args) => quantize::run(args, printer),
         Command::Eval(args) => eval::run(args, printer),
         Command::Generate(args) => generate::run(args, printer),
         Command::Inspect(args) => inspect::run(args, printer),

@@ -3,9 +3,12 @@
 //! An adapted weight is dequantized, adapted in f32 and packed again; everything else is copied byte for
 //! byte unless another type is asked for. What packing took from the change is measured and returned.
 
+use std::collections::HashMap;
 use std::path::Path;
 
-use qpeft_formats::gguf::{GgufFile, TensorInfo, Value};
+use qpeft_formats::gguf::split::SplitLimit;
+use qpeft_formats::gguf::{GgufFile, TensorDecl, TensorInfo, Value};
+use qpeft_formats::mixture::{Mixture, ModelFacts};
 use qpeft_formats::{GgmlType, blocks};
 use qpeft_kernels::cpu::quantize::quantize_rows;
 use rayon::prelude::*;
@@ -54,9 +57,16 @@ impl MergeReport {
     }
 }
 
+/// How the merged model is stored.
+#[derive(Debug, Clone, Default)]
+pub struct MergeOptions {
+    /// The types of the tensors; without it every tensor keeps the base's.
+    pub mixture: Option<Mixture>,
+    /// Several files in place of one.
+    pub split: Option<SplitLimit>,
+}
+
 /// Writes the merged model of `base` and the adapters on `decoder` to `path`.
-///
-/// `quant`: the type of all matrices; without it every tensor keeps the base's.
 ///
 /// # Errors
 /// The base is not a GGUF, a merged value is not finite, or the file cannot be written; nothing is left at
@@ -65,7 +75,7 @@ pub fn merge_to_gguf(
     base: &Base,
     decoder: &Decoder,
     params: &Parameters,
-    quant: Option<GgmlType>,
+    options: &MergeOptions,
     path: &Path,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<MergeReport> {
@@ -79,28 +89,34 @@ pub fn merge_to_gguf(
     let values = params.values.read()?;
     let mut report = MergeReport::default();
     let mut metadata = file.metadata().clone();
-    if let Some(file_type) = quant.and_then(GgmlType::file_type) {
-        metadata.insert("general.file_type", Value::U32(file_type));
+    let mut chosen = HashMap::new();
+    if let Some(mixture) = &options.mixture {
+        metadata.insert("general.file_type", Value::U32(mixture.file_type.id()));
+        let decls: Vec<TensorDecl> = file
+            .tensors()
+            .iter()
+            .map(|t| TensorDecl { name: t.name.clone(), shape: t.shape.clone(), dtype: t.dtype })
+            .collect();
+        let choices = mixture.choose(&ModelFacts::read(&metadata)?, &decls, false)?;
+        for (decl, choice) in decls.into_iter().zip(choices) {
+            if choice.dtype != choice.wanted {
+                report.fallbacks.push((decl.name.clone(), choice.wanted, choice.dtype));
+            }
+            chosen.insert(decl.name, choice.dtype);
+        }
     }
-    let dtype_of = |info: &TensorInfo| match quant {
-        Some(quant) if is_matrix(info) => Ok(fitting(quant, info.row_len())),
-        _ => Ok(info.dtype),
-    };
+    let dtype_of = |info: &TensorInfo| chosen.get(&info.name).copied().unwrap_or(info.dtype);
     let (total, mut done) = (file.tensors().len(), 0);
     write_gguf(
         file,
         path,
         &metadata,
-        |_, info| dtype_of(info),
+        options.split,
+        |_, info| Ok(dtype_of(info)),
         |name, info| {
             progress(done, total);
             done += 1;
-            let dtype = dtype_of(info)?;
-            if let Some(quant) = quant.filter(|_| is_matrix(info))
-                && quant != dtype
-            {
-                report.fallbacks.push((info.name.clone(), quant, dtype));
-            }
+            let dtype = dtype_of(info);
             let linear = name.and_then(slot_of).and_then(|(layer, slot)| adapted(decoder, layer, slot));
             if let Some((linear, slot)) = linear {
                 report.merged += 1;
@@ -123,23 +139,6 @@ pub fn merge_to_gguf(
 fn adapted(decoder: &Decoder, layer: usize, slot: Slot) -> Option<(&Linear, Slot)> {
     let linear = &decoder.layers.get(layer)?.linears[slot as usize];
     linear.adapter.is_some().then_some((linear, slot))
-}
-
-/// Only matrices are quantized; norms stay as they are.
-fn is_matrix(info: &TensorInfo) -> bool {
-    info.n_rows() > 1 && info.name.ends_with("weight")
-}
-
-/// The asked type, or where a row is not a whole number of its blocks, the one that llama.cpp falls back to.
-fn fitting(asked: GgmlType, row_len: usize) -> GgmlType {
-    let fits = |t: GgmlType| row_len.is_multiple_of(t.block_len());
-    let fallback = match asked {
-        GgmlType::Q4_K => GgmlType::Q5_0,
-        GgmlType::Q5_K => GgmlType::Q5_1,
-        GgmlType::Q6_K => GgmlType::Q8_0,
-        other => other,
-    };
-    [asked, fallback].into_iter().find(|&t| fits(t)).unwrap_or(GgmlType::F16)
 }
 
 /// One adapted weight: W' in f32 by row chunks, packed, with the loss of packing measured.

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use qpeft_formats::file::AtomicDir;
+use qpeft_formats::gguf::split::SplitLimit;
 use qpeft_formats::gguf::{GgufFile, GgufWriter, Metadata, TensorDecl, TensorInfo, names};
 use qpeft_formats::safetensors::{Checkpoint, TensorRef, TensorView, write_safetensors};
 use qpeft_formats::{GgmlType, blocks};
@@ -40,14 +41,7 @@ pub fn pack_rows(
 ) -> Result<Replacement> {
     dtype.require_quantizer(false)?;
     let row_bytes = dtype.row_bytes(cols)?;
-    if let Err(index) = blocks::check_finite(values) {
-        return Err(Error::refused(format!(
-            "tensor `{name}`: row {}, column {} is {}; only finite weights can be stored",
-            index / cols,
-            index % cols,
-            values[index]
-        )));
-    }
+    refuse_not_finite(values, cols, 0, name)?;
     use rayon::prelude::*;
     let mut bytes = vec![0; values.len() / cols * row_bytes];
     bytes
@@ -55,6 +49,22 @@ pub fn pack_rows(
         .zip(values.par_chunks(cols))
         .for_each(|(bytes, row)| quantize_rows(dtype, row, cols, None, bytes));
     Ok(Replacement { dtype, bytes: file_order(bytes, row_bytes, heads)? })
+}
+
+/// Refuses rows (from `first_row` on) with a value that is not finite.
+///
+/// # Errors
+/// There is one; the message has its row and column.
+pub fn refuse_not_finite(values: &[f32], cols: usize, first_row: usize, name: &str) -> Result<()> {
+    match blocks::check_finite(values) {
+        Ok(()) => Ok(()),
+        Err(index) => Err(Error::refused(format!(
+            "tensor `{name}`: row {}, column {} is {}; only finite weights can be stored",
+            first_row + index / cols,
+            index % cols,
+            values[index]
+        ))),
+    }
 }
 
 /// A packed weight (Hugging Face row order) as the file wants it.
@@ -95,7 +105,8 @@ pub fn permuted_heads(base: &Base, config: &Config, name: &str) -> Option<usize>
 }
 
 /// Writes a GGUF like `file`: tensor types from `dtype_of`, bytes from `replace` or, where that gives
-/// `None`, from the file itself. Both get the tensor's Hugging Face name, or `None` if it has none.
+/// `None`, from the file itself. Both get the tensor's Hugging Face name, or `None` if it has none. With
+/// `split` in several files.
 ///
 /// # Errors
 /// The output cannot be written, a type is not supported, or `replace` fails. Nothing is left at `path`.
@@ -103,6 +114,7 @@ pub fn write_gguf(
     file: &GgufFile,
     path: &Path,
     metadata: &Metadata,
+    split: Option<SplitLimit>,
     dtype_of: impl Fn(Option<&str>, &TensorInfo) -> Result<GgmlType>,
     mut replace: impl FnMut(Option<&str>, &TensorInfo) -> Result<Option<Replacement>>,
 ) -> Result<()> {
@@ -119,7 +131,10 @@ pub fn write_gguf(
             })
         })
         .collect::<Result<Vec<_>>>()?;
-    let mut writer = GgufWriter::create(path, metadata, &declared)?;
+    let mut writer = match split {
+        Some(limit) => GgufWriter::create_split(path, metadata, &declared, limit)?,
+        None => GgufWriter::create(path, metadata, &declared)?,
+    };
     for ((info, hf), declared) in file.tensors().iter().zip(&hf_names).zip(&declared) {
         match replace(hf.as_deref(), info)? {
             Some(replacement) => {

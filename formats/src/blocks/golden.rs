@@ -137,3 +137,94 @@ k_golden! {
     Q5_K q5_k_with_and_without_importance_has_the_bytes_of_llama_cpp q5_k_has_the_values_of_llama_cpp;
     Q6_K q6_k_with_and_without_importance_has_the_bytes_of_llama_cpp q6_k_has_the_values_of_llama_cpp;
 }
+
+/// Rows, importance, bytes and values of the types that are neither K-quants nor IQ types
+/// (testdata/make/simple_blocks.py).
+const SIMPLE: &[u8] = include_bytes!("../../../testdata/ggml/simple_blocks.safetensors");
+
+/// Dequantizes the blocks under a name and compares all bits.
+fn simple_dequantizes(dtype: GgmlType, name: &str) {
+    let file = SafeTensors::deserialize(SIMPLE).expect("the golden file is a safetensors file");
+    let (_, bytes) = tensor(&file, &format!("{dtype}.{name}")).expect("the blocks");
+    let values = format!("{dtype}.{name}.f32").replace(".bytes", "");
+    let expected = floats(&tensor(&file, &values).expect("their values").1);
+    let mut values = vec![0.0; expected.len()];
+    dequantize_row(dtype, &bytes, &mut values);
+    for (i, (value, expected)) in values.iter().zip(&expected).enumerate() {
+        assert_eq!(value.to_bits(), expected.to_bits(), "{dtype}.{name} element {i}: {value} for {expected}");
+    }
+}
+
+/// Quantizes the rows without and with importance and compares all bytes.
+fn simple_quantizes(dtype: GgmlType) {
+    let file = SafeTensors::deserialize(SIMPLE).expect("the golden file is a safetensors file");
+    let (columns, rows) = tensor(&file, "rows").expect("the rows");
+    let importance = floats(&tensor(&file, "importance").expect("one weight per column").1);
+    for (name, importance) in [("bytes", None), ("weighted", Some(&*importance))] {
+        let (row_bytes, expected) = tensor(&file, &format!("{dtype}.{name}")).expect("the bytes");
+        for (r, (row, expected)) in floats(&rows).chunks(columns).zip(expected.chunks(row_bytes)).enumerate()
+        {
+            let mut bytes = vec![0xa5; row_bytes];
+            quantize_row(dtype, row, importance, &mut bytes);
+            for (b, (bytes, expected)) in
+                bytes.chunks(dtype.block_bytes()).zip(expected.chunks(dtype.block_bytes())).enumerate()
+            {
+                assert_eq!(bytes, expected, "{dtype} {name} row {r} block {b}");
+            }
+        }
+    }
+}
+
+#[test]
+fn simple_types_dequantize_to_the_bits_of_llama_cpp() {
+    let written = [
+        GgmlType::Q4_0,
+        GgmlType::Q4_1,
+        GgmlType::Q5_0,
+        GgmlType::Q5_1,
+        GgmlType::Q8_0,
+        GgmlType::TQ1_0,
+        GgmlType::TQ2_0,
+        GgmlType::MXFP4,
+        GgmlType::NVFP4,
+        GgmlType::Q1_0,
+        GgmlType::Q2_0,
+    ];
+    let read_only = [
+        GgmlType::F64,
+        GgmlType::I8,
+        GgmlType::I16,
+        GgmlType::I32,
+        GgmlType::I64,
+        GgmlType::Q8_1,
+        GgmlType::Q8_K,
+    ];
+    for dtype in written {
+        simple_dequantizes(dtype, "bytes");
+    }
+    for dtype in written.into_iter().chain(read_only) {
+        simple_dequantizes(dtype, "random");
+    }
+}
+
+macro_rules! simple_golden {
+    ($($name:ident: $dtype:ident;)*) => {$(
+        #[test]
+        fn $name() {
+            simple_quantizes(GgmlType::$dtype);
+        }
+    )*};
+}
+simple_golden! {
+    q4_0_with_and_without_importance_has_the_bytes_of_llama_cpp: Q4_0;
+    q4_1_with_and_without_importance_has_the_bytes_of_llama_cpp: Q4_1;
+    q5_0_with_and_without_importance_has_the_bytes_of_llama_cpp: Q5_0;
+    q5_1_with_and_without_importance_has_the_bytes_of_llama_cpp: Q5_1;
+    q8_0_with_and_without_importance_has_the_bytes_of_llama_cpp: Q8_0;
+    tq1_0_with_and_without_importance_has_the_bytes_of_llama_cpp: TQ1_0;
+    tq2_0_with_and_without_importance_has_the_bytes_of_llama_cpp: TQ2_0;
+    mxfp4_with_and_without_importance_has_the_bytes_of_llama_cpp: MXFP4;
+    nvfp4_with_and_without_importance_has_the_bytes_of_llama_cpp: NVFP4;
+    q1_0_with_and_without_importance_has_the_bytes_of_llama_cpp: Q1_0;
+    q2_0_with_and_without_importance_has_the_bytes_of_llama_cpp: Q2_0;
+}

@@ -5,15 +5,20 @@
 //! reference; Rust never fuses or reassociates them, so every instruction set gives the same bits.
 #![expect(
     clippy::inline_always,
-    reason = "inlining carries the target features of the caller of `dequantize_row` into its loops"
+    reason = "inlining carries the target features of the caller into the loops of a codec"
 )]
 
 mod dense;
-mod half;
+mod fp4;
+pub(crate) mod half;
 mod k_quants;
 mod k_quants_affine;
 mod k_quants_symmetric;
+mod mxfp4;
 mod nibbles;
+mod nvfp4;
+mod q1_0;
+mod q2_0;
 mod q2_k;
 mod q3_k;
 mod q4_0;
@@ -24,9 +29,17 @@ mod q5_1;
 mod q5_k;
 mod q6_k;
 mod q8_0;
+mod q8_1;
+mod q8_k;
 mod rounding;
+mod ternary;
+mod tq1_0;
+mod tq2_0;
+mod validate;
+mod weighted;
 
 use crate::dtype::GgmlType;
+pub use validate::check_scales;
 
 /// One block type: `BYTES` bytes hold `LEN` elements. Multi-byte fields are little-endian.
 trait Block<const BYTES: usize, const LEN: usize> {
@@ -82,6 +95,11 @@ macro_rules! with_codec {
             GgmlType::F32 => $row::<dense::F32, _, _>($($arg),*),
             GgmlType::F16 => $row::<dense::F16, _, _>($($arg),*),
             GgmlType::BF16 => $row::<dense::BF16, _, _>($($arg),*),
+            GgmlType::F64 => $row::<dense::F64, _, _>($($arg),*),
+            GgmlType::I8 => $row::<dense::I8, _, _>($($arg),*),
+            GgmlType::I16 => $row::<dense::I16, _, _>($($arg),*),
+            GgmlType::I32 => $row::<dense::I32, _, _>($($arg),*),
+            GgmlType::I64 => $row::<dense::I64, _, _>($($arg),*),
             GgmlType::Q4_0 => $row::<q4_0::Q4_0, _, _>($($arg),*),
             GgmlType::Q4_1 => $row::<q4_1::Q4_1, _, _>($($arg),*),
             GgmlType::Q5_0 => $row::<q5_0::Q5_0, _, _>($($arg),*),
@@ -89,9 +107,17 @@ macro_rules! with_codec {
             GgmlType::Q8_0 => $row::<q8_0::Q8_0, _, _>($($arg),*),
             GgmlType::Q2_K => $row::<q2_k::Q2_K, _, _>($($arg),*),
             GgmlType::Q3_K => $row::<q3_k::Q3_K, _, _>($($arg),*),
+            GgmlType::Q8_1 => $row::<q8_1::Q8_1, _, _>($($arg),*),
             GgmlType::Q4_K => $row::<q4_k::Q4_K, _, _>($($arg),*),
             GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
             GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),
+            GgmlType::Q8_K => $row::<q8_k::Q8_K, _, _>($($arg),*),
+            GgmlType::TQ1_0 => $row::<tq1_0::TQ1_0, _, _>($($arg),*),
+            GgmlType::TQ2_0 => $row::<tq2_0::TQ2_0, _, _>($($arg),*),
+            GgmlType::MXFP4 => $row::<mxfp4::MXFP4, _, _>($($arg),*),
+            GgmlType::NVFP4 => $row::<nvfp4::NVFP4, _, _>($($arg),*),
+            GgmlType::Q1_0 => $row::<q1_0::Q1_0, _, _>($($arg),*),
+            GgmlType::Q2_0 => $row::<q2_0::Q2_0, _, _>($($arg),*),
             other => panic!("no codec for {other}"),
         }
     };
@@ -114,6 +140,12 @@ macro_rules! with_quantizer {
             GgmlType::Q4_K => $row::<q4_k::Q4_K, _, _>($($arg),*),
             GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
             GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),
+            GgmlType::TQ1_0 => $row::<tq1_0::TQ1_0, _, _>($($arg),*),
+            GgmlType::TQ2_0 => $row::<tq2_0::TQ2_0, _, _>($($arg),*),
+            GgmlType::MXFP4 => $row::<mxfp4::MXFP4, _, _>($($arg),*),
+            GgmlType::NVFP4 => $row::<nvfp4::NVFP4, _, _>($($arg),*),
+            GgmlType::Q1_0 => $row::<q1_0::Q1_0, _, _>($($arg),*),
+            GgmlType::Q2_0 => $row::<q2_0::Q2_0, _, _>($($arg),*),
             read_only => panic!("values cannot be written in type {read_only}"),
         }
     };
@@ -134,6 +166,8 @@ pub fn dequantize_row(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) {
 ///
 /// `importance` holds one weight per column, as an importance matrix has it. Callers ask
 /// [`GgmlType::require_quantizer`] first.
+///
+/// Always inlined, so that a caller compiled for AVX2 or AVX-512 gets the codec vectorized for it.
 ///
 /// NaN and infinities give blocks without meaning (see [`check_finite`]). A finite block whose scale
 /// is beyond 65504 gets an infinite f16 scale, as in the reference.
