@@ -56,6 +56,29 @@ trait Quantize<const BYTES: usize, const LEN: usize>: Block<BYTES, LEN> {
     fn quantize(x: &[f32; LEN], importance: Option<Importance<'_, LEN>>, block: &mut [u8; BYTES]);
 }
 
+/// A block type in which rows can be written; types that implement [`Quantize`] do so block by block.
+trait QuantizeRow<const BYTES: usize, const LEN: usize>: Block<BYTES, LEN> {
+    /// Values -> blocks. Overwrites every byte. The slices have the same length.
+    fn quantize_row(row: &[[f32; LEN]], importance: Option<&[[f32; LEN]]>, blocks: &mut [[u8; BYTES]]);
+}
+
+impl<B: Quantize<BYTES, LEN>, const BYTES: usize, const LEN: usize> QuantizeRow<BYTES, LEN> for B {
+    #[inline(always)]
+    fn quantize_row(row: &[[f32; LEN]], importance: Option<&[[f32; LEN]]>, blocks: &mut [[u8; BYTES]]) {
+        let Some(importance) = importance else {
+            for (x, block) in row.iter().zip(blocks) {
+                B::quantize(x, None, block);
+            }
+            return;
+        };
+        let values = row.as_flattened();
+        let row_mean_square = values.iter().fold(0.0, |sum, x| sum + x * x) / values.len() as f32;
+        for ((x, weights), block) in row.iter().zip(importance).zip(blocks) {
+            B::quantize(x, Some(Importance { weights, row_mean_square }), block);
+        }
+    }
+}
+
 /// What an importance matrix says of one block: how much an error in each of its columns matters.
 #[derive(Debug, Clone, Copy)]
 struct Importance<'a, const LEN: usize> {
@@ -186,7 +209,7 @@ fn dequantize_blocks<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>
 }
 
 #[inline(always)]
-fn quantize_blocks<B: Quantize<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
+fn quantize_blocks<B: QuantizeRow<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
     row: &[f32],
     importance: Option<&[f32]>,
     bytes: &mut [u8],
@@ -198,18 +221,11 @@ fn quantize_blocks<B: Quantize<BYTES, LEN>, const BYTES: usize, const LEN: usize
         blocks.len() == values.len() && bytes_left.is_empty() && values_left.is_empty(),
         "bytes and values of a row must be the same number of whole blocks"
     );
-    let Some(importance) = importance else {
-        for (values, block) in values.iter().zip(blocks) {
-            B::quantize(values, None, block);
-        }
-        return;
-    };
-    assert_eq!(importance.len(), row.len(), "one importance per column");
-    let sum_squares = row.iter().fold(0.0, |sum, x| sum + x * x);
-    let row_mean_square = sum_squares / row.len() as f32;
-    for ((values, weights), block) in values.iter().zip(importance.as_chunks::<LEN>().0).zip(blocks) {
-        B::quantize(values, Some(Importance { weights, row_mean_square }), block);
-    }
+    let importance = importance.map(|importance| {
+        assert_eq!(importance.len(), row.len(), "one importance per column");
+        importance.as_chunks::<LEN>().0
+    });
+    B::quantize_row(values, importance, blocks);
 }
 
 /// The `N` bytes of a block from byte `at`.
