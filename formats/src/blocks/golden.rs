@@ -9,6 +9,9 @@ const TENSORS: [&str; 3] = ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight", "b
 
 const GOLDEN: &[u8] = include_bytes!("../../../testdata/ggml/blocks.safetensors");
 
+/// The same rows in the IQ types, with and without importance, and blocks of random bits.
+const IQ_GOLDEN: &[u8] = include_bytes!("../../../testdata/ggml/iq_blocks.safetensors");
+
 fn tensor(file: &SafeTensors<'_>, name: &str) -> Option<(usize, Vec<u8>)> {
     let view = file.tensor(name).ok()?;
     Some((*view.shape().last().expect("two dimensions"), view.data().to_vec()))
@@ -82,3 +85,29 @@ macro_rules! golden {
     )*};
 }
 golden!(F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K);
+
+/// Dequantizes blocks of random bits and compares all bits.
+fn dequantizes_random_bits(dtype: GgmlType) {
+    let file = SafeTensors::deserialize(IQ_GOLDEN).expect("the golden file is a safetensors file");
+    let (_, bytes) = tensor(&file, &format!("{dtype}.random.bytes")).expect("random blocks");
+    let (_, expected) = tensor(&file, &format!("{dtype}.random.f32")).expect("and their values");
+    let expected = floats(&expected);
+    let mut values = vec![0.0; expected.len()];
+    dequantize_row(dtype, &bytes, &mut values);
+    for (i, (value, expected)) in values.iter().zip(&expected).enumerate() {
+        assert_eq!(value.to_bits(), expected.to_bits(), "{dtype} element {i}");
+    }
+}
+
+macro_rules! iq_golden {
+    ($($dtype:ident)*) => {$(
+        #[allow(non_snake_case)]
+        mod $dtype {
+            #[test]
+            fn dequantizes_random_bits_to_the_bits_of_llama_cpp() {
+                super::dequantizes_random_bits(super::GgmlType::$dtype);
+            }
+        }
+    )*};
+}
+iq_golden!(IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS);
