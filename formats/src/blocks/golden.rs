@@ -99,10 +99,40 @@ fn dequantizes_random_bits(dtype: GgmlType) {
     }
 }
 
+/// Quantizes every source tensor, with its importance and where the type allows it without.
+fn quantizes_with_and_without_importance(dtype: GgmlType) {
+    let file = SafeTensors::deserialize(GOLDEN).expect("the golden file is a safetensors file");
+    let iq_file = SafeTensors::deserialize(IQ_GOLDEN).expect("the golden file is a safetensors file");
+    let check = |name: &str, kind: &str, importance: Option<&[f32]>| {
+        let (columns, source) = tensor(&file, &format!("F32.{name}")).expect("the source rows");
+        let (row_bytes, expected) =
+            tensor(&iq_file, &format!("{dtype}.{name}.{kind}")).expect("the bytes of the type");
+        for (r, (row, expected)) in
+            floats(&source).chunks(columns).zip(expected.chunks(row_bytes)).enumerate()
+        {
+            let mut bytes = vec![0xa5; row_bytes];
+            quantize_row(dtype, row, importance, &mut bytes);
+            assert_eq!(bytes, expected, "{dtype} {name} row {r} {kind}");
+        }
+    };
+    for name in TENSORS {
+        let (_, importance) = tensor(&iq_file, &format!("importance.{name}")).expect("the importance");
+        check(name, "weighted", Some(&floats(&importance)));
+        if dtype.require_quantizer(false).is_ok() {
+            check(name, "plain", None);
+        }
+    }
+}
+
 macro_rules! iq_golden {
     ($($dtype:ident)*) => {$(
         #[allow(non_snake_case)]
         mod $dtype {
+            #[test]
+            fn quantizes_to_the_bytes_of_llama_cpp_with_and_without_importance() {
+                super::quantizes_with_and_without_importance(super::GgmlType::$dtype);
+            }
+
             #[test]
             fn dequantizes_random_bits_to_the_bits_of_llama_cpp() {
                 super::dequantizes_random_bits(super::GgmlType::$dtype);

@@ -12,6 +12,7 @@ mod dense;
 mod half;
 mod iq1_m;
 mod iq1_s;
+mod iq1_search;
 mod iq2_s;
 mod iq2_xs;
 mod iq2_xxs;
@@ -19,7 +20,9 @@ mod iq3_s;
 mod iq3_xxs;
 mod iq4_nl;
 mod iq4_xs;
+mod iq_codebook;
 mod iq_grids;
+mod iq_search;
 mod k_quants;
 mod nibbles;
 mod q4_0;
@@ -102,6 +105,15 @@ macro_rules! with_quantizer {
             GgmlType::Q4_K => $row::<q4_k::Q4_K, _, _>($($arg),*),
             GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
             GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),
+            GgmlType::IQ1_S => $row::<iq1_s::IQ1_S, _, _>($($arg),*),
+            GgmlType::IQ1_M => $row::<iq1_m::IQ1_M, _, _>($($arg),*),
+            GgmlType::IQ2_XXS => $row::<iq2_xxs::IQ2_XXS, _, _>($($arg),*),
+            GgmlType::IQ2_XS => $row::<iq2_xs::IQ2_XS, _, _>($($arg),*),
+            GgmlType::IQ2_S => $row::<iq2_s::IQ2_S, _, _>($($arg),*),
+            GgmlType::IQ3_XXS => $row::<iq3_xxs::IQ3_XXS, _, _>($($arg),*),
+            GgmlType::IQ3_S => $row::<iq3_s::IQ3_S, _, _>($($arg),*),
+            GgmlType::IQ4_NL => $row::<iq4_nl::IQ4_NL, _, _>($($arg),*),
+            GgmlType::IQ4_XS => $row::<iq4_xs::IQ4_XS, _, _>($($arg),*),
             read_only => panic!("values cannot be written in type {read_only}"),
         }
     };
