@@ -11,6 +11,19 @@
 mod dense;
 mod fp4;
 pub(crate) mod half;
+mod iq1_m;
+mod iq1_s;
+mod iq1_search;
+mod iq2_s;
+mod iq2_xs;
+mod iq2_xxs;
+mod iq3_s;
+mod iq3_xxs;
+mod iq4_nl;
+mod iq4_xs;
+mod iq_codebook;
+mod iq_grids;
+mod iq_search;
 mod k_quants;
 mod k_quants_affine;
 mod k_quants_symmetric;
@@ -112,13 +125,21 @@ macro_rules! with_codec {
             GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
             GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),
             GgmlType::Q8_K => $row::<q8_k::Q8_K, _, _>($($arg),*),
+            GgmlType::IQ1_S => $row::<iq1_s::IQ1_S, _, _>($($arg),*),
+            GgmlType::IQ1_M => $row::<iq1_m::IQ1_M, _, _>($($arg),*),
+            GgmlType::IQ2_XXS => $row::<iq2_xxs::IQ2_XXS, _, _>($($arg),*),
+            GgmlType::IQ2_XS => $row::<iq2_xs::IQ2_XS, _, _>($($arg),*),
+            GgmlType::IQ2_S => $row::<iq2_s::IQ2_S, _, _>($($arg),*),
+            GgmlType::IQ3_XXS => $row::<iq3_xxs::IQ3_XXS, _, _>($($arg),*),
+            GgmlType::IQ3_S => $row::<iq3_s::IQ3_S, _, _>($($arg),*),
+            GgmlType::IQ4_NL => $row::<iq4_nl::IQ4_NL, _, _>($($arg),*),
+            GgmlType::IQ4_XS => $row::<iq4_xs::IQ4_XS, _, _>($($arg),*),
             GgmlType::TQ1_0 => $row::<tq1_0::TQ1_0, _, _>($($arg),*),
             GgmlType::TQ2_0 => $row::<tq2_0::TQ2_0, _, _>($($arg),*),
             GgmlType::MXFP4 => $row::<mxfp4::MXFP4, _, _>($($arg),*),
             GgmlType::NVFP4 => $row::<nvfp4::NVFP4, _, _>($($arg),*),
             GgmlType::Q1_0 => $row::<q1_0::Q1_0, _, _>($($arg),*),
             GgmlType::Q2_0 => $row::<q2_0::Q2_0, _, _>($($arg),*),
-            other => panic!("no codec for {other}"),
         }
     };
 }
@@ -140,6 +161,15 @@ macro_rules! with_quantizer {
             GgmlType::Q4_K => $row::<q4_k::Q4_K, _, _>($($arg),*),
             GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
             GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),
+            GgmlType::IQ1_S => $row::<iq1_s::IQ1_S, _, _>($($arg),*),
+            GgmlType::IQ1_M => $row::<iq1_m::IQ1_M, _, _>($($arg),*),
+            GgmlType::IQ2_XXS => $row::<iq2_xxs::IQ2_XXS, _, _>($($arg),*),
+            GgmlType::IQ2_XS => $row::<iq2_xs::IQ2_XS, _, _>($($arg),*),
+            GgmlType::IQ2_S => $row::<iq2_s::IQ2_S, _, _>($($arg),*),
+            GgmlType::IQ3_XXS => $row::<iq3_xxs::IQ3_XXS, _, _>($($arg),*),
+            GgmlType::IQ3_S => $row::<iq3_s::IQ3_S, _, _>($($arg),*),
+            GgmlType::IQ4_NL => $row::<iq4_nl::IQ4_NL, _, _>($($arg),*),
+            GgmlType::IQ4_XS => $row::<iq4_xs::IQ4_XS, _, _>($($arg),*),
             GgmlType::TQ1_0 => $row::<tq1_0::TQ1_0, _, _>($($arg),*),
             GgmlType::TQ2_0 => $row::<tq2_0::TQ2_0, _, _>($($arg),*),
             GgmlType::MXFP4 => $row::<mxfp4::MXFP4, _, _>($($arg),*),
