@@ -79,8 +79,14 @@ pub enum Kind {
     NestedArray,
     #[error("is {found}, an alignment is a power of two from 1 to {limit}")]
     BadAlignment { found: u64, limit: u64 },
-    #[error("is one of {count} files, split models are not supported")]
-    SplitFile { count: u64 },
+    #[error(
+        "is file {number} of {count}; a split model has files `NAME-00001-of-{count:05}.gguf` and so on, and is opened by the first"
+    )]
+    SplitFile { number: u64, count: u64 },
+    #[error("is {found}, expected {expected} in this file of the split model")]
+    WrongPart { expected: u64, found: u64 },
+    #[error("is {expected}, the files of the split model hold {found} tensors")]
+    WrongTensorCount { expected: u64, found: u64 },
     #[error("the key is missing")]
     MissingKey,
     #[error("is of type {found}, expected {expected}")]
@@ -110,6 +116,8 @@ pub enum Kind {
     ImportanceRequired { found: &'static str },
     #[error("the tensor is missing")]
     MissingTensor,
+    #[error("does not lie in one of the {layers} layers, as `blk.N.` in its name should say")]
+    NotInALayer { layers: u64 },
 
     // GGUF: writing.
     #[error("was given before tensor `{expected}` was complete")]
@@ -118,6 +126,20 @@ pub enum Kind {
     UndeclaredTensor,
     #[error("needs {expected} bytes, {found} were given")]
     WrongLength { expected: u64, found: u64 },
+
+    // Importance matrices.
+    #[error("is `{found}`, an importance matrix has `imatrix`")]
+    NotImatrix { found: Box<str> },
+    #[error("holds no importance")]
+    NoImportance,
+    #[error("is of type {found}, expected {expected}")]
+    WrongTensorType { expected: &'static str, found: &'static str },
+    #[error("{what} {index} is `{value}`, expected a finite number of at least 0")]
+    BadImportance { what: &'static str, index: u64, value: f32 },
+    #[error("{values} values cannot be those of {experts} experts")]
+    UnevenImportance { values: u64, experts: u64 },
+    #[error("has {found} values of importance, the weight has {expected} columns over all experts")]
+    ImportanceLength { expected: u64, found: u64 },
 
     // JSON, safetensors and checkpoint folders.
     #[error("is not the expected JSON: {0}")]
@@ -136,6 +158,18 @@ pub enum Kind {
     NotInShard { shard: Box<str> },
     #[error("lies in two shards, `{first}` and `{second}`")]
     TensorInTwoShards { first: Box<str>, second: Box<str> },
+
+    // Quantized weights of checkpoint folders.
+    #[error("has elements of type {found}, expected {expected}")]
+    WrongDtype { expected: &'static str, found: Box<str> },
+    #[error("has {found}, expected {expected}")]
+    WrongQuantState { expected: &'static str, found: Box<str> },
+    #[error("entry {entry} is `{found}`, the {table} table has `{expected}`")]
+    WrongTable { table: &'static str, entry: usize, expected: f32, found: f32 },
+    #[error("element {index} is `{value}`, and a scale is a finite number")]
+    BadScale { index: u64, value: f32 },
+    #[error("quantization `{found}` is not supported; supported: {supported}")]
+    UnsupportedQuantization { found: Box<str>, supported: &'static str },
 
     // PEFT adapter folders.
     #[error("is {found}, expected a {expected}")]
@@ -202,10 +236,23 @@ impl Error {
             Kind::NotGguf { .. } => "give the path of a `.gguf` file",
             Kind::BigEndian => "convert the model again for a little-endian machine",
             Kind::UnsupportedVersion { .. } => "convert the model again with a current converter",
-            Kind::SplitFile { .. } => "join the files first: `llama-gguf-split --merge FIRST OUTPUT`",
+            Kind::SplitFile { .. } => "give the path of the first file, under the name it was published with",
+            Kind::WrongPart { .. } | Kind::WrongTensorCount { .. } => {
+                "the files do not belong together; fetch all of them again from one place"
+            }
             Kind::NoWeights => "give the folder of a safetensors checkpoint, or a `.gguf` file",
             Kind::MissingShard { .. } => "the download may be incomplete; fetch the missing shard",
+            Kind::UnsupportedQuantization { .. } => {
+                "give the unquantized checkpoint, with `--base-quant nf4` to quantize it at load, or a GGUF"
+            }
+            Kind::WrongTable { .. } | Kind::WrongQuantState { .. } | Kind::WrongDtype { .. } => {
+                "quantize the model again with a current bitsandbytes, or with `qpeft quantize`"
+            }
             Kind::UnsupportedSetting { .. } => "convert the adapter to a plain LoRA or DoRA with PEFT first",
+            Kind::NotImatrix { .. } | Kind::NoImportance => {
+                "give a file that `llama-imatrix` wrote for this model"
+            }
+            Kind::ImportanceLength { .. } => "give the importance matrix of this model",
             Kind::ReadOnlyType { .. } => "choose one of the writable types",
             Kind::ImportanceRequired { .. } => {
                 "give an importance matrix (`--imatrix FILE`), or another type"

@@ -12,6 +12,9 @@ use crate::error::{Error, Kind, Result};
 #[derive(Debug)]
 pub struct MappedFile {
     map: memmap2::Mmap,
+    /// For reads that leave the map alone.
+    #[cfg(unix)]
+    file: File,
 }
 
 impl MappedFile {
@@ -31,9 +34,25 @@ impl MappedFile {
             // limit, and a copy of a checkpoint in memory is the cost that mapping exists to avoid.
             #[expect(unsafe_code, reason = "a memory map cannot be made without it")]
             let map = unsafe { memmap2::Mmap::map(&file) }?;
-            Ok(MappedFile { map })
+            Ok(MappedFile {
+                map,
+                #[cfg(unix)]
+                file,
+            })
         };
         map().map_err(|e| e.in_file(path))
+    }
+
+    /// Reads bytes from an offset, through the file where the system can: pages of the map that are
+    /// touched count as memory of the process, pages that the system reads for it do not.
+    fn read_at(&self, offset: usize, out: &mut [u8]) -> io::Result<()> {
+        #[cfg(unix)]
+        return std::os::unix::fs::FileExt::read_exact_at(&self.file, out, offset as u64);
+        #[cfg(not(unix))]
+        {
+            out.copy_from_slice(&self.map[offset..offset + out.len()]);
+            Ok(())
+        }
     }
 }
 
@@ -76,6 +95,28 @@ impl Bytes {
         assert!(range.start <= range.end && range.end <= self.len(), "slice outside of the bytes");
         let start = self.range.start;
         Bytes { owner: self.owner.clone(), range: start + range.start..start + range.end }
+    }
+}
+
+impl Bytes {
+    /// Copies the bytes from `start` on to `out`. Unlike reading the slice, this does not make the pages of
+    /// a mapped file resident in the process: use it to stream what is larger than memory.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    ///
+    /// # Panics
+    /// The range does not lie inside.
+    pub fn read_at(&self, start: usize, out: &mut [u8]) -> io::Result<()> {
+        let end = start.checked_add(out.len()).filter(|&end| end <= self.len());
+        let end = end.expect("a part of the bytes");
+        match &self.owner {
+            Owner::Mapped(file) => file.read_at(self.range.start + start, out),
+            Owner::Heap(_) => {
+                out.copy_from_slice(&self[start..end]);
+                Ok(())
+            }
+        }
     }
 }
 
@@ -227,20 +268,48 @@ impl AtomicFile {
         Ok(())
     }
 
+    /// Waits until what was written so far is on the disk, so that little is left to wait for at the end.
+    ///
+    /// # Errors
+    /// The disk is full or fails.
+    pub fn sync(&mut self) -> Result<()> {
+        let file = self.file.as_mut().expect("the file is there until `commit` consumes it");
+        let sync = |file: &mut BufWriter<File>| file.flush().and_then(|()| file.get_ref().sync_data());
+        sync(file).map_err(|e| Error::from(e).in_file(&self.path))
+    }
+
     /// Makes the file appear under its name, replacing an older one.
     ///
     /// # Errors
     /// The disk is full or fails; the older file is then still there.
-    pub fn commit(mut self) -> Result<()> {
-        let mut file = self.file.take().expect("the file is there until `commit` consumes it");
-        let commit = || -> io::Result<()> {
-            file.flush()?;
-            file.get_ref().sync_all()?;
-            drop(file);
-            fs::rename(&self.temporary, &self.path)
-        };
-        commit().map_err(|e| Error::from(e).in_file(&self.path))?;
-        sync_parent(&self.path);
+    pub fn commit(self) -> Result<()> {
+        AtomicFile::commit_all(vec![self])
+    }
+
+    /// Makes several files appear under their names: all, or none of them.
+    ///
+    /// Every file is complete on the disk before the first gets its name.
+    ///
+    /// # Errors
+    /// The disk is full or fails; no older file has then been replaced, unless a rename itself failed after
+    /// others had succeeded.
+    pub fn commit_all(mut files: Vec<AtomicFile>) -> Result<()> {
+        for this in &mut files {
+            let mut file = this.file.take().expect("the file is there until `commit` consumes it");
+            let complete = file.flush().and_then(|()| file.get_ref().sync_all());
+            complete.map_err(|e| Error::from(e).in_file(&this.path))?;
+        }
+        for (i, this) in files.iter().enumerate() {
+            if let Err(e) = fs::rename(&this.temporary, &this.path) {
+                for earlier in &files[..i] {
+                    let _ = fs::remove_file(&earlier.path);
+                }
+                return Err(Error::from(e).in_file(&this.path));
+            }
+        }
+        if let Some(this) = files.first() {
+            sync_parent(&this.path);
+        }
         Ok(())
     }
 }

@@ -32,3 +32,6 @@ pub const MAX_SAFETENSORS_HEADER: u64 = 100_000_000;
 /// Bytes of a JSON file (`config.json`, `adapter_config.json`, a shard index): the largest real ones,
 /// indices of mixture-of-experts checkpoints, have some 10 MiB.
 pub const MAX_JSON_BYTES: u64 = 256 << 20;
+
+/// Bytes of the JSON beside a bitsandbytes weight: real ones have some 170.
+pub const MAX_QUANT_STATE: u64 = 4096;

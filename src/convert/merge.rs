@@ -7,6 +7,7 @@ use std::path::Path;
 
 use qpeft_formats::gguf::{GgufFile, TensorInfo, Value};
 use qpeft_formats::{GgmlType, blocks};
+use qpeft_kernels::cpu::quantize::quantize_rows;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -167,7 +168,7 @@ fn merged_weight(
             let (mut packed, mut stored) = (vec![0; row_bytes], vec![0.0; cols]);
             let mut sums = [0.0; 4];
             for (w, before) in w.chunks_exact(cols).zip(before.chunks_exact(cols)) {
-                blocks::quantize_row(dtype, w, None, &mut packed);
+                quantize_rows(dtype, w, cols, None, &mut packed);
                 blocks::dequantize_row(dtype, &packed, &mut stored);
                 for ((w, before), stored) in w.iter().zip(before).zip(&stored) {
                     let (w, change) = (f64::from(*w), f64::from(w - before));

@@ -6,6 +6,8 @@
 
 mod functions;
 
+pub use functions::now;
+
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, Value as Jinja};

@@ -10,6 +10,7 @@ use qpeft_formats::file::AtomicDir;
 use qpeft_formats::gguf::{GgufFile, GgufWriter, Metadata, TensorDecl, TensorInfo, names};
 use qpeft_formats::safetensors::{Checkpoint, TensorRef, TensorView, write_safetensors};
 use qpeft_formats::{GgmlType, blocks};
+use qpeft_kernels::cpu::quantize::quantize_rows;
 
 use super::base::Base;
 use super::config::Config;
@@ -52,7 +53,7 @@ pub fn pack_rows(
     bytes
         .par_chunks_mut(row_bytes)
         .zip(values.par_chunks(cols))
-        .for_each(|(bytes, row)| blocks::quantize_row(dtype, row, None, bytes));
+        .for_each(|(bytes, row)| quantize_rows(dtype, row, cols, None, bytes));
     Ok(Replacement { dtype, bytes: file_order(bytes, row_bytes, heads)? })
 }
 

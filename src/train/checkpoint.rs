@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::config::TrainConfig;
+use super::data::Dataset;
 use super::error::{Error, Result};
 use super::run_files::read_layout;
 
@@ -57,6 +58,12 @@ pub struct State {
     pub config: Map<String, Value>,
     /// Hash of the training data.
     pub data_hash: String,
+    /// [`Dataset::examples_hash`](super::data::Dataset::examples_hash): what the tokenizer and the chat
+    /// template made of the data.
+    pub examples_hash: String,
+    /// The clock of the chat template, in seconds since 1970: templates that print the date see that of
+    /// the run's start.
+    pub template_time: i64,
     /// Fingerprint of the base model.
     pub base_fingerprint: String,
 }
@@ -83,16 +90,21 @@ impl State {
     /// Refuses to continue a run that was made of something else.
     ///
     /// # Errors
-    /// [`Error::OtherBase`], [`Error::OtherData`] or [`Error::OtherConfig`] with every setting that differs.
-    pub fn check(&self, config: &TrainConfig, data_hash: &str, base_fingerprint: &str) -> Result<()> {
+    /// [`Error::OtherBase`], [`Error::OtherData`], [`Error::OtherExamples`] or [`Error::OtherConfig`] with every setting that differs.
+    pub fn check(&self, config: &TrainConfig, data: &Dataset, base_fingerprint: &str) -> Result<()> {
         let both = |expected: &str, found: &str| (expected.to_owned(), found.to_owned());
         if self.base_fingerprint != base_fingerprint {
             let (expected, found) = both(&self.base_fingerprint, base_fingerprint);
             return Err(Error::OtherBase { expected, found });
         }
-        if self.data_hash != data_hash {
-            let (expected, found) = both(&self.data_hash, data_hash);
+        if self.data_hash != data.hash {
+            let (expected, found) = both(&self.data_hash, &data.hash);
             return Err(Error::OtherData { expected, found });
+        }
+        let examples_hash = data.examples_hash();
+        if self.examples_hash != examples_hash {
+            let (expected, found) = (self.examples_hash.clone(), examples_hash);
+            return Err(Error::OtherExamples { expected, found });
         }
         // Through text, as the stored settings went: reading a float may round its last bit.
         let now = serde_json::to_string(&config.binding()).expect("settings have a JSON form");
@@ -295,6 +307,13 @@ fn entries(run: &Path) -> Result<Vec<String>> {
 mod tests {
     use super::*;
     use crate::train::config::tests::example;
+    use crate::train::data::Example;
+
+    /// Data of which `token` is the only thing that matters here.
+    fn dataset(hash: &str, token: u32) -> Dataset {
+        let examples = vec![Example { input_ids: vec![token; 2], labels: vec![token as i32; 2] }];
+        Dataset { examples, source: "d".into(), hash: hash.into(), skipped: Vec::new(), truncated: 0 }
+    }
 
     fn state(step: u64) -> State {
         State {
@@ -309,6 +328,8 @@ mod tests {
             best_loss: None,
             config: example().binding(),
             data_hash: "blake3:data".into(),
+            examples_hash: dataset("", 3).examples_hash(),
+            template_time: 1_700_000_000,
             base_fingerprint: "blake3:base".into(),
         }
     }
@@ -437,10 +458,12 @@ mod tests {
     #[test]
     fn another_base_other_data_and_other_settings_are_refused_with_both_values() {
         let (config, state) = (example(), state(1));
-        let text = |data: &str, base: &str, config: &TrainConfig| match state.check(config, data, base) {
-            Ok(()) => "ok".to_owned(),
-            Err(e) => e.to_string(),
+        let with_token = |data: &str, token, base: &str, config: &TrainConfig| {
+            state
+                .check(config, &dataset(data, token), base)
+                .map_or_else(|e| e.to_string(), |()| "ok".to_owned())
         };
+        let text = |data, base, config| with_token(data, 3, base, config);
         assert_eq!(text("blake3:data", "blake3:base", &config), "ok");
         assert_eq!(
             text("blake3:data", "blake3:other", &config),
@@ -450,6 +473,8 @@ mod tests {
             text("blake3:other", "blake3:base", &config),
             "the checkpoint was made with other data: blake3 is `blake3:other`, expected `blake3:data`"
         );
+        let other_tokens = with_token("blake3:data", 4, "blake3:base", &config);
+        assert!(other_tokens.starts_with("the tokenizer or the chat template makes other examples"));
         let mut other = config.clone();
         other.lora_r = 8;
         other.learning_rate = 1e-5;
@@ -470,6 +495,6 @@ mod tests {
         config.adam_epsilon = 9.999999999999999e-9;
         let state = State { config: config.binding(), ..state(5) };
         let path = save(run.path(), &state, [("a", &[1][..], &[1.0][..])], |_| Ok(())).unwrap();
-        load(&path).unwrap().state.check(&config, "blake3:data", "blake3:base").unwrap();
+        load(&path).unwrap().state.check(&config, &dataset("blake3:data", 3), "blake3:base").unwrap();
     }
 }

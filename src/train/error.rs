@@ -83,6 +83,16 @@ pub enum Error {
         /// The hash of the data given now.
         found: String,
     },
+    /// The same data became other examples.
+    #[error(
+        "the tokenizer or the chat template makes other examples of the data than at the run's start: blake3 is `{found}`, expected `{expected}`"
+    )]
+    OtherExamples {
+        /// The hash in the checkpoint.
+        expected: String,
+        /// The hash of the examples made now.
+        found: String,
+    },
     /// The checkpoint belongs to another base model.
     #[error(
         "the checkpoint was made with another base model: fingerprint is `{found}`, expected `{expected}`"
@@ -153,6 +163,9 @@ impl Error {
             }
             Error::OtherData { .. } => {
                 Some("give the same `--data` file, or start a new run in another `--output`".to_owned())
+            }
+            Error::OtherExamples { .. } => {
+                Some("give the same `--tokenizer`, or start a new run in another `--output`".to_owned())
             }
             Error::OtherBase { .. } => {
                 Some("give the same `--model`, or start a new run in another `--output`".to_owned())

@@ -22,6 +22,7 @@ use super::schedule::{Schedule, warmup_steps};
 use super::start::Start;
 use crate::adapters::staged::{FileId, Manifest};
 use crate::adapters::{self, AdapterFolder, folder};
+use crate::model::chat;
 use crate::model::tokenizer::Tokenizer;
 use crate::model::{Base, Batch, Buffers, Decoder, Keep, Loss, Parameters, Pass};
 
@@ -143,7 +144,8 @@ impl<'a> Run<'a> {
             Some(path) => Tokenizer::from_file(path).map_err(crate::Error::from)?,
             None => model.tokenizer()?,
         };
-        let (data, eval_data) = load_data(config, &tokenizer, observer)?;
+        let template_time = checkpoint.as_ref().map_or_else(chat::now, |c| c.state.template_time);
+        let (data, eval_data) = load_data(config, &tokenizer, template_time, observer)?;
         let longest = |d: &Dataset| d.examples.iter().map(|e| e.input_ids.len()).max().unwrap_or(0);
         let longest = longest(&data).max(eval_data.as_ref().map_or(0, longest));
         model.config()?.check_length(longest)?;
@@ -151,6 +153,9 @@ impl<'a> Run<'a> {
         let init = config.init_adapter.as_deref().map(AdapterFolder::open).transpose()?;
         let start = Start { config, device, model, init: init.as_ref(), resume };
         let (decoder, mut params, peft, manifest, base) = start.adapt(observer)?;
+        if let Some(warning) = overridden(config, &peft) {
+            observer.warn(&warning);
+        }
 
         let hyper = AdamW {
             beta1: config.adam_beta1 as f32,
@@ -178,11 +183,13 @@ impl<'a> Run<'a> {
             seed: config.seed,
             config: config.binding(),
             data_hash: data.hash.clone(),
+            examples_hash: data.examples_hash(),
+            template_time,
             base_fingerprint: base_id.fingerprint.clone(),
             ..State::default()
         };
         if let Some(checkpoint) = checkpoint {
-            checkpoint.state.check(config, &data.hash, &base_id.fingerprint)?;
+            checkpoint.state.check(config, &data, &base_id.fingerprint)?;
             sampler = Sampler::from_position(
                 data.examples.len(),
                 config.seed,
@@ -405,10 +412,11 @@ pub fn dataset_loss(
 fn load_data(
     config: &TrainConfig,
     tokenizer: &Tokenizer,
+    template_time: i64,
     observer: &mut dyn Observer,
 ) -> Result<(Dataset, Option<Dataset>)> {
     let options = config.data_options();
-    let template = tokenizer.template().map_err(crate::Error::from)?;
+    let template = tokenizer.template().map_err(crate::Error::from)?.map(|t| t.at(template_time));
     let mut load = |path: &Path| -> Result<Dataset> {
         let mut progress = |done: u64, total: u64| observer.phase("tokenize", done as usize, total as usize);
         let data = data::load(path, tokenizer, template.as_ref(), &options, &mut progress)?;
@@ -437,6 +445,24 @@ fn in_effect(config: &TrainConfig, peft: &PeftConfig) -> TrainConfig {
         use_dora: peft.use_dora,
         ..config.clone()
     }
+}
+
+/// What the saved adapter decides although the settings say otherwise.
+fn overridden(config: &TrainConfig, peft: &PeftConfig) -> Option<String> {
+    let differing: Vec<String> = [
+        (config.lora_r != peft.r).then(|| format!("lora_r {}", peft.r)),
+        (config.lora_alpha != peft.lora_alpha).then(|| format!("lora_alpha {}", peft.lora_alpha)),
+        (config.use_rslora != peft.use_rslora).then(|| format!("use_rslora {}", peft.use_rslora)),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    (!differing.is_empty()).then(|| {
+        format!(
+            "the adapter of `--init-adapter` keeps its own {}; the settings do not change it",
+            differing.join(", ")
+        )
+    })
 }
 
 fn used_data(data: &Dataset, eval: Option<&Dataset>) -> Vec<FileId> {

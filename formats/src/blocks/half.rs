@@ -5,7 +5,7 @@
 
 /// IEEE binary16 -> f32, exact; a signalling NaN comes out quiet.
 #[inline(always)]
-pub(super) fn f16_to_f32(bits: u16) -> f32 {
+pub(crate) fn f16_to_f32(bits: u16) -> f32 {
     const EXPONENT_SHIFT: u32 = (127 - 15) << 23;
     let sign = u32::from(bits & 0x8000) << 16;
     let magnitude = u32::from(bits & 0x7fff);
@@ -22,7 +22,7 @@ pub(super) fn f16_to_f32(bits: u16) -> f32 {
 
 /// bfloat16 -> f32: the upper half of the bits.
 #[inline(always)]
-pub(super) fn bf16_to_f32(bits: u16) -> f32 {
+pub(crate) fn bf16_to_f32(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
@@ -34,7 +34,7 @@ pub(super) fn read_f16<const BYTES: usize>(block: &[u8; BYTES], at: usize) -> f3
 
 /// f32 -> IEEE binary16, to nearest, ties to even; too large becomes infinite, NaN becomes 0x7e00.
 #[inline(always)]
-pub(super) fn f32_to_f16(x: f32) -> u16 {
+pub(crate) fn f32_to_f16(x: f32) -> u16 {
     const SMALLEST_NORMAL: u32 = (127 - 14) << 23;
     /// Halfway between 65504 and 65536, which rounds to the (infinite) even neighbour.
     const OVERFLOW: u32 = 0x477f_f000;
@@ -54,7 +54,7 @@ pub(super) fn f32_to_f16(x: f32) -> u16 {
 
 /// f32 -> bfloat16, to nearest, ties to even; NaN stays NaN and becomes quiet.
 #[inline(always)]
-pub(super) fn f32_to_bf16(x: f32) -> u16 {
+pub(crate) fn f32_to_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let tie_to_even = (bits >> 16) & 1;
     let rounded = bits.wrapping_add(0x7fff + tie_to_even) >> 16;

@@ -5,13 +5,22 @@
 //! reference; Rust never fuses or reassociates them, so every instruction set gives the same bits.
 #![expect(
     clippy::inline_always,
-    reason = "inlining carries the target features of the caller of `dequantize_row` into its loops"
+    reason = "inlining carries the target features of the caller into the loops of a codec"
 )]
 
 mod dense;
-mod half;
+mod fp4;
+pub(crate) mod half;
 mod k_quants;
+mod k_quants_affine;
+mod k_quants_symmetric;
+mod mxfp4;
 mod nibbles;
+mod nvfp4;
+mod q1_0;
+mod q2_0;
+mod q2_k;
+mod q3_k;
 mod q4_0;
 mod q4_1;
 mod q4_k;
@@ -20,7 +29,13 @@ mod q5_1;
 mod q5_k;
 mod q6_k;
 mod q8_0;
+mod q8_1;
+mod q8_k;
 mod rounding;
+mod ternary;
+mod tq1_0;
+mod tq2_0;
+mod weighted;
 
 use crate::dtype::GgmlType;
 
@@ -55,14 +70,29 @@ macro_rules! with_codec {
             GgmlType::F32 => $row::<dense::F32, _, _>($($arg),*),
             GgmlType::F16 => $row::<dense::F16, _, _>($($arg),*),
             GgmlType::BF16 => $row::<dense::BF16, _, _>($($arg),*),
+            GgmlType::F64 => $row::<dense::F64, _, _>($($arg),*),
+            GgmlType::I8 => $row::<dense::I8, _, _>($($arg),*),
+            GgmlType::I16 => $row::<dense::I16, _, _>($($arg),*),
+            GgmlType::I32 => $row::<dense::I32, _, _>($($arg),*),
+            GgmlType::I64 => $row::<dense::I64, _, _>($($arg),*),
             GgmlType::Q4_0 => $row::<q4_0::Q4_0, _, _>($($arg),*),
             GgmlType::Q4_1 => $row::<q4_1::Q4_1, _, _>($($arg),*),
             GgmlType::Q5_0 => $row::<q5_0::Q5_0, _, _>($($arg),*),
             GgmlType::Q5_1 => $row::<q5_1::Q5_1, _, _>($($arg),*),
             GgmlType::Q8_0 => $row::<q8_0::Q8_0, _, _>($($arg),*),
+            GgmlType::Q2_K => $row::<q2_k::Q2_K, _, _>($($arg),*),
+            GgmlType::Q3_K => $row::<q3_k::Q3_K, _, _>($($arg),*),
+            GgmlType::Q8_1 => $row::<q8_1::Q8_1, _, _>($($arg),*),
             GgmlType::Q4_K => $row::<q4_k::Q4_K, _, _>($($arg),*),
             GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
             GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),
+            GgmlType::Q8_K => $row::<q8_k::Q8_K, _, _>($($arg),*),
+            GgmlType::TQ1_0 => $row::<tq1_0::TQ1_0, _, _>($($arg),*),
+            GgmlType::TQ2_0 => $row::<tq2_0::TQ2_0, _, _>($($arg),*),
+            GgmlType::MXFP4 => $row::<mxfp4::MXFP4, _, _>($($arg),*),
+            GgmlType::NVFP4 => $row::<nvfp4::NVFP4, _, _>($($arg),*),
+            GgmlType::Q1_0 => $row::<q1_0::Q1_0, _, _>($($arg),*),
+            GgmlType::Q2_0 => $row::<q2_0::Q2_0, _, _>($($arg),*),
             other => panic!("no codec for {other}"),
         }
     };
@@ -80,9 +110,17 @@ macro_rules! with_quantizer {
             GgmlType::Q5_0 => $row::<q5_0::Q5_0, _, _>($($arg),*),
             GgmlType::Q5_1 => $row::<q5_1::Q5_1, _, _>($($arg),*),
             GgmlType::Q8_0 => $row::<q8_0::Q8_0, _, _>($($arg),*),
+            GgmlType::Q2_K => $row::<q2_k::Q2_K, _, _>($($arg),*),
+            GgmlType::Q3_K => $row::<q3_k::Q3_K, _, _>($($arg),*),
             GgmlType::Q4_K => $row::<q4_k::Q4_K, _, _>($($arg),*),
             GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
             GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),
+            GgmlType::TQ1_0 => $row::<tq1_0::TQ1_0, _, _>($($arg),*),
+            GgmlType::TQ2_0 => $row::<tq2_0::TQ2_0, _, _>($($arg),*),
+            GgmlType::MXFP4 => $row::<mxfp4::MXFP4, _, _>($($arg),*),
+            GgmlType::NVFP4 => $row::<nvfp4::NVFP4, _, _>($($arg),*),
+            GgmlType::Q1_0 => $row::<q1_0::Q1_0, _, _>($($arg),*),
+            GgmlType::Q2_0 => $row::<q2_0::Q2_0, _, _>($($arg),*),
             read_only => panic!("values cannot be written in type {read_only}"),
         }
     };
@@ -104,12 +142,15 @@ pub fn dequantize_row(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) {
 /// `importance` holds one weight per column, as an importance matrix has it. Callers ask
 /// [`GgmlType::require_quantizer`] first.
 ///
+/// Always inlined, so that a caller compiled for AVX2 or AVX-512 gets the codec vectorized for it.
+///
 /// NaN and infinities give blocks without meaning (see [`check_finite`]). A finite block whose scale
 /// is beyond 65504 gets an infinite f16 scale, as in the reference.
 ///
 /// # Panics
 /// The lengths do not belong together (callers take both from [`GgmlType::row_bytes`]), or values
 /// cannot be written in the type.
+#[inline(always)]
 pub fn quantize_row(dtype: GgmlType, row: &[f32], importance: Option<&[f32]>, bytes: &mut [u8]) {
     with_quantizer!(dtype, quantize_blocks(row, importance, bytes));
 }
@@ -142,6 +183,7 @@ fn dequantize_blocks<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>
     }
 }
 
+#[inline(always)]
 fn quantize_blocks<B: Quantize<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
     row: &[f32],
     importance: Option<&[f32]>,

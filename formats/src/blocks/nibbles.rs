@@ -47,16 +47,22 @@ pub(super) fn pack5(q: &[u8; 32]) -> ([u8; 4], [u8; 16]) {
     (high.to_le_bytes(), pack4(q))
 }
 
-/// The element of largest magnitude, with its sign; the first of several, 0 if none compares.
+/// The largest magnitude.
 #[inline(always)]
-pub(super) fn extreme(x: &[f32; 32]) -> f32 {
+pub(super) fn largest<const N: usize>(x: &[f32; N]) -> f32 {
     let mut lanes = [0.0; 8];
     for x in x.as_chunks::<8>().0 {
         for (lane, x) in lanes.iter_mut().zip(x) {
             *lane = if *lane < x.abs() { x.abs() } else { *lane };
         }
     }
-    let largest = lanes.into_iter().fold(0.0, |a, b| if a < b { b } else { a });
+    lanes.into_iter().fold(0.0, |a, b| if a < b { b } else { a })
+}
+
+/// The element of largest magnitude, with its sign; the first of several, 0 if none compares.
+#[inline(always)]
+pub(super) fn extreme(x: &[f32; 32]) -> f32 {
+    let largest = largest(x);
     if largest == 0.0 { 0.0 } else { first(x, |x| x.abs() == largest) }
 }
 

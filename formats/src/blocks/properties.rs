@@ -1,7 +1,7 @@
 //! What must hold for every codec beyond the golden rows: error bounds, stability, hostile input.
 
 use super::{check_finite, dequantize_row, quantize_row};
-use crate::dtype::GgmlType;
+use crate::dtype::{GgmlType, Quantizer};
 
 /// Unit roundoff of f16 and bf16.
 const F16: f32 = 1.0 / 2048.0;
@@ -14,8 +14,8 @@ const F16_MIN: f32 = 1.0 / 16384.0;
 ///
 /// `element` follows from the format: half a step (a whole step where the range is not symmetric and
 /// the far end is cut off) plus the f16 roundings of d and m. The K-quants minimize a sum of squares
-/// and promise nothing for one element. `rms` is the measured value with 2 % to spare.
-const ERROR_BOUNDS: [(GgmlType, Option<f32>, f64); 11] = [
+/// and promise nothing for one element; the 8-bit scales of NVFP4 have an absolute spacing. `rms` is the measured value with 2 % to spare.
+const ERROR_BOUNDS: [(GgmlType, Option<f32>, f64); 19] = [
     (GgmlType::F32, Some(0.0), 0.0),
     (GgmlType::F16, Some(F16), 2.12e-4),
     (GgmlType::BF16, Some(BF16), 1.70e-3),
@@ -24,9 +24,17 @@ const ERROR_BOUNDS: [(GgmlType, Option<f32>, f64); 11] = [
     (GgmlType::Q5_0, Some(1.0 / 16.0 + F16), 0.0429),
     (GgmlType::Q5_1, Some(1.0 / 31.0 + 3.0 * F16), 0.0382),
     (GgmlType::Q8_0, Some(0.5 / 127.0 + F16), 5.37e-3),
+    (GgmlType::Q2_K, None, 0.3),
+    (GgmlType::Q3_K, None, 0.15),
     (GgmlType::Q4_K, None, 0.0718),
     (GgmlType::Q5_K, None, 0.0364),
     (GgmlType::Q6_K, None, 0.0179),
+    (GgmlType::TQ1_0, Some(0.5 + F16), 0.811),
+    (GgmlType::TQ2_0, Some(0.5 + F16), 0.811),
+    (GgmlType::MXFP4, Some(0.25), 0.120),
+    (GgmlType::NVFP4, None, 0.0981),
+    (GgmlType::Q1_0, Some(1.0 + F16), 0.608),
+    (GgmlType::Q2_0, Some(0.5 + F16), 0.726),
 ];
 
 /// A fixed stream of 64-bit numbers (SplitMix64).
@@ -90,8 +98,19 @@ fn errors_stay_within_the_bounds_of_the_type() {
 
 #[test]
 fn bytes_of_types_without_offset_survive_dequantizing_and_quantizing_again() {
-    let stable =
-        [GgmlType::F32, GgmlType::F16, GgmlType::BF16, GgmlType::Q4_0, GgmlType::Q5_0, GgmlType::Q8_0];
+    let stable = [
+        GgmlType::F32,
+        GgmlType::F16,
+        GgmlType::BF16,
+        GgmlType::Q4_0,
+        GgmlType::Q5_0,
+        GgmlType::Q8_0,
+        GgmlType::TQ1_0,
+        GgmlType::TQ2_0,
+        GgmlType::MXFP4,
+        GgmlType::Q1_0,
+        GgmlType::Q2_0,
+    ];
     for dtype in stable {
         let mut row = Stream(2).row(64 * 256);
         row[..64].fill(0.0);
@@ -115,8 +134,10 @@ fn quantizing_overwrites_every_byte() {
 #[test]
 fn a_zero_row_stays_zero() {
     for dtype in GgmlType::writable() {
-        let back = dequantized(dtype, &quantized(dtype, &[0.0; 512]));
-        assert!(back.iter().all(|x| *x == 0.0), "{dtype}");
+        let mut bytes = quantized(dtype, &[0.0; 512]);
+        assert!(dequantized(dtype, &bytes).iter().all(|x| *x == 0.0), "{dtype}");
+        quantize_row(dtype, &[0.0; 512], Some(&[1.0; 512]), &mut bytes);
+        assert!(dequantized(dtype, &bytes).iter().all(|x| *x == 0.0), "{dtype} with importance");
     }
 }
 
@@ -128,7 +149,10 @@ fn no_floats_make_quantizing_panic() {
             let _ = quantized(dtype, &[special; 256]);
             let mut row = stream.row(256);
             row[100] = special;
-            let _ = quantized(dtype, &row);
+            let mut bytes = quantized(dtype, &row);
+            for importance in [special, 0.0, 1.0] {
+                quantize_row(dtype, &row, Some(&[importance; 256]), &mut bytes);
+            }
         }
         let bits: Vec<f32> = (0..64 * 256).map(|_| f32::from_bits(stream.next() as u32)).collect();
         let _ = quantized(dtype, &bits);
@@ -138,11 +162,39 @@ fn no_floats_make_quantizing_panic() {
 #[test]
 fn no_bytes_make_dequantizing_panic() {
     let mut stream = Stream(5);
-    for dtype in GgmlType::writable() {
+    let read_only = [
+        GgmlType::F64,
+        GgmlType::I8,
+        GgmlType::I16,
+        GgmlType::I32,
+        GgmlType::I64,
+        GgmlType::Q8_1,
+        GgmlType::Q8_K,
+    ];
+    for dtype in GgmlType::writable().chain(read_only) {
         let bytes = dtype.row_bytes(64 * 256).expect("whole blocks");
         let bytes: Vec<u8> = (0..bytes).map(|_| stream.next() as u8).collect();
         let _ = dequantized(dtype, &bytes);
         let _ = dequantized(dtype, &vec![0xff; bytes.len()]);
+    }
+}
+
+#[test]
+fn importance_lowers_the_weighted_error() {
+    let weighted = GgmlType::ALL.into_iter().filter(|t| t.quantizer() == Quantizer::Weighted);
+    for dtype in weighted {
+        let mut stream = Stream(6);
+        let row = stream.row(64 * 256);
+        let importance: Vec<f32> = row.iter().map(|_| stream.gaussian().powi(4)).collect();
+        let error = |bytes: &[u8]| {
+            let back = dequantized(dtype, bytes);
+            let errors = row.iter().zip(&back).zip(&importance);
+            errors.map(|((x, y), w)| f64::from(w * (x - y) * (x - y))).sum::<f64>()
+        };
+        let plain = quantized(dtype, &row);
+        let mut better = plain.clone();
+        quantize_row(dtype, &row, Some(&importance), &mut better);
+        assert!(error(&better) < 0.9 * error(&plain), "{dtype}: {} of {}", error(&better), error(&plain));
     }
 }
 

@@ -8,6 +8,7 @@
 use super::half::{f32_to_f16, read_f16};
 use super::nibbles::{extreme, inverse, pack4, unpack4};
 use super::rounding::truncate_small;
+use super::weighted::fit_symmetric;
 use super::{Block, Importance, Quantize, field};
 use crate::dtype::GgmlType;
 
@@ -28,10 +29,15 @@ impl Block<18, 32> for Q4_0 {
 }
 
 impl Quantize<18, 32> for Q4_0 {
-    fn quantize(x: &[f32; 32], _: Option<Importance<'_, 32>>, block: &mut [u8; 18]) {
-        let d = extreme(x) / -8.0;
-        let id = inverse(d);
-        let q = x.map(|x| truncate_small(x * id + 8.5).min(15));
+    #[inline(always)]
+    fn quantize(x: &[f32; 32], importance: Option<Importance<'_, 32>>, block: &mut [u8; 18]) {
+        let (d, q) = if let Some(importance) = importance {
+            fit_symmetric::<8>(x, importance)
+        } else {
+            let d = extreme(x) / -8.0;
+            let id = inverse(d);
+            (d, x.map(|x| truncate_small(x * id + 8.5).min(15)))
+        };
         block[0..2].copy_from_slice(&f32_to_f16(d).to_le_bytes());
         block[2..18].copy_from_slice(&pack4(&q));
     }

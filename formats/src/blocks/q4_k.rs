@@ -8,11 +8,18 @@
 //! | 16..144 | `qs` | 4 runs of 32 bytes; run r has sub-block 2r in its low nibbles, 2r + 1 in its high |
 
 use super::half::read_f16;
-use super::k_quants::{SUPERBLOCK, Search, fit_affine, unpack_scales};
+use super::k_quants::{SUPERBLOCK, pack_scales, unpack_scales};
+use super::k_quants_affine::{Candidates, Plan, Weight, fit_affine};
 use super::{Block, Importance, Quantize, field};
 use crate::dtype::GgmlType;
 
-const SEARCH: Search = Search { q_max: 15, first: -1.0, step: 0.1, last: 20 };
+const PLAN: Plan = Plan {
+    q_max: 15,
+    scale_max: 63,
+    candidates: Candidates { first: -1.0, step: 0.1, last: 20 },
+    weight: Weight::RmsPlusMagnitude,
+    spread: 2.0,
+};
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
 pub(super) struct Q4_K;
@@ -40,14 +47,25 @@ impl Block<144, SUPERBLOCK> for Q4_K {
 }
 
 impl Quantize<144, SUPERBLOCK> for Q4_K {
-    fn quantize(x: &[f32; SUPERBLOCK], _: Option<Importance<'_, SUPERBLOCK>>, block: &mut [u8; 144]) {
-        let fit = fit_affine(x, &SEARCH);
+    #[inline(always)]
+    fn quantize(
+        x: &[f32; SUPERBLOCK],
+        importance: Option<Importance<'_, SUPERBLOCK>>,
+        block: &mut [u8; 144],
+    ) {
+        let mut fit = fit_affine::<8, 32>(x, importance, &PLAN);
+        if importance.is_none() {
+            (fit.sc, fit.m) = (fit.sc.map(|sc| sc.min(63)), fit.m.map(|m| m.min(63)));
+        }
+        let scales = pack_scales(&fit.sc, &fit.m);
+        (fit.sc, fit.m) = unpack_scales(&scales);
+        let q = fit.quantize::<32>(x);
         block[0..2].copy_from_slice(&fit.d.to_le_bytes());
         block[2..4].copy_from_slice(&fit.dmin.to_le_bytes());
-        block[4..16].copy_from_slice(&fit.scales);
+        block[4..16].copy_from_slice(&scales);
         for run in 0..4 {
             for l in 0..32 {
-                let (lo, hi) = (fit.q[64 * run + l], fit.q[64 * run + 32 + l]);
+                let (lo, hi) = (q[64 * run + l], q[64 * run + 32 + l]);
                 block[16 + 32 * run + l] = lo | (hi << 4);
             }
         }

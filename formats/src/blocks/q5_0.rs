@@ -9,6 +9,7 @@
 use super::half::{f32_to_f16, read_f16};
 use super::nibbles::{extreme, inverse, pack5, unpack5};
 use super::rounding::truncate_small;
+use super::weighted::fit_symmetric;
 use super::{Block, Importance, Quantize, field};
 use crate::dtype::GgmlType;
 
@@ -29,10 +30,15 @@ impl Block<22, 32> for Q5_0 {
 }
 
 impl Quantize<22, 32> for Q5_0 {
-    fn quantize(x: &[f32; 32], _: Option<Importance<'_, 32>>, block: &mut [u8; 22]) {
-        let d = extreme(x) / -16.0;
-        let id = inverse(d);
-        let q = x.map(|x| truncate_small(x * id + 16.5).min(31));
+    #[inline(always)]
+    fn quantize(x: &[f32; 32], importance: Option<Importance<'_, 32>>, block: &mut [u8; 22]) {
+        let (d, q) = if let Some(importance) = importance {
+            fit_symmetric::<16>(x, importance)
+        } else {
+            let d = extreme(x) / -16.0;
+            let id = inverse(d);
+            (d, x.map(|x| truncate_small(x * id + 16.5).min(31)))
+        };
         let (qh, qs) = pack5(&q);
         block[0..2].copy_from_slice(&f32_to_f16(d).to_le_bytes());
         block[2..6].copy_from_slice(&qh);

@@ -9,11 +9,18 @@
 //! | 48..176 | `qs` | 4 runs of 32 bytes; run r has sub-block 2r in its low nibbles, 2r + 1 in its high |
 
 use super::half::read_f16;
-use super::k_quants::{SUPERBLOCK, Search, fit_affine, unpack_scales};
+use super::k_quants::{SUPERBLOCK, pack_scales, unpack_scales};
+use super::k_quants_affine::{Candidates, Plan, Weight, fit_affine};
 use super::{Block, Importance, Quantize, field};
 use crate::dtype::GgmlType;
 
-const SEARCH: Search = Search { q_max: 31, first: -0.5, step: 0.1, last: 15 };
+const PLAN: Plan = Plan {
+    q_max: 31,
+    scale_max: 63,
+    candidates: Candidates { first: -0.5, step: 0.1, last: 15 },
+    weight: Weight::RmsPlusMagnitude,
+    spread: 2.0,
+};
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
 pub(super) struct Q5_K;
@@ -45,17 +52,26 @@ impl Block<176, SUPERBLOCK> for Q5_K {
 }
 
 impl Quantize<176, SUPERBLOCK> for Q5_K {
-    fn quantize(x: &[f32; SUPERBLOCK], _: Option<Importance<'_, SUPERBLOCK>>, block: &mut [u8; 176]) {
-        let fit = fit_affine(x, &SEARCH);
+    #[inline(always)]
+    fn quantize(
+        x: &[f32; SUPERBLOCK],
+        importance: Option<Importance<'_, SUPERBLOCK>>,
+        block: &mut [u8; 176],
+    ) {
+        let mut fit = fit_affine::<8, 32>(x, importance, &PLAN);
+        (fit.sc, fit.m) = (fit.sc.map(|sc| sc.min(63)), fit.m.map(|m| m.min(63)));
+        let scales = pack_scales(&fit.sc, &fit.m);
+        (fit.sc, fit.m) = unpack_scales(&scales);
+        let q = fit.quantize::<32>(x);
         block[0..2].copy_from_slice(&fit.d.to_le_bytes());
         block[2..4].copy_from_slice(&fit.dmin.to_le_bytes());
-        block[4..16].copy_from_slice(&fit.scales);
+        block[4..16].copy_from_slice(&scales);
         for l in 0..32 {
-            block[16 + l] = (0..8).map(|sub| (fit.q[32 * sub + l] >> 4) << sub).sum();
+            block[16 + l] = (0..8).map(|sub| (q[32 * sub + l] >> 4) << sub).sum();
         }
         for run in 0..4 {
             for l in 0..32 {
-                let (lo, hi) = (fit.q[64 * run + l], fit.q[64 * run + 32 + l]);
+                let (lo, hi) = (q[64 * run + l], q[64 * run + 32 + l]);
                 block[48 + 32 * run + l] = (lo & 0x0f) | (hi << 4);
             }
         }

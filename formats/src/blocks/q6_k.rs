@@ -11,8 +11,10 @@
 //! `32 * (t % 2) + l` of `ql` (low nibble for t < 2, else high) and its high bits at bit 2t of byte l
 //! of `qh`.
 
-use super::half::read_f16;
-use super::k_quants::{SUPERBLOCK, fit_symmetric};
+use super::half::{f32_to_f16, read_f16};
+use super::k_quants::{SUPERBLOCK, side_by_side};
+use super::k_quants_symmetric::{SUBS, ZERO_GROUP, fit_by_trials};
+use super::rounding::nearest_int;
 use super::{Block, Importance, Quantize, field};
 use crate::dtype::GgmlType;
 
@@ -45,18 +47,45 @@ impl Block<210, SUPERBLOCK> for Q6_K {
 }
 
 impl Quantize<210, SUPERBLOCK> for Q6_K {
-    fn quantize(x: &[f32; SUPERBLOCK], _: Option<Importance<'_, SUPERBLOCK>>, block: &mut [u8; 210]) {
-        let fit = fit_symmetric(x);
-        for half in 0..2 {
-            for l in 0..32 {
-                let q = |quarter: usize| fit.q[128 * half + 32 * quarter + l];
-                block[64 * half + l] = (q(0) & 0x0f) | (q(2) << 4);
-                block[64 * half + 32 + l] = (q(1) & 0x0f) | (q(3) << 4);
-                block[128 + 32 * half + l] =
-                    (q(0) >> 4) | (q(1) >> 4 << 2) | (q(2) >> 4 << 4) | (q(3) >> 4 << 6);
+    #[inline(always)]
+    fn quantize(
+        x: &[f32; SUPERBLOCK],
+        importance: Option<Importance<'_, SUPERBLOCK>>,
+        block: &mut [u8; 210],
+    ) {
+        let lanes = side_by_side(x);
+        let weights = match importance {
+            Some(importance) => side_by_side(importance.weights),
+            None => lanes.map(|x| x.map(|x| x * x)),
+        };
+        let fit = fit_by_trials(&lanes, &weights, 32);
+        let (mut largest, mut extreme) = (0.0, 0.0);
+        for scale in fit.scale {
+            if scale.abs() > largest {
+                (largest, extreme) = (scale.abs(), scale);
             }
         }
-        block[192..208].copy_from_slice(&fit.scales.map(|sc| sc as u8));
-        block[208..210].copy_from_slice(&fit.d.to_le_bytes());
+        if largest < ZERO_GROUP {
+            *block = [0; 210];
+            return;
+        }
+        let inverse = -128.0 / extreme;
+        let d = f32_to_f16(1.0 / inverse);
+        let mut scales = [0; SUBS];
+        for s in 0..SUBS {
+            scales[s] = nearest_int(inverse * fit.scale[s]).min(127) as i8;
+        }
+        let q = fit.quantize(x, d, &scales, 32);
+        for half in 0..2 {
+            for l in 0..32 {
+                let at = |quarter: usize| q[128 * half + 32 * quarter + l];
+                block[64 * half + l] = (at(0) & 0x0f) | (at(2) << 4);
+                block[64 * half + 32 + l] = (at(1) & 0x0f) | (at(3) << 4);
+                block[128 + 32 * half + l] =
+                    (at(0) >> 4) | (at(1) >> 4 << 2) | (at(2) >> 4 << 4) | (at(3) >> 4 << 6);
+            }
+        }
+        block[192..208].copy_from_slice(&scales.map(|sc| sc as u8));
+        block[208..210].copy_from_slice(&d.to_le_bytes());
     }
 }

@@ -28,6 +28,7 @@ impl Block<34, 32> for Q8_0 {
 }
 
 impl Quantize<34, 32> for Q8_0 {
+    #[inline(always)]
     fn quantize(x: &[f32; 32], _: Option<Importance<'_, 32>>, block: &mut [u8; 34]) {
         let d = extreme(x).abs() / 127.0;
         let id = inverse(d);

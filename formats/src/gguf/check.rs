@@ -1,9 +1,9 @@
 //! What holds for every GGUF file: the reader and the writer both pass through here.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::layout::{DEFAULT_ALIGNMENT, Layout};
-use super::{Metadata, TensorInfo, Value};
+use super::{Metadata, TensorInfo, Value, split};
 use crate::error::{Error, Kind, Place, Result};
 use crate::limits;
 
@@ -50,12 +50,7 @@ pub(crate) fn metadata(metadata: &Metadata) -> Result<u64> {
     for (key, value) in metadata.iter() {
         entry(key, value)?;
     }
-    let key = "split.count";
-    if let Some(count) = metadata.u64(key)?
-        && count > 1
-    {
-        return Err(Error::new(Kind::SplitFile { count }).at(Place::Key(key.to_owned())));
-    }
+    split::Part::read(metadata)?;
     Ok(metadata.u64(ALIGNMENT)?.unwrap_or(DEFAULT_ALIGNMENT))
 }
 
@@ -88,6 +83,17 @@ pub(crate) fn tensors(tensors: &[TensorInfo], alignment: u64) -> Result<HashMap<
         debug_assert_eq!(tensor.size, extent.size, "sizes come from the layout");
     }
     Ok(index)
+}
+
+/// Checks that no name appears twice.
+pub(crate) fn names<'a>(names: impl Iterator<Item = &'a str>) -> Result<()> {
+    let mut seen = HashSet::new();
+    for name in names {
+        if !seen.insert(name) {
+            return Err(Error::new(Kind::DuplicateTensor).at(Place::Tensor(name.to_owned())));
+        }
+    }
+    Ok(())
 }
 
 /// Checks that every tensor's data lies in a file of `len` bytes whose data section starts at `start`.

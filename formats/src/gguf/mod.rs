@@ -20,6 +20,7 @@ mod check;
 pub mod layout;
 pub mod names;
 mod read;
+pub mod split;
 pub mod value;
 mod write;
 
@@ -55,6 +56,8 @@ pub struct TensorInfo {
     pub offset: u64,
     /// Bytes without padding.
     pub size: u64,
+    /// Which file of a split model has it; 0 in a single file.
+    pub file: usize,
 }
 
 impl TensorInfo {
@@ -69,36 +72,61 @@ impl TensorInfo {
     }
 }
 
-/// An open GGUF file: mapped, and checked from the first byte of the header to the end of the data.
+/// An open GGUF model: mapped, and checked from the first byte of the header to the end of the data. A
+/// split model is opened by its first file and is one model from then on.
 #[derive(Debug, Clone)]
 pub struct GgufFile {
-    path: PathBuf,
-    bytes: Bytes,
+    /// The first has the metadata; of a single file the only one.
+    parts: Vec<Part>,
     header: Header,
 }
 
+/// One file of the model.
+#[derive(Debug, Clone)]
+struct Part {
+    path: PathBuf,
+    bytes: Bytes,
+    data_start: u64,
+}
+
 impl GgufFile {
-    /// Maps a file and checks everything but the numbers in its tensors.
+    /// Maps a file, or all files of the split model whose first it is, and checks everything but the
+    /// numbers in the tensors.
     ///
     /// # Errors
     /// The file cannot be read, is damaged, or uses what is not supported; see [`Kind`].
     pub fn open(path: &Path) -> Result<GgufFile> {
-        GgufFile::from_bytes(path, Bytes::map(path)?)
+        let first = GgufFile::single(path, Bytes::map(path)?)?;
+        split::join(first)
     }
 
     /// As [`GgufFile::open`], for bytes that are already there; `path` serves the messages.
     ///
     /// # Errors
-    /// See [`GgufFile::open`].
+    /// See [`GgufFile::open`]; bytes of a split model cannot be opened, because its other files are not
+    /// there.
     pub fn from_bytes(path: &Path, bytes: Bytes) -> Result<GgufFile> {
-        let mut header = read::header(&bytes).map_err(|e| e.in_file(path))?;
-        header.metadata.set_origin(path);
-        Ok(GgufFile { path: path.to_owned(), bytes, header })
+        let file = GgufFile::single(path, bytes)?;
+        split::refuse(file.metadata()).map_err(|e| e.in_file(path))?;
+        Ok(file)
     }
 
-    /// The file.
+    /// One file, whatever it says about others.
+    fn single(path: &Path, bytes: Bytes) -> Result<GgufFile> {
+        let mut header = read::header(&bytes).map_err(|e| e.in_file(path))?;
+        header.metadata.set_origin(path);
+        let data_start = header.data_start;
+        Ok(GgufFile { parts: vec![Part { path: path.to_owned(), bytes, data_start }], header })
+    }
+
+    /// The file, or the first of a split model.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.parts[0].path
+    }
+
+    /// Every file of the model, in order.
+    pub fn paths(&self) -> impl ExactSizeIterator<Item = &Path> {
+        self.parts.iter().map(|part| part.path.as_path())
     }
 
     /// 2 or 3.
@@ -111,7 +139,7 @@ impl GgufFile {
         self.header.alignment
     }
 
-    /// Keys and values.
+    /// Keys and values; of a split model without those of the split.
     pub fn metadata(&self) -> &Metadata {
         &self.header.metadata
     }
@@ -132,27 +160,32 @@ impl GgufFile {
     /// It is not.
     pub fn require(&self, name: &str) -> Result<&TensorInfo> {
         self.tensor(name).ok_or_else(|| {
-            Error::new(Kind::MissingTensor).at(Place::Tensor(name.to_owned())).in_file(&self.path)
+            Error::new(Kind::MissingTensor).at(Place::Tensor(name.to_owned())).in_file(self.path())
         })
     }
 
-    /// The data of one of this file's tensors, mapped.
+    /// The data of one of this model's tensors, mapped.
     ///
     /// # Panics
-    /// `tensor` is not one of this file's.
+    /// `tensor` is not one of this model's.
     pub fn bytes(&self, tensor: &TensorInfo) -> Bytes {
         if tensor.size == 0 {
             return Bytes::from(Vec::new());
         }
-        let start = (self.header.data_start + tensor.offset) as usize;
-        self.bytes.slice(start..start + tensor.size as usize)
+        let part = &self.parts[tensor.file];
+        let start = (part.data_start + tensor.offset) as usize;
+        part.bytes.slice(start..start + tensor.size as usize)
     }
 
-    /// The identity of the whole file's content: `blake3:` and 64 hexadecimal digits.
+    /// The identity of the content of all files, one after another: `blake3:` and 64 hexadecimal digits.
     ///
     /// # Errors
-    /// The file cannot be read.
+    /// A file cannot be read.
     pub fn fingerprint(&self) -> Result<String> {
-        file::fingerprint(&self.path)
+        let mut hasher = blake3::Hasher::new();
+        for path in self.paths() {
+            file::update_hasher(&mut hasher, path)?;
+        }
+        Ok(format!("blake3:{}", hasher.finalize()))
     }
 }

@@ -153,7 +153,7 @@ fn tensor(cursor: &mut Cursor) -> Result<TensorInfo> {
     let read =
         rest().and_then(|(shape, dtype, offset)| Ok((tensor_bytes(dtype, &shape)?, shape, dtype, offset)));
     match read {
-        Ok((size, shape, dtype, offset)) => Ok(TensorInfo { name, shape, dtype, offset, size }),
+        Ok((size, shape, dtype, offset)) => Ok(TensorInfo { name, shape, dtype, offset, size, file: 0 }),
         Err(e) => Err(e.at(Place::Tensor(name)).offset(start)),
     }
 }

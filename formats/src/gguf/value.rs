@@ -271,6 +271,15 @@ impl Metadata {
         self.integer(key, "u32")
     }
 
+    /// An unsigned 32-bit integer, or the first of a list of them, if the key exists: a value of all
+    /// layers, or of the first.
+    pub fn first_u32(&self, key: &str) -> Result<Option<u32>> {
+        match self.get(key) {
+            Some(Value::Array(_)) => Ok(self.u32s(key)?.and_then(|list| list.first().copied())),
+            _ => self.u32(key),
+        }
+    }
+
     /// An unsigned 64-bit integer, if the key exists.
     pub fn u64(&self, key: &str) -> Result<Option<u64>> {
         self.integer(key, "u64")

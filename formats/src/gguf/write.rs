@@ -2,9 +2,11 @@
 //!
 //! The description passes the reader's checks before the first byte is written.
 
-use std::path::Path;
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
 
 use super::layout::{Layout, align_up};
+use super::split::{self, SplitLimit};
 use super::{Array, MAGIC, Metadata, TensorInfo, Value, check};
 use crate::dtype::GgmlType;
 use crate::error::{Error, Kind, Place, Result};
@@ -21,15 +23,28 @@ pub struct TensorDecl {
     pub dtype: GgmlType,
 }
 
-/// Writes one GGUF file; it appears under its name only when [`GgufWriter::finish`] has succeeded.
+/// Writes one GGUF model, in one file or several; what it writes appears under its names only when
+/// [`GgufWriter::finish`] has succeeded.
 #[derive(Debug)]
 pub struct GgufWriter {
     file: AtomicFile,
     alignment: u64,
+    /// Of all files.
     tensors: Vec<TensorInfo>,
     /// The tensor being written, and how many of its bytes are.
     current: usize,
     written: u64,
+    /// Files of a split model that have their tensors, and those that wait for them.
+    complete: Vec<AtomicFile>,
+    waiting: VecDeque<Part>,
+}
+
+/// A file to come.
+#[derive(Debug)]
+struct Part {
+    path: PathBuf,
+    header: Vec<u8>,
+    alignment: u64,
 }
 
 impl GgufWriter {
@@ -38,9 +53,52 @@ impl GgufWriter {
     /// # Errors
     /// The reader would refuse the description, or the file cannot be written.
     pub fn create(path: &Path, metadata: &Metadata, tensors: &[TensorDecl]) -> Result<GgufWriter> {
+        split::refuse(metadata).map_err(|e| e.in_file(path))?;
         let (header, alignment, tensors) = describe(metadata, tensors).map_err(|e| e.in_file(path))?;
-        let mut writer =
-            GgufWriter { file: AtomicFile::create(path)?, alignment, tensors, current: 0, written: 0 };
+        GgufWriter::start(tensors, VecDeque::from([Part { path: path.to_owned(), header, alignment }]))
+    }
+
+    /// As [`GgufWriter::create`], in files of at most `limit` next to each other: `NAME-00001-of-00003.gguf`
+    /// and so on for the path `NAME.gguf`, also where there is only one.
+    ///
+    /// # Errors
+    /// See [`GgufWriter::create`].
+    pub fn create_split(
+        path: &Path,
+        metadata: &Metadata,
+        tensors: &[TensorDecl],
+        limit: SplitLimit,
+    ) -> Result<GgufWriter> {
+        let plan = limit.plan(tensors).map_err(|e| e.in_file(path))?;
+        let (mut all, mut parts) = (Vec::with_capacity(tensors.len()), VecDeque::new());
+        // Names must differ across files too.
+        check::names(tensors.iter().map(|t| t.name.as_str())).map_err(|e| e.in_file(path))?;
+        for (no, range) in plan.iter().enumerate() {
+            let path = split::part_path(path, no, plan.len());
+            let (header, alignment, mut infos) = split::metadata(metadata, no, plan.len(), tensors.len())
+                .and_then(|metadata| describe(&metadata, &tensors[range.clone()]))
+                .map_err(|e| e.in_file(&path))?;
+            for info in &mut infos {
+                info.file = no;
+            }
+            all.extend(infos);
+            parts.push_back(Part { path, header, alignment });
+        }
+        GgufWriter::start(all, parts)
+    }
+
+    fn start(tensors: Vec<TensorInfo>, mut parts: VecDeque<Part>) -> Result<GgufWriter> {
+        let Part { path, header, alignment } = parts.pop_front().expect("a model has at least one file");
+        let file = AtomicFile::create(&path)?;
+        let mut writer = GgufWriter {
+            file,
+            alignment,
+            tensors,
+            current: 0,
+            written: 0,
+            complete: Vec::new(),
+            waiting: parts,
+        };
         writer.file.write(&header)?;
         if !writer.tensors.is_empty() {
             writer.pad()?;
@@ -65,14 +123,14 @@ impl GgufWriter {
                 }
             }
             current => {
-                let declared = self.tensors.iter().find(|t| t.name == name);
+                let declared = self.tensors.iter().enumerate().find(|(_, t)| t.name == name);
                 return match (declared, current) {
-                    (Some(done), _) if bytes.is_empty() && done.size == 0 => Ok(()),
+                    (Some((_, done)), _) if bytes.is_empty() && done.size == 0 => Ok(()),
                     (None, _) => refuse(Kind::UndeclaredTensor),
-                    (Some(next), Some(current)) if next.offset > current.offset => {
+                    (Some((i, _)), Some(current)) if i > self.current => {
                         refuse(Kind::OutOfOrder { expected: current.name.as_str().into() })
                     }
-                    (Some(done), _) => {
+                    (Some((_, done)), _) => {
                         let found = done.size + bytes.len() as u64;
                         refuse(Kind::WrongLength { expected: done.size, found })
                     }
@@ -84,25 +142,43 @@ impl GgufWriter {
         self.skip_complete()
     }
 
-    /// Syncs the file and gives it its name.
+    /// Waits until what was written so far is on the disk, so that little is left to wait for at the end.
     ///
     /// # Errors
-    /// A tensor is incomplete, or the disk is full or fails; nothing then appears under the name.
-    pub fn finish(self) -> Result<()> {
+    /// The disk is full or fails.
+    pub fn sync(&mut self) -> Result<()> {
+        self.file.sync()
+    }
+
+    /// Syncs the files and gives them their names.
+    ///
+    /// # Errors
+    /// A tensor is incomplete, or the disk is full or fails; nothing then appears under the names.
+    pub fn finish(mut self) -> Result<()> {
         if let Some(tensor) = self.tensors.get(self.current) {
             return Err(Error::new(Kind::WrongLength { expected: tensor.size, found: self.written })
                 .at(Place::Tensor(tensor.name.clone()))
                 .in_file(self.file.path()));
         }
-        self.file.commit()
+        self.complete.push(self.file);
+        AtomicFile::commit_all(self.complete)
     }
 
-    /// Pads and passes every tensor that has all its bytes.
+    /// Pads and passes every tensor that has all its bytes, on to the next file after the last of one.
     fn skip_complete(&mut self) -> Result<()> {
-        while self.tensors.get(self.current).is_some_and(|t| t.size == self.written) {
+        while let Some(tensor) = self.tensors.get(self.current).filter(|t| t.size == self.written) {
+            let file = tensor.file;
             self.pad()?;
             self.current += 1;
             self.written = 0;
+            if self.tensors.get(self.current).is_some_and(|next| next.file != file) {
+                let part = self.waiting.pop_front().expect("every file was described");
+                let complete = std::mem::replace(&mut self.file, AtomicFile::create(&part.path)?);
+                self.complete.push(complete);
+                self.alignment = part.alignment;
+                self.file.write(&part.header)?;
+                self.pad()?;
+            }
         }
         Ok(())
     }
@@ -128,6 +204,7 @@ fn describe(metadata: &Metadata, decls: &[TensorDecl]) -> Result<(Vec<u8>, u64, 
             dtype: decl.dtype,
             offset: extent.offset,
             size: extent.size,
+            file: 0,
         });
     }
     check::tensors(&tensors, alignment)?;

@@ -5,6 +5,7 @@
 
 use qpeft_formats::error::{Kind, Result};
 use qpeft_formats::gguf::GgufFile;
+use qpeft_formats::imatrix::Imatrix;
 use qpeft_formats::peft::PeftConfig;
 use qpeft_formats::safetensors::SafetensorsFile;
 use std::collections::BTreeSet;
@@ -90,6 +91,37 @@ fn gguf() -> Vec<Case> {
     ]
 }
 
+/// Files of split models: the second of two serves the first and is not opened by itself.
+fn split() -> Vec<Case> {
+    let part = |no: Option<u16>, count: u16, tensors: i32, name: &str| {
+        let mut file = Gguf::new(3, 1, 2 + u64::from(no.is_some()));
+        if let Some(no) = no {
+            file = file.string("split.no").u32(2).bytes(&no.to_le_bytes());
+        }
+        file = file.string("split.count").u32(2).bytes(&count.to_le_bytes());
+        file = file.string("split.tensors.count").u32(5).bytes(&tensors.to_le_bytes());
+        file.tensor(name, &[2], 0, 0).data(32, 32).0
+    };
+    let first = part(Some(0), 2, 2, "a");
+    vec![
+        ("gguf-split-file.second-00002-of-00003.gguf", part(Some(1), 3, 3, "b")),
+        ("gguf-split-file.no-00001-of-00003.gguf", part(Some(2), 3, 3, "c")),
+        ("gguf-missing-shard.second-00001-of-00002.gguf", first.clone()),
+        ("gguf-wrong-part.no-00001-of-00002.gguf", first.clone()),
+        ("gguf-wrong-part.no-00002-of-00002.gguf", part(Some(0), 2, 2, "b")),
+        ("gguf-wrong-part.count-00001-of-00002.gguf", first.clone()),
+        ("gguf-wrong-part.count-00002-of-00002.gguf", part(Some(1), 3, 2, "b")),
+        ("gguf-wrong-part.tensors-00001-of-00002.gguf", first.clone()),
+        ("gguf-wrong-part.tensors-00002-of-00002.gguf", part(Some(1), 2, 3, "b")),
+        ("gguf-missing-key.no-00001-of-00002.gguf", first.clone()),
+        ("gguf-missing-key.no-00002-of-00002.gguf", part(None, 2, 2, "b")),
+        ("gguf-wrong-tensor-count.many-00001-of-00002.gguf", part(Some(0), 2, 3, "a")),
+        ("gguf-wrong-tensor-count.many-00002-of-00002.gguf", part(Some(1), 2, 3, "b")),
+        ("gguf-tensor-in-two-shards.a-00001-of-00002.gguf", first),
+        ("gguf-tensor-in-two-shards.a-00002-of-00002.gguf", part(Some(1), 2, 2, "a")),
+    ]
+}
+
 fn st() -> Vec<Case> {
     let tensor = |info: &str, len| safetensors(&format!(r#"{{"a":{{{info}}}}}"#), len);
     let one = |dtype, shape: &str, begin, end, len| {
@@ -149,7 +181,90 @@ fn peft() -> Vec<Case> {
     ]
 }
 
+fn imatrix() -> Vec<Case> {
+    let keys = |kind: &str| {
+        Gguf::new(3, 2, 4)
+            .string("general.type")
+            .u32(8)
+            .string(kind)
+            .key_u32("imatrix.chunk_count", 1)
+            .key_u32("imatrix.chunk_size", 512)
+            .string("imatrix.datasets")
+            .u32(9)
+            .u32(8)
+            .u64(0)
+    };
+    let pair = |values: &[f32], count: f32| {
+        let mut file = keys("imatrix")
+            .tensor("a.in_sum2", &[values.len() as u64], 0, 0)
+            .tensor("a.counts", &[1], 0, 32)
+            .data(32, 0);
+        file = values.iter().fold(file, |file, x| file.bytes(&x.to_le_bytes()));
+        file.bytes(&vec![0; 32 - 4 * values.len()]).bytes(&count.to_le_bytes()).0
+    };
+    let legacy = |numbers: &[u32]| numbers.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<_>>();
+    // One entry `abcd` of one value.
+    let (name, one) = (u32::from_le_bytes(*b"abcd"), 1.0_f32.to_bits());
+    vec![
+        ("imatrix-bad-importance.nan.gguf", pair(&[1.0, f32::NAN], 1.0)),
+        ("imatrix-bad-importance.negative.gguf", pair(&[-1.0], 1.0)),
+        ("imatrix-bad-importance.count.gguf", pair(&[1.0], f32::INFINITY)),
+        ("imatrix-bad-importance.overflow.dat", legacy(&[1, 4, name, 1, 1, f32::INFINITY.to_bits()])),
+        (
+            "imatrix-uneven-importance.empty.gguf",
+            keys("imatrix").tensor("a.in_sum2", &[0], 0, 0).tensor("a.counts", &[1], 0, 0).data(32, 4).0,
+        ),
+        (
+            "imatrix-uneven-importance.gguf",
+            keys("imatrix")
+                .tensor("a.in_sum2", &[3], 0, 0)
+                .tensor("a.counts", &[2], 0, 32)
+                .data(32, 0)
+                .bytes(&[0; 40])
+                .0,
+        ),
+        ("imatrix-uneven-importance.dat", legacy(&[1, 4, name, 1, 0, 0])),
+        (
+            "imatrix-wrong-tensor-type.gguf",
+            keys("imatrix").tensor("a.in_sum2", &[2], 1, 0).tensor("a.counts", &[1], 0, 32).data(32, 36).0,
+        ),
+        (
+            "imatrix-missing-tensor.counts.gguf",
+            keys("imatrix").tensor("a.in_sum2", &[1], 0, 0).tensor("b", &[1], 0, 32).data(32, 36).0,
+        ),
+        (
+            "imatrix-missing-tensor.sums.gguf",
+            keys("imatrix").tensor("a.counts", &[1], 0, 0).tensor("b", &[1], 0, 32).data(32, 36).0,
+        ),
+        (
+            "imatrix-no-importance.gguf",
+            keys("imatrix").tensor("a", &[1], 0, 0).tensor("b", &[1], 0, 32).data(32, 36).0,
+        ),
+        ("imatrix-no-importance.dat", legacy(&[0])),
+        (
+            "imatrix-not-imatrix.gguf",
+            keys("model").tensor("a", &[1], 0, 0).tensor("b", &[1], 0, 32).data(32, 36).0,
+        ),
+        ("imatrix-missing-key.gguf", Gguf::new(3, 0, 0).0),
+        ("imatrix-truncated.dat", legacy(&[1, 40, name, 1, 1, one])),
+        ("imatrix-too-many.entries.dat", legacy(&[1 << 30, 4, name, 1, 1, one])),
+        ("imatrix-too-many.negative.dat", legacy(&[u32::MAX, 4, name, 1, 1, one])),
+        ("imatrix-too-many.values.dat", legacy(&[1, 4, name, 1, 1 << 30, one])),
+        ("imatrix-too-long.dat", legacy(&[1, u32::MAX, name, 1, 1, one])),
+        ("imatrix-not-utf8.dat", legacy(&[1, 4, u32::MAX, 1, 1, one])),
+        ("imatrix-duplicate-tensor.dat", legacy(&[2, 4, name, 1, 1, one, 4, name, 1, 1, one])),
+        ("imatrix-trailing-data.dat", legacy(&[1, 4, name, 1, 1, one, 7, 0, 0])),
+    ]
+}
+
+fn cases() -> Vec<Case> {
+    [gguf(), split(), st(), peft(), imatrix()].concat()
+}
+
 fn open(path: &Path) -> Result<()> {
+    if path.file_name().unwrap().to_str().unwrap().starts_with("imatrix-") {
+        return Imatrix::open(path).map(drop);
+    }
     match path.extension().and_then(|e| e.to_str()) {
         Some("gguf") => GgufFile::open(path).map(drop),
         Some("safetensors") => SafetensorsFile::open(path).map(drop),
@@ -175,7 +290,7 @@ fn variant(kind: &Kind) -> String {
 #[test]
 fn the_stored_files_are_those_built_here() {
     let dir = testdata("bad");
-    let cases: Vec<Case> = [gguf(), st(), peft()].concat();
+    let cases: Vec<Case> = cases();
     if std::env::var_os("BLESS").is_some() {
         fs::create_dir_all(&dir).unwrap();
         for (name, bytes) in &cases {
@@ -190,7 +305,9 @@ fn the_stored_files_are_those_built_here() {
     let stored: BTreeSet<String> = fs::read_dir(&dir)
         .unwrap()
         .map(|e| e.unwrap().file_name().into_string().unwrap())
-        .filter(|name| ["gguf-", "safetensors-", "peft-"].iter().any(|format| name.starts_with(format)))
+        .filter(|name| {
+            ["gguf-", "safetensors-", "peft-", "imatrix-"].iter().any(|format| name.starts_with(format))
+        })
         .collect();
     assert_eq!(stored, built);
 }
@@ -198,14 +315,16 @@ fn the_stored_files_are_those_built_here() {
 #[test]
 fn every_bad_file_is_refused_for_the_reason_in_its_name() {
     let mut wrong = Vec::new();
-    for (name, _) in [gguf(), st(), peft()].concat() {
+    for (name, _) in cases().into_iter().filter(|(name, _)| !name.contains("-00002-of-00002")) {
         let path = testdata("bad").join(name);
         let (_, rest) = name.split_once('-').unwrap();
         let expected = rest.split_once('.').unwrap().0;
         match open(&path) {
             Ok(()) => wrong.push(format!("{name}: accepted")),
             Err(error) => {
-                assert_eq!(error.path.as_deref(), Some(path.as_path()), "{name}");
+                let named = error.path.clone().unwrap();
+                let second = path.to_str().unwrap().replace("-00001-of", "-00002-of");
+                assert!(named == path || named == Path::new(&second), "{name}: {}", named.display());
                 let text = error.to_string();
                 assert!(!text.ends_with('.') && text.contains('`'), "{text}");
                 if variant(&error.kind) != expected {
@@ -236,7 +355,26 @@ fn messages_say_where_what_was_expected_and_what_was_found() {
         ("gguf-wrong-offset.gap.gguf", "tensor `b`: data lies at offset 64, expected 32"),
         ("gguf-past-end.gguf", "tensor `a`: data ends at byte 132, the file at byte 128"),
         ("gguf-partial-block.gguf", "row length 33 is not a multiple of the Q4_0 block length 32"),
-        ("gguf-split-file.gguf", "key `split.count`: is one of 3 files, split models are not supported"),
+        (
+            "gguf-split-file.gguf",
+            "key `split.count`: is file 1 of 3; a split model has files `NAME-00001-of-00003.gguf` and so on, and is opened by the first",
+        ),
+        (
+            "gguf-missing-shard.second-00001-of-00002.gguf",
+            "key `split.count`: names the shard `gguf-missing-shard.second-00002-of-00002.gguf`, which does not exist",
+        ),
+        (
+            "gguf-wrong-tensor-count.many-00001-of-00002.gguf",
+            "key `split.tensors.count`: is 3, the files of the split model hold 2 tensors",
+        ),
+        (
+            "imatrix-bad-importance.nan.gguf",
+            "tensor `a`: sum 1 is `NaN`, expected a finite number of at least 0",
+        ),
+        (
+            "imatrix-too-many.values.dat",
+            "tensor `abcd`: declares 1073741824 values, at most 1 are possible here (at byte 16)",
+        ),
         ("safetensors-wrong-length.safetensors", "tensor `a`: needs 8 bytes, 4 were given"),
         (
             "peft-unsupported-setting.bias.json",

@@ -4,10 +4,11 @@ use qpeft_formats::GgmlType;
 use qpeft_formats::error::{Kind, Place};
 use qpeft_formats::file::Bytes;
 use qpeft_formats::gguf::names::{hf_tensor, rows_to_hf};
+use qpeft_formats::gguf::split::SplitLimit;
 use qpeft_formats::gguf::{Array, GgufFile, GgufWriter, Metadata, TensorDecl, Value};
 use qpeft_formats::safetensors::Checkpoint;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::build::Gguf;
 use super::testdata;
@@ -402,7 +403,7 @@ fn the_writer_refuses_what_the_reader_would_refuse() {
     let kind = refuse("general.alignment", Value::U32(24), &[]);
     assert!(matches!(kind, Kind::BadAlignment { found: 24, .. }));
     assert!(matches!(refuse("general.alignment", Value::U64(32), &[]), Kind::WrongValueType { .. }));
-    assert!(matches!(refuse("split.count", Value::U16(2), &[]), Kind::SplitFile { count: 2 }));
+    assert!(matches!(refuse("split.count", Value::U16(2), &[]), Kind::SplitFile { number: 1, count: 2 }));
     let kind = refuse("a", fine(), &[decl("", &[1], GgmlType::F32)]);
     assert!(matches!(kind, Kind::EmptyTensorName));
     let kind = refuse("a", fine(), &[decl(&"x".repeat(64), &[1], GgmlType::F32)]);
@@ -416,6 +417,107 @@ fn the_writer_refuses_what_the_reader_would_refuse() {
     let kind = refuse("a", fine(), &[decl("x", &[1 << 40, 1 << 40], GgmlType::F32)]);
     assert!(matches!(kind, Kind::SizeOverflow { .. }));
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+/// A model of six tensors of 64 bytes, one of them empty, in files of `limit`.
+fn split_model(dir: &Path, limit: SplitLimit) -> PathBuf {
+    let path = dir.join("m.gguf");
+    let mut metadata = Metadata::new();
+    metadata.insert("general.architecture", Value::String("llama".into()));
+    metadata.insert("general.alignment", Value::U32(64));
+    metadata.insert("general.name", Value::String("m".into()));
+    let decls: Vec<_> = ["a", "b", "c", "d", "e", "f"]
+        .iter()
+        .map(|name| decl(name, &[if *name == "e" { 0 } else { 16 }], GgmlType::F32))
+        .collect();
+    let mut writer = GgufWriter::create_split(&path, &metadata, &decls, limit).unwrap();
+    for (i, decl) in decls.iter().enumerate().filter(|(_, decl)| decl.shape != [0]) {
+        assert_eq!(fs::read_dir(dir).unwrap().filter(|e| is_final(e.as_ref().unwrap())).count(), 0);
+        writer.write(&decl.name, &[i as u8; 40]).unwrap();
+        writer.write(&decl.name, &[i as u8; 24]).unwrap();
+    }
+    writer.finish().unwrap();
+    path
+}
+
+fn is_final(entry: &fs::DirEntry) -> bool {
+    !entry.file_name().to_str().unwrap().starts_with('.')
+}
+
+#[test]
+fn a_split_model_is_written_in_files_and_read_as_one() {
+    for (limit, files) in [
+        (SplitLimit::Tensors(2), 3),
+        (SplitLimit::Tensors(4), 2),
+        (SplitLimit::Bytes(128), 3),
+        (SplitLimit::Bytes(100), 5),
+        (SplitLimit::Bytes(1), 6),
+        (SplitLimit::Bytes(1 << 30), 1),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        split_model(dir.path(), limit);
+        let first = dir.path().join(format!("m-00001-of-{files:05}.gguf"));
+        let model = GgufFile::open(&first).unwrap();
+        assert_eq!(model.paths().len(), files, "{limit:?}");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), files);
+        assert_eq!(model.path(), first);
+        let names: Vec<_> = model.tensors().iter().map(|t| t.name.as_str()).collect();
+        assert_eq!(names, ["a", "b", "c", "d", "e", "f"]);
+        for (i, tensor) in model.tensors().iter().enumerate() {
+            assert_eq!(&model.bytes(tensor)[..], &vec![i as u8; tensor.size as usize], "{limit:?}");
+        }
+        let keys: Vec<_> = model.metadata().iter().map(|(key, _)| key.to_owned()).collect();
+        if files == 1 {
+            assert_eq!(keys[3..], ["split.no", "split.tensors.count", "split.count"]);
+            assert_eq!(model.fingerprint().unwrap(), qpeft_formats::file::fingerprint(&first).unwrap());
+            continue;
+        }
+        assert_eq!(keys, ["general.architecture", "general.alignment", "general.name"]);
+        // The identity changes with the content of any file.
+        let before = model.fingerprint().unwrap();
+        let last = model.paths().last().unwrap().to_owned();
+        let mut bytes = fs::read(&last).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        fs::write(&last, bytes).unwrap();
+        assert_ne!(GgufFile::open(&first).unwrap().fingerprint().unwrap(), before);
+        let error = GgufFile::open(&last).unwrap_err();
+        assert!(matches!(error.kind, Kind::SplitFile { number, .. } if number == files as u64), "{error}");
+    }
+}
+
+#[test]
+fn an_unfinished_split_model_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    let decls = [decl("a", &[2], GgmlType::F32), decl("b", &[2], GgmlType::F32)];
+    let create = |decls: &[TensorDecl]| {
+        GgufWriter::create_split(&path, &Metadata::new(), decls, SplitLimit::Tensors(1))
+    };
+    let mut writer = create(&decls).unwrap();
+    writer.write("a", &[0; 8]).unwrap();
+    assert!(matches!(writer.write("a", &[0]).unwrap_err().kind, Kind::WrongLength { found: 9, .. }));
+    writer.write("b", &[0; 7]).unwrap();
+    let error = writer.finish().unwrap_err();
+    assert!(matches!(error.kind, Kind::WrongLength { expected: 8, found: 7 }), "{error}");
+    let mut writer = create(&decls).unwrap();
+    assert!(matches!(writer.write("b", &[0]).unwrap_err().kind, Kind::OutOfOrder { .. }));
+    drop(writer);
+    let twice = [decls[0].clone(), decls[0].clone()];
+    assert!(matches!(create(&twice).unwrap_err().kind, Kind::DuplicateTensor));
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_part_can_be_read_without_the_map() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a");
+    fs::write(&path, b"0123456789").unwrap();
+    let mapped = Bytes::map(&path).unwrap().slice(2..8);
+    for bytes in [mapped, Bytes::from(b"xx234567".to_vec()).slice(2..8)] {
+        let mut out = [0; 3];
+        bytes.read_at(3, &mut out).unwrap();
+        assert_eq!(&out, b"567");
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@
 
 pub mod gemm;
 pub mod math;
+pub mod quantize;
 pub(crate) mod rows;
 
 pub(crate) mod scratch;

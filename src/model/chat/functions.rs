@@ -43,7 +43,7 @@ pub(super) fn set_clock(environment: &mut Environment<'static>, unix_seconds: i6
 }
 
 /// Seconds since 1970, UTC.
-pub(super) fn now() -> i64 {
+pub fn now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs() as i64)
 }
 

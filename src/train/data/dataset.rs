@@ -49,6 +49,19 @@ impl Dataset {
         self.examples.iter().map(|e| e.input_ids.len()).sum()
     }
 
+    /// blake3 of all token ids and labels: what the tokenizer and the chat template made of the file.
+    pub fn examples_hash(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for example in &self.examples {
+            hasher.update(&(example.input_ids.len() as u64).to_le_bytes());
+            for (id, label) in example.input_ids.iter().zip(&example.labels) {
+                hasher.update(&id.to_le_bytes());
+                hasher.update(&label.to_le_bytes());
+            }
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
     /// Some of the examples, laid end to end.
     ///
     /// # Panics

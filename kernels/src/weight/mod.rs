@@ -3,14 +3,23 @@
 //! A linear layer holds one [`BaseWeight`] and asks it for f32 rows or tiles; an adapter never learns
 //! in which type they are stored, and a new type is one more `Storage` variant here. The bytes stay
 //! packed and usually mapped from the file: a clone is a pointer, and only the tile at work is f32.
-//! N rows are output features, K columns are input features.
+//! N rows are output features, K columns are input features. Each storage has a file of its own.
+
+mod four_bit;
+mod ggml;
+mod int8;
+mod kind;
 
 use std::ops::Range;
 
 use qpeft_formats::GgmlType;
-use qpeft_formats::blocks;
+use qpeft_formats::bitsandbytes::{FourBit, Int8};
 use qpeft_formats::file::Bytes;
+use qpeft_formats::safetensors::{Dtype, TensorView};
 use rayon::prelude::*;
+
+pub use ggml::dequantize_blocks;
+pub use kind::WeightType;
 
 use crate::cpu::by_isa;
 use crate::cpu::scratch::with_scratch;
@@ -30,6 +39,10 @@ pub struct BaseWeight {
 enum Storage {
     /// Rows of ggml blocks, one after another; F32, F16 and BF16 are blocks of one element.
     Ggml { dtype: GgmlType, bytes: Bytes },
+    /// bitsandbytes NF4 or FP4: blocks over the flat matrix.
+    FourBit(FourBit),
+    /// bitsandbytes LLM.int8: a scale per row.
+    Int8(Int8),
 }
 
 /// Rows that one task converts; small enough to stay in the second-level cache.
@@ -55,6 +68,17 @@ impl BaseWeight {
         BaseWeight::from_ggml(GgmlType::F32, rows, cols, Bytes::from(bytes))
     }
 
+    /// A weight in NF4 or FP4.
+    pub fn from_four_bit(weight: FourBit) -> BaseWeight {
+        let state = *weight.state();
+        BaseWeight { rows: state.rows, cols: state.cols, storage: Storage::FourBit(weight) }
+    }
+
+    /// A weight in LLM.int8.
+    pub fn from_int8(weight: Int8) -> BaseWeight {
+        BaseWeight { rows: weight.rows(), cols: weight.cols(), storage: Storage::Int8(weight) }
+    }
+
     /// Output features, N.
     pub fn rows(&self) -> usize {
         self.rows
@@ -65,17 +89,28 @@ impl BaseWeight {
         self.cols
     }
 
-    /// The storage type as its format calls it: `Q4_K`.
-    pub fn type_name(&self) -> &str {
+    /// How the rows are stored.
+    pub fn weight_type(&self) -> WeightType {
         match &self.storage {
-            Storage::Ggml { dtype, .. } => dtype.name(),
+            Storage::Ggml { dtype, .. } => WeightType::Ggml(*dtype),
+            Storage::FourBit(weight) => {
+                WeightType::FourBit { quant_type: weight.state().quant_type, double: weight.is_double() }
+            }
+            Storage::Int8(_) => WeightType::Int8,
         }
+    }
+
+    /// The storage type as its format calls it: `Q4_K`, `nf4-dq`.
+    pub fn type_name(&self) -> &'static str {
+        self.weight_type().name()
     }
 
     /// Bytes of the packed rows.
     pub fn size_bytes(&self) -> usize {
         match &self.storage {
             Storage::Ggml { bytes, .. } => bytes.len(),
+            Storage::FourBit(weight) => weight.size_bytes(),
+            Storage::Int8(weight) => weight.size_bytes(),
         }
     }
 
@@ -83,6 +118,8 @@ impl BaseWeight {
     pub fn block_len(&self) -> usize {
         match &self.storage {
             Storage::Ggml { dtype, .. } => dtype.block_len(),
+            Storage::FourBit(weight) => four_bit::block_len(weight),
+            Storage::Int8(_) => 1,
         }
     }
 
@@ -90,6 +127,26 @@ impl BaseWeight {
     pub fn ggml(&self) -> Option<(GgmlType, &Bytes)> {
         match &self.storage {
             Storage::Ggml { dtype, bytes } => Some((*dtype, bytes)),
+            Storage::FourBit(_) | Storage::Int8(_) => None,
+        }
+    }
+
+    /// The tensors that store the weight in a safetensors folder under `name`; `None` for ggml blocks,
+    /// which such a folder cannot hold.
+    pub fn tensors(&self, name: &str) -> Option<Vec<TensorView>> {
+        match &self.storage {
+            Storage::Ggml { dtype, bytes } => {
+                let dtype = match dtype {
+                    GgmlType::F32 => Dtype::F32,
+                    GgmlType::F16 => Dtype::F16,
+                    GgmlType::BF16 => Dtype::BF16,
+                    _ => return None,
+                };
+                let shape = vec![self.rows, self.cols];
+                Some(vec![TensorView { name: name.to_owned(), dtype, shape, bytes: bytes.clone() }])
+            }
+            Storage::FourBit(weight) => Some(weight.tensors(name)),
+            Storage::Int8(weight) => Some(weight.tensors(name)),
         }
     }
 
@@ -101,11 +158,9 @@ impl BaseWeight {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         assert_eq!(out.len(), rows.len() * self.cols, "{} rows of {}", rows.len(), self.cols);
         match &self.storage {
-            Storage::Ggml { dtype, bytes } => {
-                // Rows are whole blocks, so that any number of them decodes as one long row.
-                let row_bytes = self.size_bytes() / self.rows.max(1);
-                dequantize_blocks(*dtype, &bytes[rows.start * row_bytes..rows.end * row_bytes], out);
-            }
+            Storage::Ggml { dtype, bytes } => ggml::rows(*dtype, bytes, self.cols, rows, out),
+            Storage::FourBit(weight) => four_bit::range(weight, rows.start * self.cols, out),
+            Storage::Int8(weight) => int8::tile(weight, rows, 0..self.cols, out),
         }
     }
 
@@ -126,19 +181,9 @@ impl BaseWeight {
             return;
         }
         match &self.storage {
-            Storage::Ggml { dtype, bytes } => {
-                let block_bytes = dtype.block_bytes();
-                let row_bytes = self.cols / block_len * block_bytes;
-                let (start, end) = (cols.start / block_len * block_bytes, cols.end / block_len * block_bytes);
-                dequantize_strided(
-                    *dtype,
-                    &bytes[rows.start * row_bytes..rows.end * row_bytes],
-                    row_bytes,
-                    start..end,
-                    out,
-                    cols.len(),
-                );
-            }
+            Storage::Ggml { dtype, bytes } => ggml::tile(*dtype, bytes, self.cols, rows, cols, out),
+            Storage::FourBit(weight) => four_bit::tile(weight, rows, cols, out),
+            Storage::Int8(weight) => int8::tile(weight, rows, cols, out),
         }
     }
 
@@ -167,18 +212,35 @@ impl BaseWeight {
             });
         }
         let storage = match &self.storage {
-            Storage::Ggml { dtype, bytes } => {
-                dtype.require_quantizer(false)?;
-                let mut packed = vec![0; bytes.len()];
-                let row_bytes = dtype.row_bytes(self.cols)?;
-                packed
-                    .par_chunks_mut(row_bytes.max(1))
-                    .zip(values.par_chunks(self.cols.max(1)))
-                    .for_each(|(packed, row)| blocks::quantize_row(*dtype, row, None, packed));
-                Storage::Ggml { dtype: *dtype, bytes: Bytes::from(packed) }
+            Storage::Ggml { dtype, .. } => {
+                let bytes = ggml::quantize(*dtype, self.cols, values)?;
+                Storage::Ggml { dtype: *dtype, bytes }
             }
+            Storage::FourBit(weight) => {
+                Storage::FourBit(four_bit::quantize(*weight.state(), weight.is_double(), values))
+            }
+            Storage::Int8(_) => Storage::Int8(Int8::quantize(self.cols, values)),
         };
         Ok(BaseWeight { storage, ..*self })
+    }
+
+    /// The same values in another type, rounded to it, in parallel.
+    ///
+    /// # Errors
+    /// Rows are not whole blocks of the type, values cannot be written in it, or one is not finite.
+    pub fn quantized(&self, to: WeightType) -> Result<BaseWeight> {
+        let zeros = to.empty(self.rows, self.cols, self.element_type())?;
+        zeros.requantize(&self.dequantize())
+    }
+
+    /// The type of the elements that were stored or quantized: F32, F16 or BF16.
+    pub fn element_type(&self) -> Dtype {
+        match &self.storage {
+            Storage::Ggml { dtype: GgmlType::BF16, .. } => Dtype::BF16,
+            Storage::Ggml { dtype: GgmlType::F16, .. } | Storage::Int8(_) => Dtype::F16,
+            Storage::Ggml { .. } => Dtype::F32,
+            Storage::FourBit(weight) => weight.state().dtype,
+        }
     }
 
     /// `out_n = Σ_k W_nk²`, the squared length of every row; constant, so the caller keeps it.
@@ -201,28 +263,6 @@ impl BaseWeight {
             });
         });
         Ok(())
-    }
-}
-
-by_isa! {
-    fn dequantize_blocks(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) {
-        blocks::dequantize_row(dtype, bytes, out);
-    }
-}
-
-by_isa! {
-    /// Bytes `part` of every row of `row_bytes`, each to `width` elements.
-    fn dequantize_strided(
-        dtype: GgmlType,
-        bytes: &[u8],
-        row_bytes: usize,
-        part: Range<usize>,
-        out: &mut [f32],
-        width: usize,
-    ) {
-        for (row, out) in bytes.chunks_exact(row_bytes).zip(out.chunks_exact_mut(width)) {
-            blocks::dequantize_row(dtype, &row[part.start..part.end], out);
-        }
     }
 }
 
