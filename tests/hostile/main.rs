@@ -7,6 +7,7 @@ mod alloc;
 #[path = "../../formats/tests/hostile/seeds.rs"]
 #[allow(dead_code, reason = "its seeds of other targets are not needed here")]
 mod formats_seeds;
+mod model;
 #[path = "../../formats/tests/hostile/mutate.rs"]
 mod mutate;
 mod seeds;
@@ -24,7 +25,11 @@ fn testdata() -> PathBuf {
 
 #[track_caller]
 fn holds(name: &str, cases: u32) {
-    let target = targets::TARGETS.iter().find(|target| target.name == name).expect("it is in the table");
+    let target = targets::TARGETS
+        .iter()
+        .chain([&model::MODEL])
+        .find(|target| target.name == name)
+        .expect("it is in the table");
     let regressions = testdata().join("fuzz");
     let seeds = seeds::seeds(name, &testdata());
     smoke::store(target, &seeds, &regressions);

@@ -1,14 +1,12 @@
-//! The targets above the formats: tokenizers, chat templates, and the model that a file describes.
+//! The targets above the formats: tokenizers and chat templates.
 
 use std::fs;
 use std::path::Path;
 
 use qpeft::model::chat::{ChatTemplate, Message};
 use qpeft::model::tokenizer::{Tokenizer, TokenizerError};
-use qpeft::model::{Base, Decoder};
 use qpeft_formats::file::Bytes;
 use qpeft_formats::gguf::GgufFile;
-use qpeft_kernels::Device;
 
 use super::target::{Target, scratch, unpack};
 
@@ -18,8 +16,6 @@ pub const TARGETS: &[Target] = &[
     Target { name: "tokenizer_gguf", run: tokenizer_gguf, bytes_per_byte: 400, bytes_at_least: 64 << 20 },
     Target { name: "tokenizer_hf", run: tokenizer_hf, bytes_per_byte: 600, bytes_at_least: 64 << 20 },
     Target { name: "chat_template", run: chat_template, bytes_per_byte: 4096, bytes_at_least: 512 << 20 },
-    // The rotary table is sized by a count that has a cap of its own, see `model::config`.
-    Target { name: "model", run: model, bytes_per_byte: 400, bytes_at_least: 1 << 30 },
 ];
 
 /// What every vocabulary must take or refuse: spaces, digits, controls, special tokens, other scripts.
@@ -100,17 +96,5 @@ fn chat_template(data: &[u8]) {
         if let Err(error) = template.render(&conversation(), add_generation_prompt) {
             let _ = (error.to_string(), error.hint());
         }
-    }
-}
-
-/// A GGUF file as a model: its configuration, its tokenizer and all of its weights.
-fn model(data: &[u8]) {
-    let file = GgufFile::from_bytes(Path::new("a.gguf"), Bytes::from(data.to_vec()));
-    let Ok(file) = file else { return };
-    let base = Base::Gguf(file);
-    let _ = (base.main_type(), base.tokenizer().map(drop));
-    match Decoder::load(&base, &Device::Cpu) {
-        Ok(decoder) => assert!(decoder.config.n_layers == decoder.layers.len()),
-        Err(error) => drop((error.to_string(), error.hint())),
     }
 }
