@@ -8,9 +8,13 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use qpeft_formats::GgmlType;
+use qpeft_formats::safetensors::Dtype;
 
 use super::report::Usage;
-use super::values::{at_least_one, at_least_zero, fraction, ggml_type, positive, probability, share};
+use super::values::{
+    at_least_one, at_least_zero, dense_type, fraction, ggml_type, out_type, positive, probability, share,
+};
+use crate::convert::hf_to_gguf::OutType;
 use crate::train::TrainConfig;
 use crate::train::config::{Method, TargetModules};
 use crate::train::schedule::SchedulerType;
@@ -58,6 +62,10 @@ pub enum Command {
 pub enum ConvertCommand {
     /// Write a trained PiSSA adapter as a plain LoRA of the original base
     PissaToLora(PissaToLoraArgs),
+    /// Write a Hugging Face folder as a GGUF file
+    HfToGguf(HfToGgufArgs),
+    /// Write a GGUF file as a Hugging Face folder
+    GgufToHf(GgufToHfArgs),
 }
 
 /// `qpeft bench ...`
@@ -335,6 +343,49 @@ impl TrainArgs {
             logging_steps: self.logging_steps,
         })
     }
+}
+
+/// `qpeft convert hf-to-gguf`
+#[derive(Debug, Clone, Args)]
+pub struct HfToGgufArgs {
+    /// Hugging Face folder
+    #[arg(long, short, value_name = "DIR", aliases = ["model-name-or-path", "model-name", "base-model"])]
+    pub model: PathBuf,
+    /// GGUF file to write
+    #[arg(long, short, value_name = "FILE", aliases = ["outfile", "output-file"])]
+    pub output: PathBuf,
+    /// Type of the matrices: f32, f16, bf16, q8_0, or auto (bf16 or f16, as the folder has them)
+    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = out_type)]
+    pub outtype: OutType,
+    /// Pre-tokenizer of a byte-level BPE vocabulary, as llama.cpp names it [default: recognized]
+    #[arg(long, value_name = "NAME")]
+    pub pre: Option<String>,
+    /// Replace what is in --output
+    #[arg(long, alias = "overwrite")]
+    pub overwrite_output: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `qpeft convert gguf-to-hf`
+#[derive(Debug, Clone, Args)]
+pub struct GgufToHfArgs {
+    /// GGUF file
+    #[arg(long, short, value_name = "FILE", aliases = ["model-name-or-path", "model-name", "base-model"])]
+    pub model: PathBuf,
+    /// Folder to write
+    #[arg(long, short, value_name = "DIR", aliases = ["output-dir"])]
+    pub output: PathBuf,
+    /// Type of the tensors: f32, f16 or bf16 [default: that of the matrices, bf16 if they are quantized]
+    #[arg(long, value_name = "TYPE", value_parser = dense_type)]
+    pub dtype: Option<Dtype>,
+    /// Replace what is in --output
+    #[arg(long, alias = "overwrite")]
+    pub overwrite_output: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `qpeft convert pissa-to-lora`

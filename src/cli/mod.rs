@@ -7,6 +7,7 @@ pub mod args;
 pub mod bench;
 pub mod config;
 pub mod convert;
+pub mod convert_model;
 pub mod demo;
 pub mod eval;
 pub mod generate;
@@ -46,6 +47,8 @@ pub fn run(command: &Command, printer: &Printer) -> anyhow::Result<()> {
     match command {
         Command::Train(args) => train::run(args, printer),
         Command::Convert(ConvertCommand::PissaToLora(args)) => convert::pissa(args, printer),
+        Command::Convert(ConvertCommand::HfToGguf(args)) => convert_model::hf_to_gguf(args, printer),
+        Command::Convert(ConvertCommand::GgufToHf(args)) => convert_model::gguf_to_hf(args, printer),
         Command::Merge(args) => merge::run(args, printer),
         Command::Eval(args) => eval::run(args, printer),
         Command::Generate(args) => generate::run(args, printer),

@@ -6,6 +6,9 @@ use std::fmt::Display;
 use std::str::FromStr;
 
 use qpeft_formats::GgmlType;
+use qpeft_formats::safetensors::Dtype;
+
+use crate::convert::hf_to_gguf::OutType;
 
 /// A number with the word that messages use for its kind.
 pub trait Number: FromStr + PartialOrd + Copy + Display {
@@ -82,6 +85,28 @@ pub fn ggml_type(text: &str) -> Result<GgmlType, String> {
         let names: Vec<_> = GgmlType::writable().map(|t| format!("`{t}`")).collect();
         format!("expected one of {}", names.join(", "))
     })
+}
+
+/// `f32`, `f16`, `bf16`, `q8_0`, `auto`
+pub fn out_type(text: &str) -> Result<OutType, String> {
+    const TYPES: [GgmlType; 4] = [GgmlType::F32, GgmlType::F16, GgmlType::BF16, GgmlType::Q8_0];
+    if text.eq_ignore_ascii_case("auto") {
+        return Ok(OutType::Auto);
+    }
+    match GgmlType::from_name(text).filter(|dtype| TYPES.contains(dtype)) {
+        Some(dtype) => Ok(OutType::Type(dtype)),
+        None => Err("expected one of f32, f16, bf16, q8_0, auto".to_owned()),
+    }
+}
+
+/// `f32`, `f16`, `bf16`
+pub fn dense_type(text: &str) -> Result<Dtype, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "f32" => Ok(Dtype::F32),
+        "f16" => Ok(Dtype::F16),
+        "bf16" => Ok(Dtype::BF16),
+        _ => Err("expected one of f32, f16, bf16".to_owned()),
+    }
 }
 
 #[cfg(test)]

@@ -227,6 +227,11 @@ impl Tokenizer {
         &self.before
     }
 
+    /// The ids that `add_special` puts after a text.
+    pub fn suffix(&self) -> &[u32] {
+        &self.after
+    }
+
     /// The Jinja source that came with the vocabulary.
     pub fn chat_template(&self) -> Option<&str> {
         self.specials.chat_template.as_deref()

@@ -18,12 +18,14 @@ use half::{bf16, f16};
 mod check;
 mod read;
 pub mod shards;
+mod stream;
 mod write;
 
 use crate::error::{Error, Kind, Place, Result};
 use crate::file::Bytes;
 pub use ::safetensors::Dtype;
 pub use shards::Checkpoint;
+pub use stream::SafetensorsWriter;
 pub use write::{TensorRef, write_safetensors, write_safetensors_f32};
 
 /// Where a tensor's data lies and what it is.

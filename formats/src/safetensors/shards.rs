@@ -84,6 +84,11 @@ impl Checkpoint {
         self.index.keys().map(String::as_str)
     }
 
+    /// The names of all tensors, shard by shard, sorted inside each: the order in which converters go.
+    pub fn names_by_file(&self) -> impl Iterator<Item = &str> {
+        self.files.iter().flat_map(SafetensorsFile::names)
+    }
+
     /// The tensor with this name, from whichever shard has it.
     pub fn tensor(&self, name: &str) -> Option<TensorView> {
         self.index.get(name).and_then(|&i| self.files[i].tensor(name))

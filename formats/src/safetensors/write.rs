@@ -53,26 +53,35 @@ pub fn write_safetensors_f32<'a>(
     write_safetensors(path, &refs, metadata)
 }
 
-/// The header, padded with spaces to a multiple of 8 bytes, so that the data is aligned.
+/// The header of tensors that are there.
 fn describe(sorted: &[TensorRef<'_>], metadata: &BTreeMap<String, String>) -> Result<String> {
+    let mut entries = Vec::with_capacity(sorted.len());
+    let mut begin = 0;
+    for (name, dtype, shape, bytes) in sorted {
+        let end = begin + bytes.len();
+        entries.push(((*name).to_owned(), Entry { dtype: *dtype, shape: shape.to_vec(), begin, end }));
+        begin = end;
+    }
+    describe_entries(&entries, metadata)
+}
+
+/// The header, padded with spaces to a multiple of 8 bytes, so that the data is aligned.
+pub(super) fn describe_entries(
+    entries: &[(String, Entry)],
+    metadata: &BTreeMap<String, String>,
+) -> Result<String> {
     let mut header = Map::new();
     if !metadata.is_empty() {
         header.insert("__metadata__".to_owned(), json!(metadata));
     }
-    let mut entries = Vec::with_capacity(sorted.len());
-    let mut begin = 0;
-    for (name, dtype, shape, bytes) in sorted {
-        let at = |kind| Error::new(kind).at(Place::Tensor((*name).to_owned()));
-        let end = begin + bytes.len();
-        let info = json!({"dtype": dtype, "shape": shape, "data_offsets": [begin, end]});
-        if *name == "__metadata__" || header.insert((*name).to_owned(), info).is_some() {
-            return Err(at(Kind::DuplicateTensor));
+    for (name, entry) in entries {
+        let offsets = [entry.begin, entry.end];
+        let info = json!({"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets});
+        if name == "__metadata__" || header.insert(name.clone(), info).is_some() {
+            return Err(Error::new(Kind::DuplicateTensor).at(Place::Tensor(name.clone())));
         }
-        let entry = Entry { dtype: *dtype, shape: shape.to_vec(), begin, end };
-        entries.push(((*name).to_owned(), entry));
-        begin = end;
     }
-    check::tensors(&entries, begin)?;
+    check::tensors(entries, entries.last().map_or(0, |(_, entry)| entry.end))?;
     let mut header = Value::Object(header).to_string();
     let padded = header.len().next_multiple_of(8);
     header.extend(std::iter::repeat_n(' ', padded - header.len()));

@@ -94,7 +94,7 @@ pub(super) fn names() -> String {
 
 impl PreSplit {
     /// The splitter, ending in the byte alphabet of byte-level BPE.
-    pub(super) fn build(self) -> Result<PreTokenizerWrapper> {
+    pub(crate) fn build(self) -> Result<PreTokenizerWrapper> {
         let bytes = |use_regex| PreTokenizerWrapper::from(ByteLevel::new(false, false, use_regex));
         Ok(match self {
             PreSplit::Gpt2 => bytes(true),

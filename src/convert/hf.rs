@@ -1,0 +1,340 @@
+//! A Hugging Face folder as the source of a GGUF: names, shapes, row order and metadata of llama.cpp's converter.
+//!
+//! Everything is checked when the folder is opened: each tensor has its place and its size, and none is
+//! missing. What a GGUF cannot say is refused, or noted where llama.cpp's converter leaves it out too.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::path::Path;
+
+use qpeft_formats::error::{Error as FormatError, Kind, Place};
+use qpeft_formats::file::Bytes;
+use qpeft_formats::gguf::{Metadata, Value, names};
+use qpeft_formats::safetensors::{Checkpoint, Dtype, TensorView};
+use qpeft_formats::{GgmlType, blocks};
+
+use super::card;
+use super::families::rope::Rope;
+use super::families::{Change, Dims, Family, HEAD, Key, numbered};
+use super::settings::Settings;
+use super::source::{Source, SourceTensor};
+use super::vocab;
+use crate::error::{Error, Result};
+use crate::model::base::dense_type;
+
+/// An opened and checked folder.
+#[derive(Debug)]
+pub struct HfSource {
+    family: &'static Family,
+    metadata: Metadata,
+    tensors: Vec<SourceTensor>,
+    origins: Vec<Origin>,
+    notes: Vec<String>,
+}
+
+/// Where a tensor's values come from.
+#[derive(Debug)]
+enum Origin {
+    /// A tensor of the folder; the number of heads matters where rows are permuted.
+    Stored { view: TensorView, change: Change, heads: usize },
+    /// Settings of `config.json`.
+    Made(Vec<f32>),
+}
+
+/// Buffers that old checkpoints contain and no format needs.
+const BUFFERS: [&str; 5] =
+    [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias"];
+
+/// Parts of multimodal models that a text model does not have.
+const OTHER_PARTS: [&str; 3] = ["vision_tower.", "multi_modal_projector.", "vision_model."];
+
+impl HfSource {
+    /// Opens a folder with `config.json`, safetensors and tokenizer files.
+    ///
+    /// # Errors
+    /// The family is not supported, a setting is missing or cannot be said in a GGUF, a tensor is missing,
+    /// unknown or of another shape, or the tokenizer cannot be converted.
+    pub fn open(dir: &Path) -> Result<HfSource> {
+        HfSource::open_with_pre(dir, None)
+    }
+
+    /// As [`HfSource::open`], with the value of `tokenizer.ggml.pre` where the user knows it better.
+    ///
+    /// # Errors
+    /// See [`HfSource::open`].
+    pub fn open_with_pre(dir: &Path, pre: Option<&str>) -> Result<HfSource> {
+        let folder = Checkpoint::open(dir)?;
+        let mut config = Settings::new(&folder.config_path(), folder.config().clone())?;
+        let family = Family::of_config(&config)?;
+        config.flatten("text_config")?;
+        refuse_quantized(&config)?;
+        for fixed in family.fixed {
+            fixed.check(family, &config)?;
+        }
+
+        let (keys, rope) = keys(family, &config)?;
+        let vocab_size = config.require_size("vocab_size")?;
+        let place = config.path().display().to_string();
+        let dims = Dims::read(family, &keys, vocab_size.into(), &place)?;
+        let mut notes = (family.check)(&config, &dims)?;
+
+        let (mut tensors, mut origins) = stored(&folder, family, &dims, &config, &mut notes)?;
+        if let Some(rope) = &rope {
+            // Sizes were compared with the tensors, so that what is made of them is not too large.
+            let made = rope.tensors(&dims, &config)?.into_iter();
+            let (first, values): (Vec<_>, Vec<_>) = made
+                .map(|(name, values)| {
+                    let shape = vec![values.len() as u64];
+                    (
+                        SourceTensor { name: name.to_owned(), shape, dtype: GgmlType::F32 },
+                        Origin::Made(values),
+                    )
+                })
+                .unzip();
+            tensors.splice(0..0, first);
+            origins.splice(0..0, values);
+        }
+
+        let vocab = vocab::of_folder(dir, family, vocab_size, pre)?;
+        notes.extend(vocab.notes);
+
+        let mut metadata = Metadata::new();
+        metadata.insert("general.architecture", Value::String(family.arch.to_owned()));
+        metadata.insert("general.type", Value::String("model".to_owned()));
+        let parameters = tensors.iter().map(|t| t.shape.iter().product::<u64>()).sum();
+        card::describe(dir, &config, parameters, &mut metadata)?;
+        for (key, value) in keys.iter() {
+            metadata.insert(key, value.clone());
+        }
+        metadata.insert("general.quantization_version", Value::U32(2));
+        for (key, value) in vocab.metadata.iter() {
+            metadata.insert(key, value.clone());
+        }
+        Ok(HfSource { family, metadata, tensors, origins, notes })
+    }
+
+    /// The family that the folder belongs to.
+    pub fn family(&self) -> &'static Family {
+        self.family
+    }
+
+    /// What a GGUF cannot say and is therefore lost, one sentence each, for people.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+}
+
+impl Source for HfSource {
+    fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    fn tensors(&self) -> &[SourceTensor] {
+        &self.tensors
+    }
+
+    fn rows(&self, tensor: usize, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let cols = self.tensors[tensor].row_len();
+        assert_eq!(out.len(), rows.len() * cols, "`out` must hold the rows that are asked for");
+        let (view, change, heads) = match &self.origins[tensor] {
+            Origin::Made(values) => {
+                out.copy_from_slice(&values[rows.start * cols..rows.end * cols]);
+                return Ok(());
+            }
+            Origin::Stored { view, change, heads } => (view, *change, *heads),
+        };
+        let total = view.shape.iter().product::<usize>();
+        let width = view.bytes.len().checked_div(total).unwrap_or(0);
+        let read = |elements: Range<usize>, out: &mut [f32]| {
+            decode(view.dtype, &view.bytes[elements.start * width..elements.end * width], out);
+        };
+        match change {
+            Change::Same | Change::Drop => read(rows.start * cols..rows.end * cols, out),
+            Change::PlusOne => {
+                read(rows.start * cols..rows.end * cols, out);
+                out.iter_mut().for_each(|x| *x += 1.0);
+            }
+            // A bias is one row, whose elements go the way of the weight's rows.
+            Change::PermuteQ | Change::PermuteK => {
+                let is_vector = self.tensors[tensor].shape.len() == 1;
+                let (units, unit) = if is_vector { (0..total, 1) } else { (rows, cols) };
+                let head_dim = total / unit / heads;
+                for (row, out) in units.zip(out.chunks_exact_mut(unit)) {
+                    let from = names::hf_row_of_gguf_row(row, heads, head_dim);
+                    read(from * unit..(from + 1) * unit, out);
+                }
+            }
+            Change::Transpose => {
+                let stride = total / cols;
+                let mut piece = vec![0.0; rows.len()];
+                for column in 0..cols {
+                    let start = column * stride + rows.start;
+                    read(start..start + rows.len(), &mut piece);
+                    for (row, &x) in piece.iter().enumerate() {
+                        out[row * cols + column] = x;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn packed(&self, tensor: usize) -> Option<Bytes> {
+        match &self.origins[tensor] {
+            Origin::Stored { view, change: Change::Same, .. }
+                if dense_type(view.dtype) == Some(self.tensors[tensor].dtype) =>
+            {
+                Some(view.bytes.clone())
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Tensors that llama.cpp wants in F32 whatever the others are: vectors, norms, learned positions.
+pub fn stays_f32(name: &str, dims: usize) -> bool {
+    dims <= 1
+        || name.ends_with("_norm.weight")
+        || !name.ends_with(".weight")
+        || name == "position_embd.weight"
+}
+
+/// The GGUF keys of the family, in the order of its table, and its rotary embedding.
+fn keys(family: &Family, config: &Settings) -> Result<(Metadata, Option<Rope>)> {
+    let rope = match &family.rope {
+        Some(rules) => Some((rules, Rope::of_config(family, rules, config)?)),
+        None => None,
+    };
+    let mut keys = Metadata::new();
+    for key in family.keys {
+        match (key, &rope) {
+            (Key::Rope, Some((rules, rope))) => rope.put(family, rules, &mut keys)?,
+            (Key::RopeDims, Some((_, rope))) => rope.put_dims(family, &mut keys)?,
+            _ => key.put(family, config, &mut keys)?,
+        }
+    }
+    Ok((keys, rope.map(|(_, rope)| rope)))
+}
+
+fn refuse_quantized(config: &Settings) -> Result<()> {
+    let Some(quantization) = config.object("quantization_config")? else { return Ok(()) };
+    let method = quantization.text("quant_method")?.unwrap_or("unknown");
+    Err(quantization
+        .refuse("quant_method", &format!("`{method}` weights cannot be converted; supported: F32, F16, BF16"))
+        .with_hint("give the folder of the model in full precision"))
+}
+
+/// The folder's tensors as the GGUF has them, in the order of its files.
+fn stored(
+    folder: &Checkpoint,
+    family: &'static Family,
+    dims: &Dims,
+    config: &Settings,
+    notes: &mut Vec<String>,
+) -> Result<(Vec<SourceTensor>, Vec<Origin>)> {
+    let (mut tensors, mut origins) = (Vec::new(), Vec::new());
+    let mut found = HashSet::new();
+    let mut left_out = 0;
+    for name in folder.names_by_file() {
+        if BUFFERS.iter().any(|buffer| name.ends_with(buffer)) {
+            continue;
+        }
+        if OTHER_PARTS.iter().any(|part| name.contains(part)) {
+            left_out += 1;
+            continue;
+        }
+        let refuse = |kind| {
+            Error::from(FormatError::new(kind).at(Place::Tensor(name.to_owned())).in_file(folder.dir()))
+        };
+        let Some((row, layer)) =
+            family.find_hf(name).filter(|(_, layer)| layer.is_none_or(|l| l < dims.layers))
+        else {
+            return Err(Error::refused(format!(
+                "`{}`: tensor `{name}`: has no place in a model of architecture `{}` with {} layers",
+                folder.dir().display(),
+                family.arch,
+                dims.layers
+            )));
+        };
+        let view = folder.require(name)?;
+        let expected = dims.shape(row.shape);
+        if view.shape.iter().map(|&dim| dim as u64).ne(expected.iter().copied()) {
+            let found = format!("{:?}", view.shape).into();
+            return Err(refuse(Kind::WrongShape { expected: format!("{expected:?}").into(), found }));
+        }
+        if !matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64) {
+            let found = view.dtype.to_string().into();
+            return Err(refuse(Kind::UnsupportedDtype { found, supported: "F32, F16, BF16, F64" }));
+        }
+        let gguf = numbered(row.gguf, layer);
+        if !found.insert(gguf.clone()) {
+            return Err(refuse(Kind::DuplicateTensor));
+        }
+        if row.change == Change::Drop {
+            continue;
+        }
+        let mut shape = expected;
+        if row.change != Change::Transpose {
+            shape.reverse();
+        }
+        let dense = dense_type(view.dtype).unwrap_or(GgmlType::F32);
+        let dtype = if stays_f32(&gguf, shape.len()) { GgmlType::F32 } else { dense };
+        let heads = match row.change {
+            Change::PermuteQ => dims.heads,
+            _ => dims.kv_heads,
+        };
+        tensors.push(SourceTensor { name: gguf, shape, dtype });
+        origins.push(Origin::Stored { view, change: row.change, heads: heads as usize });
+    }
+    if left_out > 0 {
+        notes
+            .push(format!("{left_out} tensors of the vision part are left out: the text model is converted"));
+    }
+    require_all(folder, family, dims, config, &found)?;
+    Ok((tensors, origins))
+}
+
+/// Refuses a folder in which a tensor is missing.
+fn require_all(
+    folder: &Checkpoint,
+    family: &Family,
+    dims: &Dims,
+    config: &Settings,
+    found: &HashSet<String>,
+) -> Result<()> {
+    let missing = |name: String| {
+        Err(FormatError::new(Kind::MissingTensor).at(Place::Tensor(name)).in_file(folder.dir()).into())
+    };
+    // Ends at the first tensor that is missing, however many layers `config.json` declares.
+    for tensor in family.tensors.iter().filter(|tensor| !tensor.optional) {
+        let layers = if tensor.per_layer() { 0..dims.layers } else { 0..1 };
+        for layer in layers {
+            let layer = tensor.per_layer().then_some(layer);
+            if !found.contains(&numbered(tensor.gguf, layer)) {
+                return missing(family.hf_name(tensor, layer));
+            }
+        }
+    }
+    let has_head = family.head().is_some_and(|head| found.contains(head.gguf));
+    let tied = config.flag("tie_word_embeddings")?.unwrap_or(family.tied);
+    let is_headless = config
+        .get("architectures")
+        .and_then(|list| list[0].as_str())
+        .is_some_and(|name| !name.contains("ForCausalLM") && !name.contains("LMHead"));
+    if !has_head && !tied && !is_headless {
+        return missing(HEAD.to_owned());
+    }
+    Ok(())
+}
+
+/// Elements of a checked type as f32: exact, F64 rounded to nearest.
+fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
+    match dense_type(dtype) {
+        Some(dense) => blocks::dequantize_row(dense, bytes, out),
+        None => {
+            for (x, bytes) in out.iter_mut().zip(bytes.as_chunks::<8>().0) {
+                *x = f64::from_le_bytes(*bytes) as f32;
+            }
+        }
+    }
+}
