@@ -77,6 +77,10 @@ impl ChatTemplateError {
 
 const NAME: &str = "chat_template";
 
+/// Instructions that one rendering may take: a second of work. A turn of a real conversation takes some
+/// hundred; a template from a hostile file could loop for ever.
+const FUEL: u64 = 10_000_000;
+
 impl ChatTemplate {
     /// Compiles `source`. Templates that print the date see the one of this moment for as long as they
     /// live; [`ChatTemplate::at`] fixes another.
@@ -89,6 +93,7 @@ impl ChatTemplate {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| ChatTemplateError::new(&e))?);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_fuel(Some(FUEL));
         functions::add(&mut environment);
         environment
             .add_template_owned(NAME, without_generation_tags(source))
@@ -197,6 +202,13 @@ mod tests {
             without_generation_tags("{{ generation }} {% if generation %} {%"),
             "{{ generation }} {% if generation %} {%"
         );
+    }
+
+    #[test]
+    fn a_template_that_does_not_end_is_stopped() {
+        let nested = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+        let e = render(nested).unwrap_err();
+        assert!(e.to_string().contains("ran out of fuel") && !e.raised, "{e}");
     }
 
     #[test]

@@ -166,6 +166,9 @@ impl Config {
                 self.n_heads, self.n_kv_heads
             ));
         }
+        if self.n_heads.checked_mul(self.head_dim).is_none() {
+            return refuse(format!("{} heads of {} channels overflow 64 bits", self.n_heads, self.head_dim));
+        }
         if !self.head_dim.is_multiple_of(2) {
             return refuse(format!(
                 "head dimension {} is odd, so it cannot be rotated in pairs",
@@ -211,6 +214,13 @@ impl Config {
 fn gguf_rope_scaling(file: &GgufFile, meta: &Metadata) -> Result<RopeScaling> {
     if let Some(info) = file.tensor("rope_freqs.weight") {
         let bytes = file.bytes(info);
+        if info.n_rows() != 1 {
+            return Err(Error::refused(format!(
+                "`{}`: tensor `rope_freqs.weight`: shape {:?}, expected one row",
+                file.path().display(),
+                info.shape
+            )));
+        }
         let mut factors = vec![0.0; info.row_len()];
         qpeft_formats::blocks::dequantize_row(info.dtype, &bytes, &mut factors);
         return Ok(RopeScaling::Factors(factors));

@@ -4,6 +4,7 @@
 
 mod alloc;
 mod mutate;
+mod quantized;
 mod seeds;
 mod smoke;
 mod target;
@@ -60,6 +61,26 @@ fn an_adapter_that_reads_is_written_and_reads_again() {
 #[test]
 fn an_adapter_config_that_reads_is_written_and_reads_again() {
     holds("peft_config");
+}
+
+#[test]
+fn any_two_files_are_a_split_model_or_an_error() {
+    holds("split");
+}
+
+#[test]
+fn any_bytes_are_an_importance_matrix_or_an_error() {
+    holds("imatrix");
+}
+
+#[test]
+fn any_tensors_are_weights_of_bitsandbytes_or_an_error() {
+    holds("bitsandbytes");
+}
+
+#[test]
+fn any_model_gets_types_that_its_rows_fit() {
+    holds("mixture");
 }
 
 #[test]

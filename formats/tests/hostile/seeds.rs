@@ -1,12 +1,12 @@
 //! The inputs that damage starts from: files of `testdata`, cut down where they are large.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use qpeft_formats::GgmlType;
-use qpeft_formats::gguf::GgufFile;
-use qpeft_formats::safetensors::write_safetensors_f32;
+use qpeft_formats::gguf::{GgufFile, GgufWriter, Metadata, TensorDecl, Value};
+use qpeft_formats::safetensors::{SafetensorsFile, write_safetensors, write_safetensors_f32};
 
 use super::target::{pack, scratch};
 
@@ -43,6 +43,10 @@ pub fn seeds(target: &str, testdata: &Path) -> Vec<Vec<u8>> {
     match target {
         "gguf" | "gguf_rewrite" => all("gguf"),
         "safetensors" | "safetensors_rewrite" => all("safetensors"),
+        "split" => splits(testdata),
+        "imatrix" => [imatrices(testdata, "gguf"), imatrices(testdata, "dat")].concat(),
+        "bitsandbytes" => bitsandbytes(testdata),
+        "mixture" => mixtures(testdata),
         "checkpoint" => checkpoints(testdata),
         "peft" => adapters(testdata),
         "peft_config" => configs(testdata),
@@ -127,6 +131,118 @@ fn adapters(testdata: &Path) -> Vec<Vec<u8>> {
     all
 }
 
+/// The files that belong together, one behind the other.
+fn splits(testdata: &Path) -> Vec<Vec<u8>> {
+    let mut all = Vec::new();
+    for first in files(&testdata.join("bad"), "gguf") {
+        let name = first.file_name().unwrap_or_default().to_string_lossy();
+        let second = first.with_file_name(name.replace("-00001-of-00002", "-00002-of-00002"));
+        if name.contains("-00001-of-00002") {
+            all.push(if second.is_file() { [read(&first), read(&second)].concat() } else { read(&first) });
+        }
+    }
+    // Two that do belong together.
+    let part = |no: u16, name: &str| {
+        let mut metadata = Metadata::new();
+        metadata.insert("split.no", Value::U16(no));
+        metadata.insert("split.tensors.count", Value::I32(2));
+        metadata.insert("split.count", Value::U16(2));
+        gguf(&metadata, &[(name, &[2, 2])])
+    };
+    all.push([part(0, "a"), part(1, "b")].concat());
+    all
+}
+
+/// A GGUF file of F32 tensors.
+fn gguf(metadata: &Metadata, tensors: &[(&str, &[u64])]) -> Vec<u8> {
+    let decls: Vec<_> = tensors
+        .iter()
+        .map(|(name, shape)| TensorDecl { name: (*name).into(), shape: shape.to_vec(), dtype: GgmlType::F32 })
+        .collect();
+    let dir = scratch();
+    let path = dir.path().join("a.gguf");
+    let mut writer = GgufWriter::create(&path, metadata, &decls).expect("a plain file");
+    for decl in &decls {
+        let data = vec![0x3c; 4 * decl.shape.iter().product::<u64>() as usize];
+        writer.write(&decl.name, &data).expect("in order");
+    }
+    writer.finish().expect("complete");
+    read(&path)
+}
+
+fn imatrices(testdata: &Path, extension: &str) -> Vec<Vec<u8>> {
+    let is_imatrix = |path: &&PathBuf| path.to_string_lossy().contains("imatrix");
+    files(testdata, extension).iter().filter(is_imatrix).map(|path| read(path)).collect()
+}
+
+/// Each weight of the golden files by itself.
+fn bitsandbytes(testdata: &Path) -> Vec<Vec<u8>> {
+    let mut all = Vec::new();
+    for (name, config) in [
+        (
+            "quantized",
+            r#"{"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": true, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": true}}"#,
+        ),
+        ("int8", r#"{"quantization_config": {"load_in_8bit": true}}"#),
+    ] {
+        let file = SafetensorsFile::open(&testdata.join(format!("bitsandbytes/{name}.safetensors")));
+        let file = file.expect("a golden file");
+        let weights: BTreeSet<&str> = file
+            .names()
+            .filter_map(|name| name.split_once(".weight").or(name.split_once(".SCB")))
+            .map(|(module, _)| module)
+            .collect();
+        for module in weights {
+            let views: Vec<_> = file
+                .names()
+                .filter(|name| name.starts_with(&format!("{module}.")))
+                .filter_map(|name| file.tensor(name))
+                .collect();
+            let bytes: usize = views.iter().map(|view| view.bytes.len()).sum();
+            if bytes > 6 << 10 {
+                continue;
+            }
+            let dir = scratch();
+            let path = dir.path().join("a.safetensors");
+            let refs: Vec<_> = views.iter().map(|v| (&*v.name, v.dtype, &v.shape[..], &*v.bytes)).collect();
+            write_safetensors(&path, &refs, &BTreeMap::new()).expect("a plain file");
+            all.push(pack(&[config.as_bytes(), &read(&path)]));
+        }
+    }
+    all
+}
+
+/// Small models whose tensors have the roles that the rules ask for.
+fn mixtures(testdata: &Path) -> Vec<Vec<u8>> {
+    let mut all = Vec::new();
+    for (arch, experts) in [("llama", 0), ("llama", 8), ("falcon", 0), ("qwen2", 0)] {
+        let mut metadata = Metadata::new();
+        metadata.insert("general.architecture", Value::String(arch.into()));
+        for (key, value) in [
+            ("block_count", 2),
+            ("attention.head_count", 8),
+            ("attention.head_count_kv", 2),
+            ("expert_count", experts),
+        ] {
+            metadata.insert(format!("{arch}.{key}"), Value::U32(value));
+        }
+        let mut tensors: Vec<(String, Vec<u64>)> =
+            vec![("token_embd.weight".into(), vec![256, 2]), ("output.weight".into(), vec![32, 2])];
+        for layer in 0..2 {
+            for name in
+                ["attn_v", "attn_qkv", "attn_output", "ffn_down", "ffn_gate_exps", "ffn_up", "attn_norm"]
+            {
+                tensors
+                    .push((format!("blk.{layer}.{name}.weight"), vec![if layer == 0 { 256 } else { 96 }, 1]));
+            }
+        }
+        let tensors: Vec<_> = tensors.iter().map(|(name, shape)| (&**name, &shape[..])).collect();
+        all.push(gguf(&metadata, &tensors));
+    }
+    all.extend(files(&testdata.join("ggml"), "gguf").iter().map(|path| read(path)));
+    all
+}
+
 /// The first blocks of every type: golden ones where `testdata/ggml` has them, else counting bytes.
 fn blocks(testdata: &Path) -> Vec<Vec<u8>> {
     let mut all = Vec::new();
@@ -148,7 +264,7 @@ fn blocks(testdata: &Path) -> Vec<Vec<u8>> {
 
 /// A row of every type: random-looking, constant, zero, with an outlier.
 fn rows(testdata: &Path) -> Vec<Vec<u8>> {
-    let file = qpeft_formats::safetensors::SafetensorsFile::open(&testdata.join("ggml/blocks.safetensors"));
+    let file = SafetensorsFile::open(&testdata.join("ggml/blocks.safetensors"));
     let file = file.expect("a golden file");
     let values = file.require("F32.blk.2.ffn_up.weight").expect("the edge cases").bytes;
     let mut all = Vec::new();

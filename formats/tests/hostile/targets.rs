@@ -12,6 +12,7 @@ use qpeft_formats::gguf::{GgufFile, GgufWriter, TensorDecl};
 use qpeft_formats::peft::{PeftAdapter, PeftConfig};
 use qpeft_formats::safetensors::{Checkpoint, SafetensorsFile, write_safetensors};
 
+use super::quantized::{bitsandbytes, imatrix, mixture, split};
 use super::target::{Target, scratch, unpack};
 
 /// JSON values cost some 70 bytes in memory for `0,` in the file, twice that while a list grows.
@@ -32,6 +33,10 @@ pub const TARGETS: &[Target] = &[
     // A pattern of a few bytes may compile to a machine of 2 x 1 MiB, see `peft::config`.
     Target { name: "peft", run: peft, bytes_per_byte: JSON, bytes_at_least: 64 << 20 },
     Target { name: "peft_config", run: peft_config, bytes_per_byte: JSON, bytes_at_least: 64 << 20 },
+    Target { name: "split", run: split, bytes_per_byte: 48, bytes_at_least: 256 << 10 },
+    Target { name: "imatrix", run: imatrix, bytes_per_byte: 48, bytes_at_least: 64 << 10 },
+    Target { name: "bitsandbytes", run: bitsandbytes, bytes_per_byte: JSON, bytes_at_least: 256 << 10 },
+    Target { name: "mixture", run: mixture, bytes_per_byte: 64, bytes_at_least: 256 << 10 },
     Target { name: "blocks", run: blocks, bytes_per_byte: 160, bytes_at_least: 256 << 10 },
     Target { name: "quantize", run: quantize, bytes_per_byte: 16, bytes_at_least: 256 << 10 },
 ];
@@ -41,7 +46,7 @@ fn bytes(data: &[u8]) -> Bytes {
 }
 
 /// The message of an error: it must be printable, and a hint must not panic either.
-fn message(error: &qpeft_formats::Error) {
+pub fn message(error: &qpeft_formats::Error) {
     let _ = (error.to_string(), error.hint());
     assert!(error.path.is_some(), "{error}: names no file");
 }
@@ -227,7 +232,7 @@ fn typed(data: &[u8]) -> Option<(GgmlType, &[u8])> {
 /// Any bytes as blocks of any type give numbers, the same ones in one piece and block by block.
 fn blocks(data: &[u8]) {
     let Some((dtype, rest)) = typed(data) else { return };
-    if dtype.quantizer() == Quantizer::Never {
+    if dtype.quantizer() == Quantizer::Never && dtype.name().starts_with("IQ") {
         return;
     }
     let whole = rest.len() / dtype.block_bytes();
