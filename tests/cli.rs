@@ -108,7 +108,7 @@ fn a_value_out_of_range_is_refused() {
     );
     assert_eq!(
         refused(&["merge", "--model", "m", "--adapter", "a", "--output", "o", "--to", "onnx"]),
-        (2, "error: `--to`: expected `gguf`, found `onnx`\n".to_owned())
+        (2, "error: `--to`: expected `gguf` or `safetensors` or `nf4` or `nf4-dq` or `fp4`, found `onnx`\n".to_owned())
     );
     assert_eq!(
         refused(&["generate", "--model", "m", "--prompt", "p", "--chat", "--raw"]),
