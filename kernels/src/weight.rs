@@ -29,8 +29,9 @@ pub struct BaseWeight {
 /// How the rows are stored.
 #[derive(Debug, Clone)]
 enum Storage {
-    /// Rows of ggml blocks, one after another; F32, F16 and BF16 are blocks of one element.
-    Ggml { dtype: GgmlType, bytes: Bytes },
+    /// Rows of ggml blocks, one after another; F32, F16 and BF16 are blocks of one element. Every element
+    /// is multiplied by `factor`, mostly 1.
+    Ggml { dtype: GgmlType, bytes: Bytes, factor: f32 },
 }
 
 /// Rows that one task converts; small enough to stay in the second-level cache.
@@ -44,7 +45,24 @@ impl BaseWeight {
     pub fn from_ggml(dtype: GgmlType, rows: usize, cols: usize, bytes: Bytes) -> Result<BaseWeight> {
         let expected = dtype.row_bytes(cols)?.saturating_mul(rows);
         check("weight", "size in bytes", expected, bytes.len())?;
-        Ok(BaseWeight { rows, cols, storage: Storage::Ggml { dtype, bytes } })
+        Ok(BaseWeight { rows, cols, storage: Storage::Ggml { dtype, bytes, factor: 1.0 } })
+    }
+
+    /// The same blocks with every element times `factor`, as a file has it that keeps a factor of the whole
+    /// tensor beside the blocks (NVFP4). [`BaseWeight::requantize`] keeps the factor.
+    #[must_use]
+    pub fn scaled_by(mut self, by: f32) -> BaseWeight {
+        match &mut self.storage {
+            Storage::Ggml { factor, .. } => *factor = by,
+        }
+        self
+    }
+
+    /// What every element of the blocks is multiplied by; 1 if nothing was said.
+    pub fn factor(&self) -> f32 {
+        match &self.storage {
+            Storage::Ggml { factor, .. } => *factor,
+        }
     }
 
     /// An unquantized weight, row by row.
@@ -87,10 +105,11 @@ impl BaseWeight {
         }
     }
 
-    /// The ggml type and its bytes, for writing files; `None` when stored otherwise.
+    /// The ggml type and its bytes, for writing files; `None` when stored otherwise. The values are those of
+    /// the bytes times [`BaseWeight::factor`].
     pub fn ggml(&self) -> Option<(GgmlType, &Bytes)> {
         match &self.storage {
-            Storage::Ggml { dtype, bytes } => Some((*dtype, bytes)),
+            Storage::Ggml { dtype, bytes, .. } => Some((*dtype, bytes)),
         }
     }
 
@@ -102,10 +121,11 @@ impl BaseWeight {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         assert_eq!(out.len(), rows.len() * self.cols, "{} rows of {}", rows.len(), self.cols);
         match &self.storage {
-            Storage::Ggml { dtype, bytes } => {
+            Storage::Ggml { dtype, bytes, factor } => {
                 // Rows are whole blocks, so that any number of them decodes as one long row.
                 let row_bytes = self.size_bytes() / self.rows.max(1);
                 dequantize_blocks(*dtype, &bytes[rows.start * row_bytes..rows.end * row_bytes], out);
+                multiply(out, *factor);
             }
         }
     }
@@ -127,7 +147,7 @@ impl BaseWeight {
             return;
         }
         match &self.storage {
-            Storage::Ggml { dtype, bytes } => {
+            Storage::Ggml { dtype, bytes, factor } => {
                 let block_bytes = dtype.block_bytes();
                 let row_bytes = self.cols / block_len * block_bytes;
                 let (start, end) = (cols.start / block_len * block_bytes, cols.end / block_len * block_bytes);
@@ -139,6 +159,7 @@ impl BaseWeight {
                     out,
                     cols.len(),
                 );
+                multiply(out, *factor);
             }
         }
     }
@@ -159,24 +180,29 @@ impl BaseWeight {
     /// `values` has another length; values cannot be written in the type; an element is not finite (the first one is named).
     pub fn requantize(&self, values: &[f32]) -> Result<BaseWeight> {
         check("requantize", "elements", self.rows * self.cols, values.len())?;
-        if let Some(at) = values.par_iter().position_first(|x| !x.is_finite()) {
+        let factor = self.factor();
+        if let Some(at) = values.par_iter().position_first(|x| !(x / factor).is_finite()) {
             return Err(Error::NotFinite {
                 op: "requantize",
                 row: at / self.cols,
                 col: at % self.cols,
-                value: values[at],
+                value: values[at] / factor,
             });
         }
         let storage = match &self.storage {
-            Storage::Ggml { dtype, bytes } => {
+            Storage::Ggml { dtype, bytes, .. } => {
                 dtype.require_quantizer(false)?;
                 let mut packed = vec![0; bytes.len()];
                 let row_bytes = dtype.row_bytes(self.cols)?;
-                packed
-                    .par_chunks_mut(row_bytes.max(1))
-                    .zip(values.par_chunks(self.cols.max(1)))
-                    .for_each(|(packed, row)| quantize_rows(*dtype, row, self.cols, None, packed));
-                Storage::Ggml { dtype: *dtype, bytes: Bytes::from(packed) }
+                packed.par_chunks_mut(row_bytes.max(1)).zip(values.par_chunks(self.cols.max(1))).for_each(
+                    |(packed, row)| {
+                        with_scratch(row.len(), |unscaled| {
+                            unscaled.iter_mut().zip(row).for_each(|(unscaled, x)| *unscaled = x / factor);
+                            quantize_rows(*dtype, unscaled, self.cols, None, packed);
+                        });
+                    },
+                );
+                Storage::Ggml { dtype: *dtype, bytes: Bytes::from(packed), factor }
             }
         };
         Ok(BaseWeight { storage, ..*self })
@@ -202,6 +228,13 @@ impl BaseWeight {
             });
         });
         Ok(())
+    }
+}
+
+/// `out *= factor`
+fn multiply(out: &mut [f32], factor: f32) {
+    if factor != 1.0 {
+        out.iter_mut().for_each(|x| *x *= factor);
     }
 }
 
@@ -281,6 +314,28 @@ mod tests {
             let again = weight.requantize(&weight.dequantize()).unwrap();
             assert_eq!(again.dequantize(), weight.dequantize(), "{dtype}");
         }
+    }
+
+    #[test]
+    fn a_factor_multiplies_what_is_read_and_divides_what_is_written() {
+        for (dtype, factor) in [(GgmlType::NVFP4, 0.25), (GgmlType::Q8_0, -3.0)] {
+            let values = Mat::random(1, 6, 128, 1.0).values();
+            let plain = zeros(dtype, 6, 128).requantize(&values).unwrap();
+            let scaled = plain.clone().scaled_by(factor);
+            let expected: Vec<f32> = plain.dequantize().iter().map(|x| x * factor).collect();
+            assert_eq!(scaled.dequantize(), expected, "{dtype}");
+            let mut tile = vec![f32::NAN; 2 * 64];
+            scaled.dequantize_tile(3..5, 64..128, &mut tile);
+            assert_eq!(tile[64..], expected[4 * 128 + 64..5 * 128], "{dtype}");
+
+            let values: Vec<f32> = values.iter().map(|x| x * factor).collect();
+            let again = scaled.requantize(&values).unwrap();
+            assert_eq!(again.factor(), factor);
+            assert_eq!(again.ggml().unwrap().1[..], plain.ggml().unwrap().1[..], "{dtype}");
+        }
+        let tiny = zeros(GgmlType::NVFP4, 1, 64).scaled_by(1e-38);
+        let error = tiny.requantize(&[1e4; 64]).unwrap_err().to_string();
+        assert_eq!(error, "requantize: row 0, column 0 is `inf`, expected a finite number");
     }
 
     #[test]

@@ -10,7 +10,10 @@ use clap::{Args, Parser, Subcommand};
 use qpeft_formats::GgmlType;
 
 use super::report::Usage;
-use super::values::{at_least_one, at_least_zero, fraction, ggml_type, positive, probability, share};
+use super::values::{
+    at_least_one, at_least_zero, fraction, ggml_type, positive, probability, quantized_type, share,
+    up_to_2_pow_32,
+};
 use crate::train::TrainConfig;
 use crate::train::config::{Method, TargetModules};
 use crate::train::schedule::SchedulerType;
@@ -65,6 +68,10 @@ pub enum ConvertCommand {
 pub enum BenchCommand {
     /// Measure training speed and peak memory on synthetic tokens
     Train(BenchTrainArgs),
+    /// Measure how fast each type is quantized, beside llama.cpp's own quantizer if there is one
+    Quantize(BenchQuantizeArgs),
+    /// Measure how fast one core dequantizes each type
+    Dequantize(BenchDequantizeArgs),
 }
 
 /// Where and on how many threads a command computes.
@@ -500,6 +507,40 @@ pub struct BenchTrainArgs {
     /// Where to compute.
     #[command(flatten)]
     pub compute: ComputeArgs,
+}
+
+/// `qpeft bench quantize`
+#[derive(Debug, Clone, Args)]
+pub struct BenchQuantizeArgs {
+    /// Types, as q4_k,q8_0 [default: all that can be written]
+    #[arg(long = "type", value_name = "TYPES", value_delimiter = ',', value_parser = quantized_type)]
+    pub types: Vec<GgmlType>,
+    /// CPU threads, of both sides
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one::<usize>)]
+    pub threads: usize,
+    /// llama.cpp's libggml-base.so, to compare speed and bytes with; its code is run
+    #[arg(long, value_name = "FILE")]
+    pub ggml_library: Option<PathBuf>,
+    /// Elements to quantize, in rows of 4096
+    #[arg(long, value_name = "N", default_value_t = 1 << 20, value_parser = up_to_2_pow_32)]
+    pub elements: usize,
+    /// Quantize with importance: the types that take it
+    #[arg(long)]
+    pub importance: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `qpeft bench dequantize`
+#[derive(Debug, Clone, Args)]
+pub struct BenchDequantizeArgs {
+    /// Types, as q4_k,q8_0 [default: all that can be written]
+    #[arg(long = "type", value_name = "TYPES", value_delimiter = ',', value_parser = quantized_type)]
+    pub types: Vec<GgmlType>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `qpeft demo`

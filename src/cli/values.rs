@@ -6,6 +6,7 @@ use std::fmt::Display;
 use std::str::FromStr;
 
 use qpeft_formats::GgmlType;
+use qpeft_formats::dtype::Quantizer;
 
 /// A number with the word that messages use for its kind.
 pub trait Number: FromStr + PartialOrd + Copy + Display {
@@ -76,10 +77,24 @@ pub fn probability(text: &str) -> Result<f64, String> {
     number(text, "above 0 and at most 1", |x: f64| x > 0.0 && x <= 1.0)
 }
 
+/// `[1, 2^32]`: what memory may be asked for.
+pub fn up_to_2_pow_32(text: &str) -> Result<usize, String> {
+    number(text, "from 1 to 4294967296", |x: usize| (1..=1 << 32).contains(&x))
+}
+
 /// A ggml type by name.
 pub fn ggml_type(text: &str) -> Result<GgmlType, String> {
     GgmlType::from_name(text).filter(|t| t.require_quantizer(false).is_ok()).ok_or_else(|| {
         let names: Vec<_> = GgmlType::writable().map(|t| format!("`{t}`")).collect();
+        format!("expected one of {}", names.join(", "))
+    })
+}
+
+/// A ggml type by name, also one that is written with importance only.
+pub fn quantized_type(text: &str) -> Result<GgmlType, String> {
+    GgmlType::from_name(text).filter(|t| t.quantizer() != Quantizer::Never).ok_or_else(|| {
+        let written = GgmlType::ALL.into_iter().filter(|t| t.quantizer() != Quantizer::Never);
+        let names: Vec<_> = written.map(|t| format!("`{t}`")).collect();
         format!("expected one of {}", names.join(", "))
     })
 }
@@ -105,12 +120,15 @@ mod tests {
         assert_eq!(share("1"), Ok(1.0));
         assert_eq!(share("1.01"), Err("expected a number from 0 to 1".to_owned()));
         assert_eq!(probability("1"), Ok(1.0));
+        assert_eq!(up_to_2_pow_32("4294967296"), Ok(1 << 32));
+        assert_eq!(up_to_2_pow_32("4294967297"), Err("expected an integer from 1 to 4294967296".to_owned()));
         assert_eq!(probability("0"), Err("expected a number above 0 and at most 1".to_owned()));
     }
 
     #[test]
     fn ggml_types_are_found_in_any_case_and_listed_when_unknown() {
         assert_eq!(ggml_type("q4_k"), Ok(GgmlType::Q4_K));
-        assert!(ggml_type("q4_k_m").unwrap_err().ends_with("`Q4_K`, `Q5_K`, `Q6_K`"));
+        assert!(ggml_type("q4_k_m").unwrap_err().contains("`Q4_K`, `Q5_K`, `Q6_K`"));
+        assert!(quantized_type("q8_1").unwrap_err().starts_with("expected one of `F32`, `F16`, "));
     }
 }
