@@ -15,7 +15,7 @@ use qpeft_kernels::weight::WeightType;
 use super::report::Usage;
 use super::values::{
     Quant, at_least_one, at_least_zero, bytes, dense_type, file_type, file_type_or_copy, fraction, ggml_type,
-    out_type, positive, probability, share, type_override, weight_type,
+    out_type, positive, probability, share, type_override, up_to_2_pow_32, weight_type,
 };
 use crate::convert::hf_to_gguf::OutType;
 use crate::train::TrainConfig;
@@ -78,6 +78,10 @@ pub enum ConvertCommand {
 pub enum BenchCommand {
     /// Measure training speed and peak memory on synthetic tokens
     Train(BenchTrainArgs),
+    /// Measure how fast each type is quantized, beside llama.cpp's own quantizer if there is one
+    Quantize(BenchQuantizeArgs),
+    /// Measure how fast one core dequantizes each type
+    Dequantize(BenchDequantizeArgs),
 }
 
 /// Where and on how many threads a command computes.
@@ -684,6 +688,40 @@ pub struct BenchTrainArgs {
     /// Where to compute.
     #[command(flatten)]
     pub compute: ComputeArgs,
+}
+
+/// `qpeft bench quantize`
+#[derive(Debug, Clone, Args)]
+pub struct BenchQuantizeArgs {
+    /// Types, as q4_k,q8_0 [default: all that can be written]
+    #[arg(long = "type", value_name = "TYPES", value_delimiter = ',', value_parser = ggml_type)]
+    pub types: Vec<GgmlType>,
+    /// CPU threads, of both sides
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one::<usize>)]
+    pub threads: usize,
+    /// llama.cpp's libggml-base.so, to compare speed and bytes with; its code is run
+    #[arg(long, value_name = "FILE")]
+    pub ggml_library: Option<PathBuf>,
+    /// Elements to quantize, in rows of 4096
+    #[arg(long, value_name = "N", default_value_t = 1 << 20, value_parser = up_to_2_pow_32)]
+    pub elements: usize,
+    /// Quantize with importance: the types that take it
+    #[arg(long)]
+    pub importance: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `qpeft bench dequantize`
+#[derive(Debug, Clone, Args)]
+pub struct BenchDequantizeArgs {
+    /// Types, as q4_k,q8_0 [default: all that can be written]
+    #[arg(long = "type", value_name = "TYPES", value_delimiter = ',', value_parser = ggml_type)]
+    pub types: Vec<GgmlType>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `qpeft demo`

@@ -56,7 +56,9 @@ pub fn run(command: &Command, printer: &Printer) -> anyhow::Result<()> {
         Command::Eval(args) => eval::run(args, printer),
         Command::Generate(args) => generate::run(args, printer),
         Command::Inspect(args) => inspect::run(args, printer),
-        Command::Bench(BenchCommand::Train(args)) => bench::run(args, printer),
+        Command::Bench(BenchCommand::Train(args)) => bench::train::run(args, printer),
+        Command::Bench(BenchCommand::Quantize(args)) => bench::quantize::run(args, printer),
+        Command::Bench(BenchCommand::Dequantize(args)) => bench::dequantize::run(args, printer),
         Command::Demo(args) => demo::run(args, printer),
     }
 }

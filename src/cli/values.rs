@@ -80,6 +80,11 @@ pub fn probability(text: &str) -> Result<f64, String> {
     number(text, "above 0 and at most 1", |x: f64| x > 0.0 && x <= 1.0)
 }
 
+/// `[1, 2^32]`: what memory may be asked for.
+pub fn up_to_2_pow_32(text: &str) -> Result<usize, String> {
+    number(text, "from 1 to 4294967296", |x: usize| (1..=1 << 32).contains(&x))
+}
+
 /// A type that a base can be quantized to at load.
 pub fn weight_type(text: &str) -> Result<WeightType, String> {
     text.parse()
@@ -182,6 +187,8 @@ mod tests {
         assert_eq!(share("1"), Ok(1.0));
         assert_eq!(share("1.01"), Err("expected a number from 0 to 1".to_owned()));
         assert_eq!(probability("1"), Ok(1.0));
+        assert_eq!(up_to_2_pow_32("4294967296"), Ok(1 << 32));
+        assert_eq!(up_to_2_pow_32("4294967297"), Err("expected an integer from 1 to 4294967296".to_owned()));
         assert_eq!(probability("0"), Err("expected a number above 0 and at most 1".to_owned()));
     }
 
@@ -189,6 +196,7 @@ mod tests {
     fn ggml_types_are_found_in_any_case_and_listed_when_unknown() {
         assert_eq!(ggml_type("q4_k"), Ok(GgmlType::Q4_K));
         assert!(ggml_type("q4_k_m").unwrap_err().contains("`Q4_K`, `Q5_K`, `Q6_K`"));
+        assert!(ggml_type("q8_1").unwrap_err().starts_with("expected one of `F32`, `F16`, "));
     }
 
     #[test]

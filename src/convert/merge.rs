@@ -152,6 +152,8 @@ fn adapted(decoder: &Decoder, layer: usize, slot: Slot) -> Option<(&Linear, Slot
 }
 
 /// One adapted weight: W' in f32 by row chunks, packed, with the loss of packing measured.
+///
+/// A factor that the file keeps beside the blocks (NVFP4) stays there, so W' is divided by it first.
 fn merged_weight(
     linear: &Linear,
     values: &[f32],
@@ -162,7 +164,7 @@ fn merged_weight(
 ) -> Result<Replacement> {
     const CHUNK: usize = 64;
     let adapter = linear.adapter.as_ref().expect("only adapted linears are merged");
-    let cols = linear.weight.cols();
+    let (cols, factor) = (linear.weight.cols(), linear.weight.factor());
     dtype.require_quantizer(false)?;
     let row_bytes = dtype.row_bytes(cols)?;
     let mut merged = vec![0.0; linear.weight.rows() * cols];
@@ -175,17 +177,21 @@ fn merged_weight(
             let before = w.to_vec();
             adapter.merge(rows, w, values);
             let (mut packed, mut stored) = (vec![0; row_bytes], vec![0.0; cols]);
+            let mut unscaled = vec![0.0; cols];
             let mut sums = [0.0; 4];
-            for (w, before) in w.chunks_exact(cols).zip(before.chunks_exact(cols)) {
-                quantize_rows(dtype, w, cols, None, &mut packed);
+            for (w, before) in w.chunks_exact_mut(cols).zip(before.chunks_exact(cols)) {
+                unscaled.iter_mut().zip(&*w).for_each(|(unscaled, w)| *unscaled = w / factor);
+                quantize_rows(dtype, &unscaled, cols, None, &mut packed);
                 blocks::dequantize_row(dtype, &packed, &mut stored);
                 for ((w, before), stored) in w.iter().zip(before).zip(&stored) {
+                    let stored = stored * factor;
                     let (w, change) = (f64::from(*w), f64::from(w - before));
                     sums[0] += w * w;
                     sums[1] += change * change;
                     sums[2] += f64::from(stored - before) * change;
-                    sums[3] += (f64::from(*stored) - w).powi(2);
+                    sums[3] += (f64::from(stored) - w).powi(2);
                 }
+                w.copy_from_slice(&unscaled);
             }
             sums
         })
@@ -199,7 +205,7 @@ fn merged_weight(
     pack_rows(&merged, cols, dtype, heads, name)
 }
 
-/// A tensor of the base in another type, rows in the order of the file.
+/// A tensor of the base in another type, rows in the order of the file; a factor beside it stays there.
 fn converted_weight(file: &GgufFile, info: &TensorInfo, dtype: GgmlType) -> Result<Replacement> {
     let (from, bytes, cols) = (info.dtype, file.bytes(info), info.row_len());
     let mut values = vec![0.0; info.n_rows() * cols];

@@ -153,7 +153,8 @@ impl Base {
                     names::rows_to_hf(&mut reordered, &bytes, dtype.row_bytes(cols)?, heads, rows / heads)?;
                     bytes = Bytes::from(reordered);
                 }
-                Ok(BaseWeight::from_ggml(dtype, rows, cols, bytes)?)
+                let factor = self.companion_scale(file, &info.name)?;
+                Ok(BaseWeight::from_ggml(dtype, rows, cols, bytes)?.scaled_by(factor))
             }
             Base::Folder(folder) => {
                 let weight = folder_matrix(folder, name)?;
@@ -172,6 +173,34 @@ impl Base {
                 })
             }
         }
+    }
+
+    /// What all elements of a matrix are to be multiplied by: `blk.0.ffn_up.scale` for
+    /// `blk.0.ffn_up.weight`, which NVFP4 files have. (`.input_scale` is for engines that quantize
+    /// activations too.)
+    fn companion_scale(&self, file: &GgufFile, weight: &str) -> Result<f32> {
+        let Some(info) =
+            weight.strip_suffix(".weight").and_then(|module| file.tensor(&format!("{module}.scale")))
+        else {
+            return Ok(1.0);
+        };
+        let refused = |what: String| {
+            Error::refused(format!(
+                "`{}`: tensor `{}`: {what}, expected one normal F32 number that multiplies `{weight}`",
+                self.path().display(),
+                info.name
+            ))
+        };
+        let elements = info.n_rows() * info.row_len();
+        if elements != 1 || info.dtype != GgmlType::F32 {
+            return Err(refused(format!("{elements} elements of {}", info.dtype)));
+        }
+        let mut factor = [0.0];
+        blocks::dequantize_row(info.dtype, &file.bytes(info), &mut factor);
+        if !factor[0].is_normal() {
+            return Err(refused(format!("`{}`", factor[0])));
+        }
+        Ok(factor[0])
     }
 
     /// A vector, as one row on `device`.

@@ -25,7 +25,8 @@ pub struct Replacement {
     pub bytes: Vec<u8>,
 }
 
-/// Packs f32 rows (Hugging Face order) as the file wants them.
+/// Packs f32 rows (Hugging Face order) as the file wants them. The rows are without the factor that a file
+/// may keep beside a tensor ([`BaseWeight::factor`]).
 ///
 /// # Errors
 /// A value is not finite, values cannot be written in the type, or the row length does not divide into blocks.
@@ -64,7 +65,7 @@ pub fn refuse_not_finite(values: &[f32], cols: usize, first_row: usize, name: &s
     }
 }
 
-/// A packed weight (Hugging Face row order) as the file wants it.
+/// A packed weight (Hugging Face row order) as the file wants it; its factor is in the file already.
 ///
 /// # Errors
 /// The weight has no ggml type.

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use crate::cpu::by_isa;
 use crate::cpu::quantize::quantize_rows;
+use crate::cpu::scratch::with_scratch;
 use crate::error::Result;
 
 /// Some rows.
@@ -33,15 +34,17 @@ pub(super) fn tile(
     dequantize_strided(dtype, bytes, row_bytes, part, out, cols.len());
 }
 
-/// Rows of `cols` values, rounded to the type in parallel.
-pub(super) fn quantize(dtype: GgmlType, cols: usize, values: &[f32]) -> Result<Bytes> {
+/// Rows of `cols` values over `factor`, rounded to the type in parallel.
+pub(super) fn quantize(dtype: GgmlType, cols: usize, values: &[f32], factor: f32) -> Result<Bytes> {
     dtype.require_quantizer(false)?;
     let row_bytes = dtype.row_bytes(cols)?;
     let mut packed = vec![0; values.len() / cols.max(1) * row_bytes];
-    packed
-        .par_chunks_mut(row_bytes.max(1))
-        .zip(values.par_chunks(cols.max(1)))
-        .for_each(|(packed, row)| quantize_rows(dtype, row, cols, None, packed));
+    packed.par_chunks_mut(row_bytes.max(1)).zip(values.par_chunks(cols.max(1))).for_each(|(packed, row)| {
+        with_scratch(row.len(), |unscaled| {
+            unscaled.iter_mut().zip(row).for_each(|(unscaled, x)| *unscaled = x / factor);
+            quantize_rows(dtype, unscaled, cols, None, packed);
+        });
+    });
     Ok(Bytes::from(packed))
 }
 
