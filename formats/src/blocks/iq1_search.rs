@@ -161,3 +161,56 @@ pub(super) fn choose_points<const N: usize, const GROUPS: usize>(
     }
     (points, if sum_qx > 0.0 && sum_qq > 0.0 { sum_qx / sum_qq } else { scale })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_split_is_the_one_that_a_scan_of_all_pairs_ends_with() {
+        let mut state = 1u64;
+        let mut random = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 40) as f32 / (1 << 24) as f32
+        };
+        // Scores close together, as scores near the best are; ordinary sums, and some beyond the range.
+        for unit in [1.0, 1e-3, 1e-16, 1e15, 1e19] {
+            for spread in [0.0, 1e-6, 1e-3, 1.0] {
+                let table: Vec<(f32, f32)> = (0..33 * 33 * 2)
+                    .map(|_| (unit * (1.0 + spread * random()), unit * (1.0 + spread * random())))
+                    .collect();
+                let at = |first: usize, second: usize, v: usize| table[(first * 33 + second) * 2 + v];
+                let found = best_split::<2>(32, unit, |first, second| {
+                    let mut sums = Sums { qx: [[0.0; CHUNK]; 2], qq: [[0.0; CHUNK]; 2] };
+                    for v in 0..2 {
+                        for c in 0..CHUNK {
+                            (sums.qx[v][c], sums.qq[v][c]) = at(first, (second + c).min(32), v);
+                        }
+                    }
+                    sums
+                });
+                let (mut best, mut best_score) = (None, -f32::MAX);
+                for first in 0..=32 {
+                    for second in first..=32 {
+                        for v in 0..2 {
+                            let (qx, qq) = at(first, second, v);
+                            if qq > 0.0 && qx * qx > best_score * qq {
+                                best_score = qx / qq * qx;
+                                best = Some((first, second, v));
+                            }
+                        }
+                    }
+                }
+                assert_eq!(found.map(|s| (s.first, s.second, s.variant)), best, "{unit} {spread}");
+            }
+        }
+    }
+
+    #[test]
+    fn equal_elements_stay_in_the_order_of_their_indices() {
+        assert_eq!(
+            sorted(&[0.0, -1.0, -0.0, 2.0, -1.0, 0.0, f32::NEG_INFINITY, 1.0]),
+            [6, 1, 4, 0, 2, 5, 7, 3]
+        );
+    }
+}

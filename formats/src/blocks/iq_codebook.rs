@@ -79,13 +79,17 @@ impl<const LANES: usize, const LEVELS: usize> Codebook<LANES, LEVELS> {
         let mut starts = vec![0];
         let mut nearby = Vec::new();
         let mut found = vec![0u8; points.len()];
+        let halves: Vec<(u8, u8)> = paths
+            .iter()
+            .map(|path| usize::from(path.code))
+            .map(|code| ((code % Self::HALF) as u8, (code / Self::HALF) as u8))
+            .collect();
         for code in 0..Self::CODES {
             let low = &half[code % Self::HALF * Self::HALF..][..Self::HALF];
             let high = &half[code / Self::HALF * Self::HALF..][..Self::HALF];
             let mut occurs = [false; 256];
-            for (distance, path) in found.iter_mut().zip(&paths) {
-                let code = usize::from(path.code);
-                *distance = low[code % Self::HALF] + high[code / Self::HALF];
+            for (distance, (l, h)) in found.iter_mut().zip(&halves) {
+                *distance = low[usize::from(*l)] + high[usize::from(*h)];
                 occurs[usize::from(*distance)] = true;
             }
             let wanted = if occurs[0] { 1 } else { distances };
@@ -186,6 +190,53 @@ impl<const LANES: usize, const LEVELS: usize> Codebook<LANES, LEVELS> {
             for level in 0..LEVELS {
                 tails[lane - Self::HEAD][level] = cost(lane, level);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::iq_grids;
+    use super::*;
+
+    #[test]
+    fn points_nearby_are_those_at_the_smallest_distances_in_order() {
+        let points = &iq_grids::IQ3_XXS;
+        let book = Codebook::<4, 8>::new(points, 2);
+        for code in 0..4096usize {
+            let digits: [usize; 4] = std::array::from_fn(|lane| code >> (3 * lane) & 7);
+            let mut all: Vec<(usize, u16)> = points
+                .iter()
+                .zip(0..)
+                .map(|(p, n)| ((0..4).map(|i| usize::from(p[i]).abs_diff(digits[i]).pow(2)).sum(), n))
+                .collect();
+            all.sort_unstable();
+            let second = all.iter().map(|(d, _)| *d).find(|d| *d > all[0].0).expect("points differ");
+            let farthest = if all[0].0 == 0 { 0 } else { second };
+            let expected: Vec<u16> = all.iter().filter(|(d, _)| *d <= farthest).map(|(_, n)| *n).collect();
+            let nearby = &book.nearby[book.starts[code] as usize..book.starts[code + 1] as usize];
+            assert_eq!(nearby, expected, "code {code}");
+        }
+    }
+
+    #[test]
+    fn the_chosen_point_costs_least_and_the_first_of_equal_ones_wins() {
+        let book = Codebook::<8, 3>::new(&iq_grids::IQ2_XS, 2);
+        let values = [1.0, 3.0, 5.0];
+        for code in (0..6561).step_by(7) {
+            let x: [f32; 8] = std::array::from_fn(|i| ((code * (i + 3) * 2_654_435_761) % 97) as f32 / 16.0);
+            let weights: [f32; 8] = std::array::from_fn(|i| ((code + 5 * i) % 4) as f32);
+            let cost = |point: u16| {
+                (0..8).fold(0.0, |sum, i| {
+                    let diff = 1.1 * values[usize::from(book.point(point)[i])] - x[i];
+                    sum + weights[i] * diff * diff
+                })
+            };
+            let nearby = &book.nearby[book.starts[code] as usize..book.starts[code + 1] as usize];
+            let first = nearby.iter().fold(nearby[0], |best, &p| if cost(p) < cost(best) { p } else { best });
+            let choice = book.choose(&mut Costs::new(), code, &x, &weights, 1.1, &values);
+            assert_eq!(choice.point, first, "code {code}");
+            assert_eq!(choice.exact, Codebook::<8, 3>::code(book.point(first)) == code);
         }
     }
 }
