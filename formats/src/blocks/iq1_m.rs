@@ -8,12 +8,12 @@
 //!
 //! The digits 0, 1 and 2 of a point stand for -1, 0 and 1.
 
-use std::array;
-
 use super::half::{f16_to_f32, f32_to_f16};
 use super::iq_search::{largest, part, round_scale, sum_squares, weigh};
 use super::iq1_s::{Q, SHIFT};
-use super::iq1_search::{BOOK, CHUNK, DOWN, Split, UP, assign_levels, best_split, choose_points, sorted};
+use super::iq1_search::{
+    BOOK, CHUNK, DOWN, Split, Sums, UP, assign_levels, best_split, choose_points, sorted,
+};
 use super::k_quants::SUPERBLOCK;
 use super::{Block, Importance, Quantize, field};
 
@@ -135,22 +135,37 @@ fn split(x: &[f32; 16], weights: &[f32; 16], order: &[usize; 16]) -> Option<Spli
             (sum_x[half][rank + 1], sum_w[half][rank + 1]) = (x_next, w_next);
         }
     }
-    // Neighbouring levels differ by one, so a sum over three ranges is that of all elements at the
-    // highest level less what each cut takes away.
-    let group = |half: usize, q: &[f32; 3], first: usize, second: usize| {
-        let (x, w) = (&sum_x[half], &sum_w[half]);
-        let all_x = x[16] * q[2];
-        let low_w = w[16] * q[2] * q[2] + w[first] * (q[0] * q[0] - q[1] * q[1]);
-        let step = q[1] * q[1] - q[2] * q[2];
-        let qx: [f32; CHUNK] = array::from_fn(|c| all_x - (x[first] + x[second + c]));
-        let qq: [f32; CHUNK] = array::from_fn(|c| low_w + w[second + c] * step);
-        (qx, qq)
-    };
-    best_split(16, |first, second| {
-        let groups = [0, 1].map(|half| [&UP, &DOWN].map(|q| group(half, q, first, second)));
-        array::from_fn::<_, 4, _>(|variant| {
-            let (a, b) = (&groups[0][variant / 2], &groups[1][variant % 2]);
-            (array::from_fn(|c| a.0[c] + b.0[c]), array::from_fn(|c| a.1[c] + b.1[c]))
-        })
+    for half in 0..2 {
+        let (all_x, all_w) = (sum_x[half][16], sum_w[half][16]);
+        sum_x[half][16..].fill(all_x);
+        sum_w[half][16..].fill(all_w);
+    }
+    best_split(16, sum_w[0][16] + sum_w[1][16], |first, second| {
+        // Neighbouring levels differ by one, so a sum over three ranges is that of all elements at the
+        // highest level less what each cut takes away. By group, then by shift.
+        let mut qx = [[[0.0; CHUNK]; 2]; 2];
+        let mut qq = [[[0.0; CHUNK]; 2]; 2];
+        for half in 0..2 {
+            let (x, w) = (&sum_x[half], &sum_w[half]);
+            let to_x: &[f32; CHUNK] = x[second..].first_chunk().expect("the sums reach a chunk further");
+            let to_w: &[f32; CHUNK] = w[second..].first_chunk().expect("the sums reach a chunk further");
+            for (shift, q) in [UP, DOWN].into_iter().enumerate() {
+                let all_x = x[16] * q[2];
+                let low_w = w[16] * q[2] * q[2] + w[first] * (q[0] * q[0] - q[1] * q[1]);
+                let step = q[1] * q[1] - q[2] * q[2];
+                for c in 0..CHUNK {
+                    qx[half][shift][c] = all_x - (x[first] + to_x[c]);
+                    qq[half][shift][c] = low_w + to_w[c] * step;
+                }
+            }
+        }
+        let mut sums = Sums { qx: [[0.0; CHUNK]; 4], qq: [[0.0; CHUNK]; 4] };
+        for variant in 0..4 {
+            for c in 0..CHUNK {
+                sums.qx[variant][c] = qx[0][variant / 2][c] + qx[1][variant % 2][c];
+                sums.qq[variant][c] = qq[0][variant / 2][c] + qq[1][variant % 2][c];
+            }
+        }
+        sums
     })
 }

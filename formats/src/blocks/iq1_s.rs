@@ -8,12 +8,10 @@
 //!
 //! The digits 0, 1 and 2 of a point stand for -1, 0 and 1.
 
-use std::array;
-
 use super::half::{f32_to_f16, read_f16};
 use super::iq_grids;
 use super::iq_search::{largest, part, round_scale, sum_squares, weigh};
-use super::iq1_search::{CHUNK, DOWN, UP, assign_levels, best_split, choose_points, sorted};
+use super::iq1_search::{CHUNK, DOWN, Split, Sums, UP, assign_levels, best_split, choose_points, sorted};
 use super::k_quants::SUPERBLOCK;
 use super::{Block, Importance, Quantize, field};
 use crate::dtype::GgmlType;
@@ -97,26 +95,29 @@ impl Quantize<50, SUPERBLOCK> for IQ1_S {
 
 /// Splits a sub-block; variant 0 is shifted up, variant 1 down.
 #[inline(always)]
-fn split(x: &[f32; 32], weights: &[f32; 32], order: &[usize; 32]) -> Option<super::iq1_search::Split> {
+fn split(x: &[f32; 32], weights: &[f32; 32], order: &[usize; 32]) -> Option<Split> {
     // Sums over the elements before each cut; the last one again where a chunk reaches further.
     let (mut sum_x, mut sum_w) = ([0.0; 32 + CHUNK], [0.0; 32 + CHUNK]);
     for (rank, &i) in order.iter().enumerate() {
         sum_x[rank + 1] = sum_x[rank] + weights[i] * x[i];
         sum_w[rank + 1] = sum_w[rank] + weights[i];
     }
-    best_split(32, |first, second| {
-        [UP, DOWN].map(|q| {
+    let (all_x, all_w) = (sum_x[32], sum_w[32]);
+    sum_x[32..].fill(all_x);
+    sum_w[32..].fill(all_w);
+    best_split(32, all_w, |first, second| {
+        let mut sums = Sums { qx: [[0.0; CHUNK]; 2], qq: [[0.0; CHUNK]; 2] };
+        let to_x: &[f32; CHUNK] = sum_x[second..].first_chunk().expect("the sums reach a chunk further");
+        let to_w: &[f32; CHUNK] = sum_w[second..].first_chunk().expect("the sums reach a chunk further");
+        for (variant, q) in [UP, DOWN].into_iter().enumerate() {
             let (low_x, low_w) = (sum_x[first] * q[0], sum_w[first] * q[0] * q[0]);
-            let (to_x, to_w): (&[f32; CHUNK], &[f32; CHUNK]) = (
-                sum_x[second..].first_chunk().expect("the sums reach a chunk further"),
-                sum_w[second..].first_chunk().expect("the sums reach a chunk further"),
-            );
-            let qx = to_x.map(|to| low_x + (to - sum_x[first]) * q[1] + (sum_x[32] - to) * q[2]);
-            let qq = array::from_fn(|c| {
-                let (middle, high) = (to_w[c] - sum_w[first], sum_w[32] - to_w[c]);
-                low_w + middle * q[1] * q[1] + high * q[2] * q[2]
-            });
-            (qx, qq)
-        })
+            for c in 0..CHUNK {
+                let (middle_x, high_x) = (to_x[c] - sum_x[first], all_x - to_x[c]);
+                let (middle_w, high_w) = (to_w[c] - sum_w[first], all_w - to_w[c]);
+                sums.qx[variant][c] = low_x + middle_x * q[1] + high_x * q[2];
+                sums.qq[variant][c] = low_w + middle_w * q[1] * q[1] + high_w * q[2] * q[2];
+            }
+        }
+        sums
     })
 }

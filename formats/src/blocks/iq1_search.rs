@@ -6,7 +6,7 @@
 
 use std::sync::LazyLock;
 
-use super::iq_codebook::Codebook;
+use super::iq_codebook::{Choice, Codebook, Costs};
 use super::iq_grids;
 use super::iq1_s::SHIFT;
 
@@ -44,43 +44,71 @@ pub(super) struct Split {
     pub variant: usize,
 }
 
+/// Sum w q x and sum w q q of `CHUNK` second cuts in each of `VARIANTS` shifts.
+#[derive(Clone, Copy)]
+pub(super) struct Sums<const VARIANTS: usize> {
+    pub qx: [[f32; CHUNK]; VARIANTS],
+    pub qq: [[f32; CHUNK]; VARIANTS],
+}
+
+/// Chunks of a first cut that splits 32 elements, all first cuts together.
+const CHUNKS: usize = 160;
+
 /// Scores all pairs of cuts in each of `VARIANTS` shifts, first cut by first cut, and takes the first
 /// of the best; none if no sum of squares is positive.
 ///
-/// `sums(first, second)` gives sum w q x and sum w q q for the second cuts `second..second + CHUNK`,
-/// whatever it likes for those beyond `len`.
+/// `sums(first, second)` gives those of the second cuts from `second`, the last one again beyond `len`.
+/// `weight` is the sum of all weights.
 #[inline(always)]
 pub(super) fn best_split<const VARIANTS: usize>(
     len: usize,
-    sums: impl Fn(usize, usize) -> [([f32; CHUNK], [f32; CHUNK]); VARIANTS],
+    weight: f32,
+    sums: impl Fn(usize, usize) -> Sums<VARIANTS>,
 ) -> Option<Split> {
-    let mut best = None;
-    let mut best_score = -f32::MAX;
-    let wins = |qx: f32, qq: f32, score: f32| {
-        let (counts, better) = (qq > 0.0, qx * qx > score * qq);
-        counts & better
-    };
+    let chunks =
+        || (0..=len).flat_map(|first| (first..=len).step_by(CHUNK).map(move |second| (first, second)));
+
+    // First the scores alone, without a branch: only pairs close to the largest can be the result.
+    let mut scores = [[0.0; CHUNK]; CHUNKS];
+    let mut largest = [0.0f32; CHUNK];
+    let mut n = 0;
     for first in 0..=len {
-        for chunk in (first..=len).step_by(CHUNK) {
-            let sums = sums(first, chunk);
-            // Until one wins the score to beat is the same for all.
-            let mut any = false;
-            for (qx, qq) in &sums {
+        for second in (first..=len).step_by(CHUNK) {
+            let Sums { qx, qq } = sums(first, second);
+            let best = &mut scores[n];
+            for variant in 0..VARIANTS {
                 for c in 0..CHUNK {
-                    any |= wins(qx[c], qq[c], best_score);
+                    let (qx, qq) = (qx[variant][c], qq[variant][c]);
+                    let score = if qq > 0.0 { qx * qx / qq } else { 0.0 };
+                    best[c] = if score > best[c] { score } else { best[c] };
                 }
             }
-            if !any {
-                continue;
+            for c in 0..CHUNK {
+                largest[c] = if best[c] > largest[c] { best[c] } else { largest[c] };
             }
-            for second in chunk..=len.min(chunk + CHUNK - 1) {
-                for (variant, (qx, qq)) in sums.iter().enumerate() {
-                    let (qx, qq) = (qx[second - chunk], qq[second - chunk]);
-                    if wins(qx, qq, best_score) {
-                        let scale = qx / qq;
-                        best_score = scale * qx;
-                        best = Some(Split { scale, first, second, variant });
-                    }
+            n += 1;
+        }
+    }
+    let largest = largest.into_iter().fold(0.0, f32::max);
+    // Where squares could overflow or lose digits, every pair is looked at.
+    let ordinary = |x: f32| (1e-30..1e30).contains(&x);
+    let exact = ordinary(largest) && ordinary(weight) && ordinary(largest * weight);
+    let threshold = if exact { largest * 0.9999 } else { f32::NEG_INFINITY };
+
+    let mut best = None;
+    let mut best_score = -f32::MAX;
+    for ((first, start), scores) in chunks().zip(&scores) {
+        if scores.iter().all(|score| *score < threshold) {
+            continue;
+        }
+        let Sums { qx, qq } = sums(first, start);
+        for second in start..=len.min(start + CHUNK - 1) {
+            for variant in 0..VARIANTS {
+                let (qx, qq) = (qx[variant][second - start], qq[variant][second - start]);
+                if qq > 0.0 && qx * qx > best_score * qq {
+                    let scale = qx / qq;
+                    best_score = scale * qx;
+                    best = Some(Split { scale, first, second, variant });
                 }
             }
         }
@@ -113,9 +141,12 @@ pub(super) fn choose_points<const N: usize, const GROUPS: usize>(
     let book = &*BOOK;
     let (x, weights) = (x.as_chunks::<8>().0, weights.as_chunks::<8>().0);
     let levels = levels.as_chunks::<8>().0;
-    let choices: [_; GROUPS] = std::array::from_fn(|g| {
-        book.choose(Codebook::<8, 3>::code(&levels[g]), &x[g], &weights[g], scale, values[g])
-    });
+    let mut costs = Costs::new();
+    let mut choices = [Choice::default(); GROUPS];
+    for (g, choice) in choices.iter_mut().enumerate() {
+        *choice =
+            book.choose(&mut costs, Codebook::<8, 3>::code(&levels[g]), &x[g], &weights[g], scale, values[g]);
+    }
     let points = choices.map(|choice| choice.point);
     if choices.iter().all(|choice| choice.exact) {
         return (points, scale);
@@ -129,4 +160,57 @@ pub(super) fn choose_points<const N: usize, const GROUPS: usize>(
         }
     }
     (points, if sum_qx > 0.0 && sum_qq > 0.0 { sum_qx / sum_qq } else { scale })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_split_is_the_one_that_a_scan_of_all_pairs_ends_with() {
+        let mut state = 1u64;
+        let mut random = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 40) as f32 / (1 << 24) as f32
+        };
+        // Scores close together, as scores near the best are; ordinary sums, and some beyond the range.
+        for unit in [1.0, 1e-3, 1e-16, 1e15, 1e19] {
+            for spread in [0.0, 1e-6, 1e-3, 1.0] {
+                let table: Vec<(f32, f32)> = (0..33 * 33 * 2)
+                    .map(|_| (unit * (1.0 + spread * random()), unit * (1.0 + spread * random())))
+                    .collect();
+                let at = |first: usize, second: usize, v: usize| table[(first * 33 + second) * 2 + v];
+                let found = best_split::<2>(32, unit, |first, second| {
+                    let mut sums = Sums { qx: [[0.0; CHUNK]; 2], qq: [[0.0; CHUNK]; 2] };
+                    for v in 0..2 {
+                        for c in 0..CHUNK {
+                            (sums.qx[v][c], sums.qq[v][c]) = at(first, (second + c).min(32), v);
+                        }
+                    }
+                    sums
+                });
+                let (mut best, mut best_score) = (None, -f32::MAX);
+                for first in 0..=32 {
+                    for second in first..=32 {
+                        for v in 0..2 {
+                            let (qx, qq) = at(first, second, v);
+                            if qq > 0.0 && qx * qx > best_score * qq {
+                                best_score = qx / qq * qx;
+                                best = Some((first, second, v));
+                            }
+                        }
+                    }
+                }
+                assert_eq!(found.map(|s| (s.first, s.second, s.variant)), best, "{unit} {spread}");
+            }
+        }
+    }
+
+    #[test]
+    fn equal_elements_stay_in_the_order_of_their_indices() {
+        assert_eq!(
+            sorted(&[0.0, -1.0, -0.0, 2.0, -1.0, 0.0, f32::NEG_INFINITY, 1.0]),
+            [6, 1, 4, 0, 2, 5, 7, 3]
+        );
+    }
 }

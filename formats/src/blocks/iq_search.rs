@@ -7,7 +7,7 @@
 use std::array;
 
 use super::Importance;
-use super::iq_codebook::{Choice, Codebook};
+use super::iq_codebook::{Choice, Codebook, Costs};
 use super::k_quants::SUPERBLOCK;
 use super::rounding::nearest_int;
 
@@ -152,14 +152,23 @@ pub(super) fn fit<const SUB: usize, const LANES: usize, const LEVELS: usize, con
         (sum_qx, sum_qq)
     };
 
+    let mut costs = Costs::new();
     let mut best = [Choice { point: 0, exact: search.refit == Refit::Moved }; GROUPS];
     let mut best_score = 0.0;
     let mut last = None;
     for c in 0..=2 * search.reach as usize {
         let this_scale = 1.0 / inverses[c];
-        let choices = array::from_fn(|g| {
-            book.choose(codes[g][c] as usize, &x_groups[g], &root_groups[g], this_scale, &values)
-        });
+        let mut choices = [Choice::default(); GROUPS];
+        for (g, choice) in choices.iter_mut().enumerate() {
+            *choice = book.choose(
+                &mut costs,
+                codes[g][c] as usize,
+                &x_groups[g],
+                &root_groups[g],
+                this_scale,
+                &values,
+            );
+        }
         // The same choices again change nothing.
         if last == Some(choices) {
             continue;
@@ -182,7 +191,8 @@ pub(super) fn fit<const SUB: usize, const LANES: usize, const LEVELS: usize, con
             }
             let mut code = [0];
             round_to_codes::<LANES, LEVELS, 1>(&x_groups[g], &[inverse], &mut code);
-            *choice = book.choose(code[0] as usize, &x_groups[g], &root_groups[g], scale, &values);
+            *choice =
+                book.choose(&mut costs, code[0] as usize, &x_groups[g], &root_groups[g], scale, &values);
         }
         let (sum_qx, sum_qq) = sums(&best);
         if sum_qq > 0.0 {
