@@ -114,7 +114,12 @@ fn indented(text: &str) -> String {
 
 fn session(model: &Path, adapter: Option<&Path>, args: &DemoArgs) -> anyhow::Result<Session> {
     let compute = ComputeArgs { threads: None, ..args.compute.clone() };
-    let args = ModelArgs { model: model.to_owned(), base_quant: None, adapter: adapter.map(Path::to_owned), tokenizer: None };
+    let args = ModelArgs {
+        model: model.to_owned(),
+        base_quant: None,
+        adapter: adapter.map(Path::to_owned),
+        tokenizer: None,
+    };
     Session::open(&args, &open_device(&compute)?)
 }
 

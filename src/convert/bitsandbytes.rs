@@ -17,8 +17,7 @@ use crate::model::residual::config_as;
 use crate::model::save_folder::{weights, write_folder};
 
 /// Families whose blocks hold no matrices but linears.
-const FAMILIES: [&str; 8] =
-    ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma", "phi3"];
+const FAMILIES: [&str; 8] = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma", "phi3"];
 
 /// What was written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -74,9 +73,8 @@ pub fn write_bitsandbytes_folder(
         let weight = folder_matrix(folder, name)?;
         // As torch loads it: elements of the checkpoint's own type.
         let dtype = if view.is_fp8() { element(dense) } else { weight.element_type() };
-        let packed = weight
-            .quantized_from(to, dtype)
-            .map_err(|e| Error::refused(format!("tensor `{name}`: {e}")))?;
+        let packed =
+            weight.quantized_from(to, dtype).map_err(|e| Error::refused(format!("tensor `{name}`: {e}")))?;
         report.quantized += 1;
         report.elements += (weight.rows() * weight.cols()) as u64;
         Ok(packed.tensors(name))
@@ -119,10 +117,7 @@ mod tests {
                 assert_eq!((a.dtype, &a.shape), (b.dtype, &b.shape), "{name}");
                 assert!(a.bytes[..] == b.bytes[..], "{name}");
             }
-            assert_eq!(
-                written.config()["quantization_config"],
-                expected.config()["quantization_config"]
-            );
+            assert_eq!(written.config()["quantization_config"], expected.config()["quantization_config"]);
             for file in ["tokenizer.json", "tokenizer_config.json"] {
                 assert!(path.join(file).exists(), "{file}");
             }

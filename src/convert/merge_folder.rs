@@ -56,7 +56,8 @@ pub fn merge_to_folder(
     let to = match target {
         FolderTarget::Dense(dtype) => WeightType::Ggml(dtype.unwrap_or(dense)),
         FolderTarget::FourBit { quant_type, double } => {
-            let is_double = |w: &BaseWeight| matches!(w.weight_type(), WeightType::FourBit { double: true, .. });
+            let is_double =
+                |w: &BaseWeight| matches!(w.weight_type(), WeightType::FourBit { double: true, .. });
             let double = double.unwrap_or_else(|| decoder.linears().any(|linear| is_double(&linear.weight)));
             WeightType::FourBit { quant_type, double }
         }
@@ -71,9 +72,11 @@ pub fn merge_to_folder(
     write_folder(folder, path, &config(folder, to), shard_bytes, |name| {
         progress(done, total);
         done += 1;
-        let linear = slot_of(name)
-            .and_then(|(layer, slot)| Some(&decoder.layers.get(layer)?.linears[slot as usize]));
-        let Some(linear) = linear else { return other(folder, name, others.unwrap_or(dense), others, &mut report) };
+        let linear =
+            slot_of(name).and_then(|(layer, slot)| Some(&decoder.layers.get(layer)?.linears[slot as usize]));
+        let Some(linear) = linear else {
+            return other(folder, name, others.unwrap_or(dense), others, &mut report);
+        };
         let is_adapted = linear.adapter.is_some();
         if !is_adapted && linear.weight.weight_type() == to {
             report.copied += 1;
