@@ -63,7 +63,9 @@ const fn bounds(table: &[f32; 16], order: &[u8; 16]) -> [f32; 15] {
     let mut bounds = [0.0; 15];
     let mut i = 0;
     while i < 15 {
-        bounds[i] = (table[order[i] as usize] + table[order[i + 1] as usize]) / 2.0;
+        let sum = table[order[i] as usize] + table[order[i + 1] as usize];
+        // In f32: `f32::midpoint` goes through f64, and bitsandbytes does not.
+        bounds[i] = sum / 2.0;
         i += 1;
     }
     bounds

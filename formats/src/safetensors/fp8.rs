@@ -82,7 +82,9 @@ impl TensorView {
         for (row, values) in values.chunks_mut(cols.max(1)).enumerate() {
             let factors = &factors[row / block_rows * across..];
             for (values, factor) in values.chunks_mut(block_cols).zip(factors) {
-                values.iter_mut().for_each(|x| *x *= factor);
+                for x in values {
+                    *x *= factor;
+                }
             }
         }
         Ok(values)

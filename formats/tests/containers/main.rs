@@ -1,6 +1,7 @@
 //! Containers against files of other programs, against independent readers, and against damage.
 
 mod bad_files;
+mod bitsandbytes;
 mod build;
 mod damage;
 mod file;
