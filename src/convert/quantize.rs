@@ -188,7 +188,7 @@ impl<'a> Plan<'a> {
         // One more than there are cores to compute: it reads while the others are busy.
         let workers = if threads > 1 { threads + 1 } else { 1 };
         let window = 2 * workers + 2;
-        let pieces = self.pieces(MEMORY / (workers * 8 + window * 4))?;
+        let pieces = self.pieces(MEMORY / (workers * 8 + window * 4));
         let total = self.tensors.iter().map(|t| t.bytes).sum();
         let (mut written, mut unsynced) = (0, 0);
         in_order(
@@ -213,7 +213,7 @@ impl<'a> Plan<'a> {
     }
 
     /// Cuts all tensors into pieces of about `elements` elements.
-    fn pieces(&self, elements: usize) -> Result<Vec<Piece>> {
+    fn pieces(&self, elements: usize) -> Vec<Piece> {
         let elements = elements.clamp(1, LARGEST_PIECE);
         let mut pieces = Vec::new();
         for (tensor, planned) in self.tensors.iter().enumerate() {
@@ -233,7 +233,7 @@ impl<'a> Plan<'a> {
                 start = stop;
             }
         }
-        Ok(pieces)
+        pieces
     }
 
     fn make(&self, piece: &Piece, values: &mut Vec<f32>, out: &mut Vec<u8>) -> Result<()> {
@@ -251,10 +251,7 @@ impl<'a> Plan<'a> {
 
         let row_bytes = dtype.row_bytes(row_len)?;
         out.resize(piece.range.len() * row_bytes, 0);
-        let importance = match planned.has_importance {
-            true => importance(self.imatrix, &planned.decl)?,
-            false => None,
-        };
+        let importance = if planned.has_importance { importance(self.imatrix, &planned.decl)? } else { None };
         // Rows of one matrix have the same importance; a piece may reach into the next.
         let matrix_rows = source.shape.get(1).map_or(1, |&rows| rows as usize).max(1);
         let mut row = piece.range.start;
