@@ -221,7 +221,9 @@ impl<'a> Plan<'a> {
                 let source = &self.source.tensors()[planned.source];
                 ((elements / source.row_len().max(1)).max(1), source.n_rows())
             } else {
-                (4 * elements, planned.bytes as usize)
+                // Whole blocks, so that their scales can be looked at.
+                let block = planned.from.block_bytes();
+                ((4 * elements / block).max(1) * block, planned.bytes as usize)
             };
             if planned.bytes == 0 {
                 continue;
@@ -242,7 +244,17 @@ impl<'a> Plan<'a> {
         if !planned.converted {
             let packed = self.source.packed(planned.source).expect("a copied tensor is packed");
             out.resize(piece.range.len(), 0);
-            return read_packed(&packed, piece.range.start, out);
+            read_packed(&packed, piece.range.start, out)?;
+            let first = piece.range.start / planned.from.block_bytes();
+            return blocks::check_scales(planned.from, out).map_err(|(block, value)| {
+                let element = (first + block) * planned.from.block_len();
+                let (row, column) = (element / source.row_len(), element % source.row_len());
+                let what = if planned.from.is_dense() { "" } else { "the scale at " };
+                Error::refused(format!(
+                    "tensor `{}`: {what}row {row}, column {column} is {value}; only finite weights can be stored",
+                    planned.decl.name
+                ))
+            });
         }
         let (dtype, row_len) = (planned.decl.dtype, source.row_len());
         values.resize(piece.range.len() * row_len, 0.0);
