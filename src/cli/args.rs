@@ -556,7 +556,7 @@ pub struct QuantizeArgs {
     #[arg(long, value_name = "TYPE", value_parser = file_type_or_copy)]
     pub quant: Quant,
     /// File to write
-    #[arg(long, short, value_name = "FILE", required_unless_present = "dry_run")]
+    #[arg(long, short, value_name = "FILE")]
     pub output: Option<PathBuf>,
     /// Importance matrix of the model: GGUF or legacy .dat
     #[arg(long, value_name = "FILE")]

@@ -319,8 +319,8 @@ fn text(listing: &Listing, printer: &Printer) -> String {
     parts.push(columns(&rows.iter().map(|(a, b)| vec![a.clone(), b.clone()]).collect::<Vec<_>>()));
 
     if !listing.problems.is_empty() {
-        let lines: String = listing.problems.iter().map(|line| format!("  {line}\n")).collect();
-        parts.push(format!("\n{}\n{lines}", printer.red(&format!("problems ({})", listing.problems.len()))));
+        let title = printer.red(&format!("problems ({})", listing.problems.len()));
+        parts.push(format!("\n{title}\n  {}\n", listing.problems.join("\n  ")));
     }
     let mut section = |title: String, rows: &[Vec<String>]| {
         if !rows.is_empty() {

@@ -1,6 +1,7 @@
 //! `qpeft quantize`: a model in other types.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 
 use anyhow::Context;
 use qpeft_formats::GgmlType;
@@ -25,6 +26,11 @@ const MIB: f64 = 1024.0 * 1024.0;
 /// # Errors
 /// A file is refused, a tensor cannot have the type that is asked for, or the output cannot be written.
 pub fn run(args: &QuantizeArgs, printer: &Printer) -> anyhow::Result<()> {
+    if args.output.is_none() && !args.dry_run {
+        return Err(Usage::new("`qpeft quantize` needs `--output`")
+            .hint("give the file to write, or `--dry-run` to write nothing")
+            .into());
+    }
     if args.quant == Quant::Copy {
         args.types.require_mixture("with `--quant copy`")?;
         if args.imatrix.is_some() {
@@ -43,7 +49,7 @@ pub fn run(args: &QuantizeArgs, printer: &Printer) -> anyhow::Result<()> {
         return print_plan(&plan, args, printer);
     }
 
-    let output = args.output.as_deref().expect("clap asks for it without `--dry-run`");
+    let output = args.output.as_deref().expect("checked above");
     let outputs = plan.outputs(output)?;
     for path in &outputs {
         refuse_existing(path, args.overwrite_output)?;
@@ -118,12 +124,14 @@ fn print_plan(plan: &Plan<'_>, args: &QuantizeArgs, printer: &Printer) -> anyhow
         } else {
             format!("{} -> {}", tensor.from, tensor.decl.dtype)
         };
-        text += &format!(
-            "{:40}  {:20}  {types:18}  {:.3} MiB\n",
+        writeln!(
+            text,
+            "{:40}  {:20}  {types:18}  {:.3} MiB",
             tensor.decl.name,
             shape.join(" x "),
             tensor.bytes as f64 / MIB
-        );
+        )
+        .expect("a string takes any text");
     }
     printer.data(&text)?;
     printer.note(&sizes(plan));

@@ -188,7 +188,7 @@ impl<'a> Plan<'a> {
         // One more than there are cores to compute: it reads while the others are busy.
         let workers = if threads > 1 { threads + 1 } else { 1 };
         let window = 2 * workers + 2;
-        let pieces = self.pieces(MEMORY / (workers * 8 + window * 4))?;
+        let pieces = self.pieces(MEMORY / (workers * 8 + window * 4));
         let total = self.tensors.iter().map(|t| t.bytes).sum();
         let (mut written, mut unsynced) = (0, 0);
         in_order(
@@ -213,7 +213,7 @@ impl<'a> Plan<'a> {
     }
 
     /// Cuts all tensors into pieces of about `elements` elements.
-    fn pieces(&self, elements: usize) -> Result<Vec<Piece>> {
+    fn pieces(&self, elements: usize) -> Vec<Piece> {
         let elements = elements.clamp(1, LARGEST_PIECE);
         let mut pieces = Vec::new();
         for (tensor, planned) in self.tensors.iter().enumerate() {
@@ -221,7 +221,9 @@ impl<'a> Plan<'a> {
                 let source = &self.source.tensors()[planned.source];
                 ((elements / source.row_len().max(1)).max(1), source.n_rows())
             } else {
-                (4 * elements, planned.bytes as usize)
+                // Whole blocks, so that their scales can be looked at.
+                let block = planned.from.block_bytes();
+                ((4 * elements / block).max(1) * block, planned.bytes as usize)
             };
             if planned.bytes == 0 {
                 continue;
@@ -233,7 +235,7 @@ impl<'a> Plan<'a> {
                 start = stop;
             }
         }
-        Ok(pieces)
+        pieces
     }
 
     fn make(&self, piece: &Piece, values: &mut Vec<f32>, out: &mut Vec<u8>) -> Result<()> {
@@ -242,7 +244,17 @@ impl<'a> Plan<'a> {
         if !planned.converted {
             let packed = self.source.packed(planned.source).expect("a copied tensor is packed");
             out.resize(piece.range.len(), 0);
-            return read_packed(&packed, piece.range.start, out);
+            read_packed(&packed, piece.range.start, out)?;
+            let first = piece.range.start / planned.from.block_bytes();
+            return blocks::check_scales(planned.from, out).map_err(|(block, value)| {
+                let element = (first + block) * planned.from.block_len();
+                let (row, column) = (element / source.row_len(), element % source.row_len());
+                let what = if planned.from.is_dense() { "" } else { "the scale at " };
+                Error::refused(format!(
+                    "tensor `{}`: {what}row {row}, column {column} is {value}; only finite weights can be stored",
+                    planned.decl.name
+                ))
+            });
         }
         let (dtype, row_len) = (planned.decl.dtype, source.row_len());
         values.resize(piece.range.len() * row_len, 0.0);
@@ -251,10 +263,7 @@ impl<'a> Plan<'a> {
 
         let row_bytes = dtype.row_bytes(row_len)?;
         out.resize(piece.range.len() * row_bytes, 0);
-        let importance = match planned.has_importance {
-            true => importance(self.imatrix, &planned.decl)?,
-            false => None,
-        };
+        let importance = if planned.has_importance { importance(self.imatrix, &planned.decl)? } else { None };
         // Rows of one matrix have the same importance; a piece may reach into the next.
         let matrix_rows = source.shape.get(1).map_or(1, |&rows| rows as usize).max(1);
         let mut row = piece.range.start;

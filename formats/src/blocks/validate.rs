@@ -10,8 +10,19 @@ use crate::dtype::GgmlType;
 fn half_scales(dtype: GgmlType) -> &'static [usize] {
     use GgmlType as T;
     match dtype {
-        T::Q4_0 | T::Q5_0 | T::Q8_0 | T::IQ1_S | T::IQ2_XXS | T::IQ2_XS | T::IQ2_S => &[0],
-        T::IQ3_XXS | T::IQ3_S | T::IQ4_NL | T::IQ4_XS | T::Q1_0 | T::Q2_0 => &[0],
+        T::Q4_0
+        | T::Q5_0
+        | T::Q8_0
+        | T::Q1_0
+        | T::Q2_0
+        | T::IQ4_NL
+        | T::IQ4_XS
+        | T::IQ1_S
+        | T::IQ2_XXS
+        | T::IQ2_XS
+        | T::IQ2_S
+        | T::IQ3_XXS
+        | T::IQ3_S => &[0],
         T::Q4_1 | T::Q5_1 | T::Q8_1 | T::Q4_K | T::Q5_K => &[0, 2],
         T::Q2_K => &[80, 82],
         T::Q3_K => &[108],
