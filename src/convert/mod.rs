@@ -6,6 +6,7 @@ pub mod gguf_to_hf;
 pub mod hf;
 pub mod hf_to_gguf;
 pub mod merge;
+mod model_name;
 pub mod pissa_to_lora;
 pub mod settings;
 pub mod source;
