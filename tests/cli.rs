@@ -9,9 +9,11 @@ use qpeft_formats::gguf::{Array, GgufWriter, Metadata, TensorDecl, Value};
 use qpeft_formats::peft::{HostTensor, Part, PeftAdapter, PeftConfig, TargetModules};
 use qpeft_formats::safetensors::write_safetensors_f32;
 
-const COMMANDS: [&[&str]; 11] = [
+const COMMANDS: [&[&str]; 13] = [
     &["train"],
     &["convert", "pissa-to-lora"],
+    &["convert", "hf-to-gguf"],
+    &["convert", "gguf-to-hf"],
     &["merge"],
     &["quantize"],
     &["eval"],

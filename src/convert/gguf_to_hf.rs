@@ -350,7 +350,9 @@ fn write_tensor(
                         }
                         Change::PlusOne => {
                             read(row, out);
-                            out.iter_mut().for_each(|x| *x -= 1.0);
+                            for x in out {
+                                *x -= 1.0;
+                            }
                         }
                         _ => read(row, out),
                     }

@@ -9,6 +9,7 @@ pub mod hf;
 pub mod hf_to_gguf;
 pub mod merge;
 pub mod merge_folder;
+mod model_name;
 pub mod pipeline;
 pub mod pissa_to_lora;
 pub mod quantize;
