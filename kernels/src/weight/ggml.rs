@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use crate::cpu::by_isa;
 use crate::cpu::quantize::quantize_rows;
 use crate::error::Result;
+use crate::weight::ROWS_PER_TASK;
 
 /// Some rows.
 pub(super) fn rows(dtype: GgmlType, bytes: &[u8], cols: usize, rows: Range<usize>, out: &mut [f32]) {
@@ -39,9 +40,9 @@ pub(super) fn quantize(dtype: GgmlType, cols: usize, values: &[f32]) -> Result<B
     let row_bytes = dtype.row_bytes(cols)?;
     let mut packed = vec![0; values.len() / cols.max(1) * row_bytes];
     packed
-        .par_chunks_mut(row_bytes.max(1))
-        .zip(values.par_chunks(cols.max(1)))
-        .for_each(|(packed, row)| quantize_rows(dtype, row, cols, None, packed));
+        .par_chunks_mut((ROWS_PER_TASK * row_bytes).max(1))
+        .zip(values.par_chunks((ROWS_PER_TASK * cols).max(1)))
+        .for_each(|(packed, rows)| quantize_rows(dtype, rows, cols, None, packed));
     Ok(Bytes::from(packed))
 }
 
