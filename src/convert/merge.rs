@@ -6,11 +6,12 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use qpeft_formats::GgmlType;
 use qpeft_formats::gguf::split::SplitLimit;
 use qpeft_formats::gguf::{GgufFile, TensorDecl, TensorInfo, Value};
 use qpeft_formats::mixture::{Mixture, ModelFacts};
-use qpeft_formats::{GgmlType, blocks};
 use qpeft_kernels::cpu::quantize::quantize_rows;
+use qpeft_kernels::weight::dequantize_blocks;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -176,23 +177,20 @@ fn merged_weight(
             linear.weight.dequantize_rows(rows.clone(), w);
             let before = w.to_vec();
             adapter.merge(rows, w, values);
-            let (mut packed, mut stored) = (vec![0; row_bytes], vec![0.0; cols]);
-            let mut unscaled = vec![0.0; cols];
+            let unscaled: Vec<f32> = w.iter().map(|w| w / factor).collect();
+            let (mut packed, mut stored) = (vec![0; w.len() / cols * row_bytes], vec![0.0; w.len()]);
+            quantize_rows(dtype, &unscaled, cols, None, &mut packed);
+            dequantize_blocks(dtype, &packed, &mut stored);
             let mut sums = [0.0; 4];
-            for (w, before) in w.chunks_exact_mut(cols).zip(before.chunks_exact(cols)) {
-                unscaled.iter_mut().zip(&*w).for_each(|(unscaled, w)| *unscaled = w / factor);
-                quantize_rows(dtype, &unscaled, cols, None, &mut packed);
-                blocks::dequantize_row(dtype, &packed, &mut stored);
-                for ((w, before), stored) in w.iter().zip(before).zip(&stored) {
-                    let stored = stored * factor;
-                    let (w, change) = (f64::from(*w), f64::from(w - before));
-                    sums[0] += w * w;
-                    sums[1] += change * change;
-                    sums[2] += f64::from(stored - before) * change;
-                    sums[3] += (f64::from(stored) - w).powi(2);
-                }
-                w.copy_from_slice(&unscaled);
+            for ((w, before), stored) in w.iter().zip(&before).zip(&stored) {
+                let stored = stored * factor;
+                let (w, change) = (f64::from(*w), f64::from(w - before));
+                sums[0] += w * w;
+                sums[1] += change * change;
+                sums[2] += f64::from(stored - before) * change;
+                sums[3] += (f64::from(stored) - w).powi(2);
             }
+            w.copy_from_slice(&unscaled);
             sums
         })
         .collect();
@@ -212,6 +210,6 @@ fn converted_weight(file: &GgufFile, info: &TensorInfo, dtype: GgmlType) -> Resu
     values
         .par_chunks_mut(cols)
         .zip(bytes.par_chunks(from.row_bytes(cols)?))
-        .for_each(|(row, bytes)| blocks::dequantize_row(from, bytes, row));
+        .for_each(|(row, bytes)| dequantize_blocks(from, bytes, row));
     pack_rows(&values, cols, dtype, None, &info.name)
 }

@@ -37,15 +37,16 @@ pub fn pack_rows(
     heads: Option<usize>,
     name: &str,
 ) -> Result<Replacement> {
+    const ROWS: usize = 16;
     dtype.require_quantizer(false)?;
     let row_bytes = dtype.row_bytes(cols)?;
     refuse_not_finite(values, cols, 0, name)?;
     use rayon::prelude::*;
     let mut bytes = vec![0; values.len() / cols * row_bytes];
     bytes
-        .par_chunks_mut(row_bytes)
-        .zip(values.par_chunks(cols))
-        .for_each(|(bytes, row)| quantize_rows(dtype, row, cols, None, bytes));
+        .par_chunks_mut(ROWS * row_bytes)
+        .zip(values.par_chunks(ROWS * cols))
+        .for_each(|(bytes, rows)| quantize_rows(dtype, rows, cols, None, bytes));
     Ok(Replacement { dtype, bytes: file_order(bytes, row_bytes, heads)? })
 }
 
