@@ -162,8 +162,8 @@ fn what_is_not_finite_or_too_large_is_refused_with_its_place_and_nothing_is_writ
 fn few_bits_need_importance_and_a_dry_run_says_so_without_writing() {
     let dir = Scratch::new();
     let (source, output) = (model(&dir, None), dir.path("q.gguf"));
-    let ends = ["--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0"];
-    let error = refuse(&[&quantize(&source, "q2_k_s", &output)[..], &ends].concat());
+    let others = ["token_embd=q8_0", "output=q8_0", "ffn_down=q8_0"].map(|o| ["--tensor-type", o]).concat();
+    let error = refuse(&[&quantize(&source, "q2_k_s", &output)[..], &others].concat());
     error.says(1, &["tensor `blk.0.ffn_up_exps.weight`: as Q2_K it would be garbage without importance"]);
     error.hints(&["`--imatrix FILE`"]);
     let plan = json(&["quantize", "--model", &source, "--quant", "q8_0", "--dry-run"]);
