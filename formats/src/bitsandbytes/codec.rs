@@ -159,6 +159,9 @@ fn count_below(bounds: &[f32; 15], x: &[f32; 32]) -> [u32; 32] {
 
 /// Rounding to the element type of the weight.
 trait Round {
+    /// Whether rounding costs so much that the sixteen values of a block are rounded once, not each element.
+    const ONCE_PER_BLOCK: bool = false;
+
     fn round(x: f32) -> f32;
 }
 
@@ -174,6 +177,8 @@ impl Round for ToF32 {
 }
 
 impl Round for ToF16 {
+    const ONCE_PER_BLOCK: bool = true;
+
     #[inline(always)]
     fn round(x: f32) -> f32 {
         round_to_f16(x)
@@ -266,6 +271,13 @@ fn ragged<R: Round>(pairs: &[[f32; 2]; 256], codes: &[u8], at: usize, absmax: f3
 /// Two elements per byte. Sixteen at a time, which the compiler turns into loads of pairs and vector products.
 #[inline(always)]
 fn scaled_pairs<R: Round>(pairs: &[[f32; 2]; 256], codes: &[u8], absmax: f32, out: &mut [f32]) {
+    if R::ONCE_PER_BLOCK {
+        let table: [f32; 16] = std::array::from_fn(|code| R::round(pairs[code][1] * absmax));
+        for (&code, out) in codes.iter().zip(out.as_chunks_mut::<2>().0) {
+            *out = [table[usize::from(code >> 4)], table[usize::from(code & 15)]];
+        }
+        return;
+    }
     let (codes, codes_left) = codes.as_chunks::<8>();
     let (out, out_left) = out.as_chunks_mut::<16>();
     for (codes, out) in codes.iter().zip(out) {
