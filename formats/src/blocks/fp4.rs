@@ -34,7 +34,7 @@ pub(super) fn nearest<const N: usize>(x: &[f32; N], d: f32) -> [u8; N] {
             }
         }
         for l in 0..8 {
-            let negative = (x[l] < 0.0) & (code[l] != 0);
+            let negative = x[l] < 0.0 && code[l] != 0;
             codes[l] = code[l] as u8 | (u8::from(negative) << 3);
         }
     }
