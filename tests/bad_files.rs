@@ -65,6 +65,16 @@ fn inputs(path: &Path, dir: &Scratch) -> Option<Inputs> {
             fs::copy(Path::new(DENSE).join("model.safetensors"), format!("{model}/one.safetensors")).unwrap();
             Inputs { inspect: Some(model.clone()), model, adapter: good }
         }
+        "config" => {
+            let shard = fs::read(Path::new(DENSE).join("model.safetensors")).unwrap();
+            let mut config: serde_json::Value = serde_json::from_slice(&settings).unwrap();
+            let quantized: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+            config["quantization_config"] = quantized["quantization_config"].clone();
+            let config = config.to_string();
+            let files: &[(&str, &[u8])] =
+                &[("config.json", config.as_bytes()), ("model.safetensors", &shard)];
+            Inputs { inspect: None, model: folder("model", files), adapter: good }
+        }
         "peft" => {
             let files: &[(&str, &[u8])] =
                 &[("adapter_config.json", &bytes), ("adapter_model.safetensors", &tensors)];

@@ -9,14 +9,19 @@ use qpeft_formats::gguf::{Array, GgufWriter, Metadata, TensorDecl, Value};
 use qpeft_formats::peft::{HostTensor, Part, PeftAdapter, PeftConfig, TargetModules};
 use qpeft_formats::safetensors::write_safetensors_f32;
 
-const COMMANDS: [&[&str]; 8] = [
+const COMMANDS: [&[&str]; 13] = [
     &["train"],
     &["convert", "pissa-to-lora"],
+    &["convert", "hf-to-gguf"],
+    &["convert", "gguf-to-hf"],
     &["merge"],
+    &["quantize"],
     &["eval"],
     &["generate"],
     &["inspect"],
     &["bench", "train"],
+    &["bench", "quantize"],
+    &["bench", "dequantize"],
     &["demo"],
 ];
 
@@ -107,7 +112,11 @@ fn a_value_out_of_range_is_refused() {
     );
     assert_eq!(
         refused(&["merge", "--model", "m", "--adapter", "a", "--output", "o", "--to", "onnx"]),
-        (2, "error: `--to`: expected `gguf`, found `onnx`\n".to_owned())
+        (
+            2,
+            "error: `--to`: expected `gguf` or `safetensors` or `nf4` or `nf4-dq` or `fp4`, found `onnx`\n"
+                .to_owned()
+        )
     );
     assert_eq!(
         refused(&["generate", "--model", "m", "--prompt", "p", "--chat", "--raw"]),
@@ -269,4 +278,54 @@ fn a_reader_that_closes_the_pipe_is_no_failure() {
     drop(child.stdout.take());
     let out = child.wait_with_output().unwrap();
     assert_eq!((out.status.code(), text(&out.stderr)), (Some(0), ""));
+}
+
+#[test]
+fn bench_quantize_measures_the_types_that_were_named() {
+    let args = ["bench", "quantize", "--type", "q4_0,tq2_0", "--elements", "8000", "--threads", "2"];
+    let out = qpeft(&[&args[..], &["--json"]].concat());
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&out.stdout).expect("one JSON object");
+    assert_eq!((&report["elements"], &report["threads"]), (&8192.into(), &2.into()));
+    let types = report["types"].as_array().unwrap();
+    assert_eq!(types.len(), 2);
+    for (row, name) in types.iter().zip(["Q4_0", "TQ2_0"]) {
+        assert_eq!(row["type"], name);
+        assert!(row["melem_per_second"].as_f64().unwrap() > 0.0);
+        assert!(row["ratio"].is_null() && row["bytes_equal"].is_null(), "there is no library");
+    }
+    let out = qpeft(&[&args[..], &["--importance"]].concat());
+    let table = text(&out.stdout);
+    assert!(table.starts_with("type ") && table.contains("\nQ4_0 ") && table.contains("\nTQ2_0 "), "{table}");
+    assert_eq!(table.lines().count(), 3, "{table}");
+}
+
+#[test]
+fn bench_quantize_refuses_what_cannot_be_measured() {
+    let (code, errors) = refused(&["bench", "quantize", "--ggml-library", "nowhere/libggml-base.so"]);
+    assert_eq!(code, 2);
+    assert!(errors.contains("cannot use `nowhere/libggml-base.so` as llama.cpp's library"), "{errors}");
+    assert!(errors.contains("hint: give the path of llama.cpp's `libggml-base.so`"), "{errors}");
+    let (code, errors) = refused(&["bench", "quantize", "--type", "q8_1"]);
+    assert_eq!(code, 2);
+    assert!(errors.starts_with("error: `--type`: expected one of `F32`, `F16`, "), "{errors}");
+    assert_eq!(
+        refused(&["bench", "quantize", "--elements", "0"]),
+        (2, "error: `--elements`: expected an integer from 1 to 4294967296, found `0`\n".to_owned())
+    );
+}
+
+#[test]
+fn bench_dequantize_measures_one_core() {
+    let out = qpeft(&["bench", "dequantize", "--type", "q8_0,mxfp4", "--json"]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&out.stdout).expect("one JSON object");
+    for (row, (name, bits)) in
+        report["types"].as_array().unwrap().iter().zip([("Q8_0", 8.5), ("MXFP4", 4.25)])
+    {
+        assert_eq!((&row["type"], &row["bits_per_weight"]), (&name.into(), &bits.into()));
+        assert!(row["gelem_per_second"].as_f64().unwrap() > 0.0);
+    }
+    let table = qpeft(&["bench", "dequantize", "--type", "q8_0"]);
+    assert_eq!(text(&table.stdout).lines().count(), 2, "{}", text(&table.stdout));
 }

@@ -1,5 +1,6 @@
 //! The whole engine against PEFT: initial loss, every gradient and ten optimizer steps of LoRA, DoRA and
-//! PiSSA on the tiny llama, from the tensors that PEFT started from. Sources: `testdata/README.md`.
+//! PiSSA on the tiny llama, from the tensors that PEFT started from; on a dense base, on NF4 with double
+//! quantization, and on a Q4_K GGUF. Sources: `testdata/README.md`.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +15,35 @@ use qpeft_kernels::svd::SvdOptions;
 use qpeft_kernels::{Device, Tensor};
 use serde_json::Value;
 
-const METHODS: [&str; 5] = ["lora", "rslora", "lora_patterns", "dora", "pissa"];
+/// Base and method.
+const RUNS: [(&str, &str); 10] = [
+    ("fp32", "lora"),
+    ("fp32", "rslora"),
+    ("fp32", "lora_patterns"),
+    ("fp32", "dora"),
+    ("fp32", "pissa"),
+    ("nf4", "lora"),
+    ("nf4", "rslora"),
+    ("nf4", "lora_patterns"),
+    ("nf4", "dora"),
+    ("gguf", "lora"),
+];
+
+/// The model of each base.
+fn model(base: &str) -> PathBuf {
+    testdata(match base {
+        "fp32" => "models/tiny-llama",
+        "nf4" => "models/tiny-llama-nf4",
+        "gguf" => "models/tiny-llama-256.Q4_K.gguf",
+        other => panic!("no base `{other}`"),
+    })
+}
+
+/// A file of a run; PEFT started some runs on NF4 from the adapters of those on the dense base.
+fn run_file(base: &str, method: &str, name: &str) -> PathBuf {
+    let own = testdata("peft").join(base).join(method).join(name);
+    if own.exists() { own } else { testdata("peft/fp32").join(method).join(name) }
+}
 
 fn testdata(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata").join(path)
@@ -30,13 +59,11 @@ struct Run {
 }
 
 impl Run {
-    fn new(method: &str, keep: Keep) -> Run {
-        let folder = testdata("peft/fp32").join(method);
-        let golden =
-            serde_json::from_str(&std::fs::read_to_string(folder.join("golden.json")).unwrap()).unwrap();
-        let base = Base::open(&testdata("models/tiny-llama")).unwrap();
-        let mut decoder = Decoder::load(&base, &Device::Cpu).unwrap();
-        let init = PeftAdapter::read(&folder.join("init")).unwrap();
+    fn new((base, method): (&str, &str), keep: Keep) -> Run {
+        let file = |name: &str| run_file(base, method, name);
+        let golden = serde_json::from_str(&std::fs::read_to_string(file("golden.json")).unwrap()).unwrap();
+        let mut decoder = Decoder::load(&Base::open(&model(base)).unwrap(), &Device::Cpu).unwrap();
+        let init = PeftAdapter::read(&file("init")).unwrap();
         if method == "pissa" {
             let options = SvdOptions::default();
             adapters::split_targets(&mut decoder, &init.config, Some(&init), &options, |_, _| {}).unwrap();
@@ -44,7 +71,7 @@ impl Run {
         let mut params = adapters::attach(&mut decoder, &init.config).unwrap();
         adapters::load(&mut params, &init).unwrap();
         decoder.refresh(params.values.view()).unwrap();
-        let batch = batch(&SafetensorsFile::open(&folder.join("golden.safetensors")).unwrap());
+        let batch = batch(&SafetensorsFile::open(&file("golden.safetensors")).unwrap());
         let buffers = Buffers::new(&decoder, batch.len(), keep).unwrap();
         Run { golden, batch, decoder, params, buffers }
     }
@@ -78,13 +105,10 @@ fn relative(found: f64, expected: f64) -> f64 {
     (found - expected).abs() / expected.abs()
 }
 
-#[test]
-fn the_base_gives_the_logits_of_transformers() {
-    let golden = SafetensorsFile::open(&testdata("models/tiny-llama/golden.safetensors")).unwrap();
-    let base = Base::open(&testdata("models/tiny-llama")).unwrap();
-    let decoder = Decoder::load(&base, &Device::Cpu).unwrap();
+/// All logits of a base on a batch, (T, V).
+fn logits(base: &Base, batch: &Batch) -> Vec<f32> {
+    let decoder = Decoder::load(base, &Device::Cpu).unwrap();
     let params = Parameters::none(&Device::Cpu).unwrap();
-    let batch = batch(&golden);
     let mut buffers = Buffers::new(&decoder, batch.len(), Keep::Nothing).unwrap();
     let pass = Pass { params: params.values.view(), dropout: None };
     let mut found = Vec::new();
@@ -92,26 +116,50 @@ fn the_base_gives_the_logits_of_transformers() {
         found.extend_from_slice(chunk.cpu("test")?);
         Ok(())
     };
-    decoder.logits(&mut buffers, &batch, &pass, collect).unwrap();
-    let expected = golden.require("logits").unwrap().to_f32().unwrap();
+    decoder.logits(&mut buffers, batch, &pass, collect).unwrap();
+    found
+}
+
+fn worst(found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len());
-    let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn the_base_gives_the_logits_of_transformers() {
+    let golden = SafetensorsFile::open(&testdata("models/tiny-llama/golden.safetensors")).unwrap();
+    let found = logits(&Base::open(&model("fp32")).unwrap(), &batch(&golden));
+    let worst = worst(&found, &golden.require("logits").unwrap().to_f32().unwrap());
     // llama.cpp and transformers differ by 5.7e-6 on the same weights (goldens' README).
     assert!(worst < 2e-5, "largest difference {worst:e}");
 }
 
 #[test]
+fn a_base_of_bitsandbytes_gives_the_logits_of_transformers_also_when_we_quantize_it_ourselves() {
+    let golden = SafetensorsFile::open(&testdata("models/tiny-llama-nf4/golden.safetensors")).unwrap();
+    let batch = batch(&golden);
+    let expected = |name: &str| golden.require(name).unwrap().to_f32().unwrap();
+    let ours = Base::open_as(&model("fp32"), Some("nf4-dq".parse().unwrap())).unwrap();
+    for base in [Base::open(&model("nf4")).unwrap(), ours] {
+        let found = logits(&base, &batch);
+        let row = expected("logits_row0");
+        let worst = worst(&found[..row.len()], &row)
+            .max(worst(&found[found.len() - 512..], &expected("logits_row1_last")));
+        assert!(worst < 2e-5, "largest difference {worst:e}");
+    }
+}
+
+#[test]
 fn the_initial_loss_and_every_gradient_are_those_of_peft() {
-    for method in METHODS {
+    for run_of @ (base, method) in RUNS {
         for keep in [Keep::Everything, Keep::LayerInputs] {
-            let mut run = Run::new(method, keep);
+            let mut run = Run::new(run_of, keep);
             let mut grads = Tensor::zeros(&Device::Cpu, 1, run.params.count()).unwrap();
             let loss = run.loss_and_gradients(&mut grads);
             let expected = run.golden["init_loss"].as_f64().unwrap();
-            assert!(relative(loss, expected) < 1e-6, "{method}: loss {loss}, PEFT's {expected}");
+            assert!(relative(loss, expected) < 1e-6, "{base} {method}: loss {loss}, PEFT's {expected}");
 
-            let golden =
-                SafetensorsFile::open(&testdata("peft/fp32").join(method).join("grads.safetensors")).unwrap();
+            let golden = SafetensorsFile::open(&run_file(base, method, "grads.safetensors")).unwrap();
             let found = grads.read().unwrap();
             let mut compared = 0;
             for entry in &run.params.entries {
@@ -123,7 +171,7 @@ fn the_initial_loss_and_every_gradient_are_those_of_peft() {
                 // Where PEFT's gradient is zero (A at B = 0), so is ours, exactly.
                 assert!(
                     error <= 1e-4 * size,
-                    "{method}, {keep:?}: `{}` is off by {error:e} of {size:e}",
+                    "{base} {method}, {keep:?}: `{}` is off by {error:e} of {size:e}",
                     entry.key
                 );
                 compared += found.len();
@@ -134,8 +182,8 @@ fn the_initial_loss_and_every_gradient_are_those_of_peft() {
 }
 
 /// Ten steps; the learning rate of each and the largest gradient norm as given.
-fn ten_steps(method: &str, which: &str, max_grad_norm: f64, schedule: &Schedule) {
-    let mut run = Run::new(method, Keep::Everything);
+fn ten_steps(run_of: (&str, &str), which: &str, max_grad_norm: f64, schedule: &Schedule) {
+    let mut run = Run::new(run_of, Keep::Everything);
     let hyper = &run.golden["adamw"];
     let number = |value: &Value| value.as_f64().unwrap() as f32;
     let hyper = AdamW {
@@ -160,7 +208,7 @@ fn ten_steps(method: &str, which: &str, max_grad_norm: f64, schedule: &Schedule)
             let expected = golden[what][step as usize].as_f64().unwrap();
             assert!(
                 relative(found, expected) < 1e-4,
-                "{method}, step {step}: {what} {found}, PEFT's {expected}"
+                "{run_of:?}, step {step}: {what} {found}, PEFT's {expected}"
             );
         }
         optimizer.step(&mut run.params, schedule.learning_rate(step), norm).unwrap();
@@ -169,27 +217,27 @@ fn ten_steps(method: &str, which: &str, max_grad_norm: f64, schedule: &Schedule)
     let pass = Pass { params: run.params.values.view(), dropout: None };
     let loss = run.decoder.loss(&mut run.buffers, &run.batch, &pass).unwrap().mean();
     let expected = golden["final_loss"].as_f64().unwrap();
-    assert!(relative(loss, expected) < 1e-4, "{method}: final loss {loss}, PEFT's {expected}");
+    assert!(relative(loss, expected) < 1e-4, "{run_of:?}: final loss {loss}, PEFT's {expected}");
 }
 
-fn learning_rate(method: &str) -> f64 {
-    Run::new(method, Keep::Everything).golden["adamw"]["lr"].as_f64().unwrap()
+fn learning_rate(run: (&str, &str)) -> f64 {
+    Run::new(run, Keep::Everything).golden["adamw"]["lr"].as_f64().unwrap()
 }
 
 #[test]
 fn ten_steps_at_a_fixed_rate_give_the_losses_of_peft() {
-    for method in METHODS {
-        let peak = learning_rate(method);
+    for run in RUNS {
+        let peak = learning_rate(run);
         let schedule = Schedule { kind: SchedulerType::Constant, peak, warmup_steps: 0, total_steps: 10 };
-        ten_steps(method, "run_fixed_lr", 0.0, &schedule);
+        ten_steps(run, "run_fixed_lr", 0.0, &schedule);
     }
 }
 
 #[test]
 fn ten_clipped_steps_on_a_schedule_give_the_losses_of_peft() {
-    for method in METHODS {
-        let peak = learning_rate(method);
+    for run in RUNS {
+        let peak = learning_rate(run);
         let schedule = Schedule { kind: SchedulerType::Cosine, peak, warmup_steps: 3, total_steps: 10 };
-        ten_steps(method, "run_clip1_warmup3_cosine", 1.0, &schedule);
+        ten_steps(run, "run_clip1_warmup3_cosine", 1.0, &schedule);
     }
 }

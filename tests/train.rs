@@ -5,9 +5,13 @@ mod common;
 
 use common::{
     DENSE, QUANTIZED, Scratch, adapter, adapter_bytes, assert_relative, eval_loss, eval_losses, json, log,
-    sequences, step_losses, succeed, train, train_and_kill, train_args,
+    refuse, sequences, step_losses, succeed, train, train_and_kill, train_args,
 };
+use std::path::Path;
+
+use qpeft_formats::gguf::{GgufFile, GgufWriter, TensorDecl};
 use qpeft_formats::peft::{InitLoraWeights, Part};
+use qpeft_formats::{GgmlType, blocks};
 
 /// Eight short examples, seen three times in twelve steps of two.
 const SHORT: &str = "--lora-r 8 --batch-size 2 --learning-rate 5e-3";
@@ -329,6 +333,103 @@ fn a_merged_model_behaves_as_the_adapter_does() {
             let bound = 0.1 * lost * (base - adapted);
             assert!((loss - adapted).abs() < bound, "{method} {quant}: {adapted} -> {loss}, bound {bound}");
         }
+    }
+}
+
+/// The bundled base with two matrices as NVFP4 blocks and their factor in a tensor beside each, and the
+/// same numbers as plain F32.
+fn with_companion_scales(dir: &Scratch, factor: &[f32]) -> (String, String) {
+    let file = GgufFile::open(Path::new(QUANTIZED)).unwrap();
+    let (packed, plain) = (dir.path("nvfp4.gguf"), dir.path("plain.gguf"));
+    let (mut packed_tensors, mut plain_tensors) = (Vec::new(), Vec::new());
+    for info in file.tensors() {
+        let tensor = |name: &str, shape: &[u64], dtype, bytes: Vec<u8>| {
+            (TensorDecl { name: name.to_owned(), shape: shape.to_vec(), dtype }, bytes)
+        };
+        let bytes = file.bytes(info);
+        let module = info.name.trim_end_matches(".weight");
+        if !module.ends_with(".attn_q") && !module.ends_with(".ffn_down") {
+            for tensors in [&mut packed_tensors, &mut plain_tensors] {
+                tensors.push(tensor(&info.name, &info.shape, info.dtype, bytes.to_vec()));
+            }
+            continue;
+        }
+        let mut values = vec![0.0; info.n_rows() * info.row_len()];
+        blocks::dequantize_row(info.dtype, &bytes, &mut values);
+        values.iter_mut().for_each(|x| *x /= factor[0]);
+        let mut blocks = vec![0; GgmlType::NVFP4.row_bytes(values.len()).unwrap()];
+        blocks::quantize_row(GgmlType::NVFP4, &values, None, &mut blocks);
+        blocks::dequantize_row(GgmlType::NVFP4, &blocks, &mut values);
+        let little_endian = |values: &[f32]| values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+        packed_tensors.push(tensor(&info.name, &info.shape, GgmlType::NVFP4, blocks));
+        let name = format!("{module}.scale");
+        let shape = [factor.len() as u64];
+        packed_tensors.push(tensor(&name, &shape, GgmlType::F32, little_endian(factor)));
+        values.iter_mut().for_each(|x| *x *= factor[0]);
+        plain_tensors.push(tensor(&info.name, &info.shape, GgmlType::F32, little_endian(&values)));
+    }
+    for (path, tensors) in [(&packed, packed_tensors), (&plain, plain_tensors)] {
+        let declared: Vec<TensorDecl> = tensors.iter().map(|(declared, _)| declared.clone()).collect();
+        let mut writer = GgufWriter::create(Path::new(path), file.metadata(), &declared).unwrap();
+        for (declared, bytes) in &tensors {
+            writer.write(&declared.name, bytes).unwrap();
+        }
+        writer.finish().unwrap();
+    }
+    (packed, plain)
+}
+
+#[test]
+fn a_factor_beside_a_tensor_is_part_of_its_values() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(8, 24, 17));
+    let (packed, plain) = with_companion_scales(&dir, &[0.003]);
+    let base = eval_loss(&packed, &data, None);
+    assert_relative(base, eval_loss(&plain, &data, None), 1e-6);
+
+    let runs = [("packed", &packed), ("plain", &plain)].map(|(name, model)| {
+        let run = dir.path(name);
+        train(model, &data, &run, &format!("{SHORT} --max-steps 40 --method dora"));
+        run
+    });
+    for (a, b) in step_losses(&runs[0]).into_iter().zip(step_losses(&runs[1])) {
+        assert_relative(a, b, 1e-4);
+    }
+    let adapted = eval_loss(&packed, &data, Some(&runs[0]));
+    assert!(adapted < 0.8 * base, "{base} -> {adapted}");
+    for quant in ["", "f32", "q8_0"] {
+        let merged = dir.path(&format!("merged-{quant}.gguf"));
+        let mut args = vec!["merge", "--model", &packed, "--adapter", &runs[0], "--output", &merged];
+        if !quant.is_empty() {
+            args.extend(["--quant", quant]);
+        }
+        let lost = json(&args)["noise_to_change"].as_f64().unwrap();
+        let (file, from) = (GgufFile::open(Path::new(&merged)).unwrap(), Path::new(&packed));
+        let scale = |file: &GgufFile| file.bytes(file.require("blk.0.attn_q.scale").unwrap()).to_vec();
+        assert_eq!(scale(&file), scale(&GgufFile::open(from).unwrap()));
+        let loss = eval_loss(&merged, &data, None);
+        let bound = if quant == "f32" { 1e-5 * adapted } else { 0.1 * lost * (base - adapted) };
+        assert!((loss - adapted).abs() < bound, "{quant}: {adapted} -> {loss}, bound {bound}");
+    }
+
+    // The residual of a staged split is packed with the same factor.
+    let run = dir.path("pissa");
+    train(&packed, &data, &run, &format!("{SHORT} --max-steps 2 --method pissa --eval-data {data}"));
+    let evals = eval_losses(&run);
+    assert_relative(evals[0], base, 0.05);
+    assert_relative(eval_loss(&packed, &data, Some(&run)), *evals.last().unwrap(), 1e-6);
+}
+
+#[test]
+fn a_factor_that_is_no_number_is_refused() {
+    for (factor, found) in
+        [(&[0.5, 0.5][..], "2 elements of F32"), (&[0.0], "`0`"), (&[f32::INFINITY], "`inf`")]
+    {
+        let dir = Scratch::new();
+        let data = dir.write("data.jsonl", sequences(4, 12, 18));
+        let (packed, _) = with_companion_scales(&dir, factor);
+        let refusal = refuse(&["eval", "--model", &packed, "--data", &data]);
+        refusal.says(1, &[&packed, "blk.0.attn_q.scale", found, "expected one normal F32 number"]);
     }
 }
 

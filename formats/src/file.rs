@@ -1,7 +1,7 @@
 //! Floor 0, bytes on disk: memory maps that many owners share, and writes that happen whole or not at all.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -211,7 +211,7 @@ fn sync_parent(path: &Path) {
 /// without that removes it.
 #[derive(Debug)]
 pub struct AtomicFile {
-    /// `None` only while committing.
+    /// `None` once sealed.
     file: Option<BufWriter<File>>,
     temporary: PathBuf,
     path: PathBuf,
@@ -262,7 +262,7 @@ impl AtomicFile {
     /// # Errors
     /// The disk is full or fails.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        let file = self.file.as_mut().expect("the file is there until `commit` consumes it");
+        let file = self.file.as_mut().expect("nobody writes to a sealed file");
         file.write_all(bytes).map_err(|e| Error::from(e).in_file(&self.path))?;
         self.len += bytes.len() as u64;
         Ok(())
@@ -273,9 +273,37 @@ impl AtomicFile {
     /// # Errors
     /// The disk is full or fails.
     pub fn sync(&mut self) -> Result<()> {
-        let file = self.file.as_mut().expect("the file is there until `commit` consumes it");
+        let file = self.file.as_mut().expect("nobody writes to a sealed file");
         let sync = |file: &mut BufWriter<File>| file.flush().and_then(|()| file.get_ref().sync_data());
         sync(file).map_err(|e| Error::from(e).in_file(&self.path))
+    }
+
+    /// Replaces bytes that were written before, from byte `offset` on.
+    ///
+    /// # Errors
+    /// The disk is full or fails.
+    ///
+    /// # Panics
+    /// They reach past what was written.
+    pub fn rewrite(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        assert!(offset + bytes.len() as u64 <= self.len, "bytes that were not written yet");
+        let file = self.file.as_mut().expect("the file is there until `commit` consumes it");
+        let mut rewrite = || -> io::Result<()> {
+            file.seek(SeekFrom::Start(offset))?;
+            file.write_all(bytes)?;
+            file.seek(SeekFrom::End(0)).map(drop)
+        };
+        rewrite().map_err(|e| Error::from(e).in_file(&self.path))
+    }
+
+    /// Closes the file for good, complete on the disk, until [`AtomicFile::commit_all`] names it; it then
+    /// holds no descriptor of the system.
+    ///
+    /// # Errors
+    /// The disk is full or fails.
+    pub(crate) fn seal(&mut self) -> Result<()> {
+        let Some(mut file) = self.file.take() else { return Ok(()) };
+        file.flush().and_then(|()| file.get_ref().sync_all()).map_err(|e| Error::from(e).in_file(&self.path))
     }
 
     /// Makes the file appear under its name, replacing an older one.
@@ -294,10 +322,8 @@ impl AtomicFile {
     /// The disk is full or fails; no older file has then been replaced, unless a rename itself failed after
     /// others had succeeded.
     pub fn commit_all(mut files: Vec<AtomicFile>) -> Result<()> {
-        for this in &mut files {
-            let mut file = this.file.take().expect("the file is there until `commit` consumes it");
-            let complete = file.flush().and_then(|()| file.get_ref().sync_all());
-            complete.map_err(|e| Error::from(e).in_file(&this.path))?;
+        for file in &mut files {
+            file.seal()?;
         }
         for (i, this) in files.iter().enumerate() {
             if let Err(e) = fs::rename(&this.temporary, &this.path) {

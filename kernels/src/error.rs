@@ -47,6 +47,14 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// A shared library that cannot be used.
+    #[error("cannot use `{path}` as llama.cpp's library: {reason}")]
+    Library {
+        /// The file as the user named it.
+        path: String,
+        /// Why not.
+        reason: String,
+    },
     /// A value that cannot be stored or computed with.
     #[error("{op}: row {row}, column {col} is `{value}`, expected a finite number")]
     NotFinite {
@@ -85,6 +93,9 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Error::Device { .. } | Error::NoKernel { .. } => Some("run with `--device cpu`".to_owned()),
+            Error::Library { .. } => {
+                Some("give the path of llama.cpp's `libggml-base.so` (ggml 0.25.3 or newer)".to_owned())
+            }
             Error::Format(e) => e.hint(),
             Error::ShapeMismatch { .. }
             | Error::IndexOutOfRange { .. }

@@ -1,11 +1,12 @@
 //! Tensors, packed base weights and the ops that train adapters on them.
 //!
-//! The only crate with `unsafe` (processor features, CUDA launches); every block says why it is sound.
+//! The only crate with `unsafe` (processor features, CUDA launches, a library that the user names); every block says why it is sound.
 #![deny(clippy::undocumented_unsafe_blocks)]
 
 pub mod cpu;
 pub mod device;
 pub mod error;
+pub mod ggml_library;
 pub mod ops;
 pub mod rng;
 pub mod svd;

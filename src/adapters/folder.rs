@@ -110,7 +110,7 @@ impl AdapterFolder {
             expected.fingerprint,
             expected.name
         ))
-        .with_hint(format!("give `--model` the file `{}` that the run was started with", expected.name)))
+        .with_hint(base_hint(expected, found)))
     }
 
     fn raw_pissa(&self) -> Error {
@@ -144,6 +144,21 @@ impl AdapterFolder {
         super::load(&mut params, &self.adapter)?;
         decoder.refresh(params.values.view())?;
         Ok(params)
+    }
+}
+
+/// What to do about another base: the same file may only be quantized in another way at load.
+fn base_hint(expected: &FileId, found: &FileId) -> String {
+    let parts = |id: &FileId| -> (String, Option<String>) {
+        match id.fingerprint.split_once('+') {
+            Some((hash, quant)) => (hash.to_owned(), Some(quant.to_owned())),
+            None => (id.fingerprint.clone(), None),
+        }
+    };
+    match (parts(expected), parts(found)) {
+        ((a, Some(quant)), (b, _)) if a == b => format!("give `--base-quant {quant}`, as the run did"),
+        ((a, None), (b, Some(_))) if a == b => "leave out `--base-quant`, as the run did".to_owned(),
+        _ => format!("give `--model` the file `{}` that the run was started with", expected.name),
     }
 }
 

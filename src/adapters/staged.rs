@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::pissa::SplitError;
 use crate::error::{Error, Result};
-use crate::model::save::{permuted_heads, repack, slot_of, write_folder, write_gguf};
+use crate::model::residual;
 use crate::model::{Base, Decoder};
 
 /// Folder of the staged init within a run.
@@ -196,31 +196,9 @@ pub fn write(
     errors: &[(String, SplitError)],
 ) -> Result<Manifest> {
     let staged = AtomicDir::create(&run.join(INIT))?;
-    let target = |name: &str| {
-        let (layer, slot) = slot_of(name)?;
-        let linear = &decoder.layers.get(layer)?.linears[slot as usize];
-        settings.targets.contains(&linear.module).then_some(linear)
-    };
-    let replace = |name: &str| {
-        target(name)
-            .map(|linear| repack(&linear.weight, permuted_heads(base, &decoder.config, name)))
-            .transpose()
-    };
-    let name = match base {
-        Base::Gguf(_) => "residual.gguf",
-        Base::Folder(_) => "residual",
-    };
+    let name = residual::file_name(base);
     let path = staged.staging().join(name);
-    match base {
-        Base::Gguf(file) => write_gguf(
-            file,
-            &path,
-            file.metadata(),
-            |_, info| Ok(info.dtype),
-            |hf, _| hf.map_or(Ok(None), &replace),
-        )?,
-        Base::Folder(folder) => write_folder(folder, &path, replace)?,
-    }
+    residual::write(base, decoder, &settings.targets, &path)?;
     // As PEFT keeps initial factors: labelled a plain pair, or loading them would split the base again.
     let mut factors = adapter.clone();
     factors.config.init_lora_weights = InitLoraWeights::Bool(true);

@@ -8,11 +8,14 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use qpeft_formats::GgmlType;
-use qpeft_formats::safetensors::Dtype;
+use qpeft_formats::gguf::split::SplitLimit;
+use qpeft_formats::mixture::{FileType, Mixture, TypeOverride};
+use qpeft_kernels::weight::WeightType;
 
 use super::report::Usage;
 use super::values::{
-    at_least_one, at_least_zero, dense_type, fraction, ggml_type, out_type, positive, probability, share,
+    Quant, at_least_one, at_least_zero, bytes, dense_type, file_type, file_type_or_copy, fraction, ggml_type,
+    out_type, positive, probability, share, type_override, up_to_2_pow_32, weight_type,
 };
 use crate::convert::hf_to_gguf::OutType;
 use crate::train::TrainConfig;
@@ -44,6 +47,8 @@ pub enum Command {
     Convert(ConvertCommand),
     /// Merge an adapter into its base and write one model
     Merge(MergeArgs),
+    /// Write a model in other types
+    Quantize(QuantizeArgs),
     /// Measure loss and perplexity of a model, with or without an adapter
     Eval(EvalArgs),
     /// Generate text, with or without an adapter
@@ -73,6 +78,10 @@ pub enum ConvertCommand {
 pub enum BenchCommand {
     /// Measure training speed and peak memory on synthetic tokens
     Train(BenchTrainArgs),
+    /// Measure how fast each type is quantized, beside llama.cpp's own quantizer if there is one
+    Quantize(BenchQuantizeArgs),
+    /// Measure how fast one core dequantizes each type
+    Dequantize(BenchDequantizeArgs),
 }
 
 /// Where and on how many threads a command computes.
@@ -92,6 +101,9 @@ pub struct ModelArgs {
     /// GGUF file or Hugging Face folder
     #[arg(long, short, value_name = "PATH", aliases = ["model-name-or-path", "model-name", "base-model"])]
     pub model: PathBuf,
+    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub base_quant: Option<WeightType>,
     /// Adapter folder; a PiSSA run finds its own residual base
     #[arg(long, value_name = "DIR", aliases = ["adapter-path", "adapter-name-or-path"])]
     pub adapter: Option<PathBuf>,
@@ -130,6 +142,9 @@ pub struct TrainArgs {
     /// GGUF file or Hugging Face folder
     #[arg(long, short, value_name = "PATH", aliases = ["model-name-or-path", "model-name", "base-model"])]
     pub model: PathBuf,
+    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub base_quant: Option<WeightType>,
     /// Training examples, JSONL
     #[arg(long, short, value_name = "FILE", aliases = ["dataset", "dataset-name", "train-file"])]
     pub data: PathBuf,
@@ -302,6 +317,7 @@ impl TrainArgs {
         };
         Ok(TrainConfig {
             model: self.model.clone(),
+            base_quant: self.base_quant,
             data: self.data.clone(),
             output: self.output.clone(),
             tokenizer: self.tokenizer.clone(),
@@ -379,7 +395,7 @@ pub struct GgufToHfArgs {
     pub output: PathBuf,
     /// Type of the tensors: f32, f16 or bf16 [default: that of the matrices, bf16 if they are quantized]
     #[arg(long, value_name = "TYPE", value_parser = dense_type)]
-    pub dtype: Option<Dtype>,
+    pub dtype: Option<GgmlType>,
     /// Replace what is in --output
     #[arg(long, alias = "overwrite")]
     pub overwrite_output: bool,
@@ -416,6 +432,14 @@ pub struct PissaToLoraArgs {
 pub enum MergeTarget {
     /// One GGUF file
     Gguf,
+    /// Hugging Face folder, all tensors dense
+    Safetensors,
+    /// Hugging Face folder in NF4, the scales as in the base
+    Nf4,
+    /// Hugging Face folder in NF4 with double quantization
+    Nf4Dq,
+    /// Hugging Face folder in FP4, the scales as in the base
+    Fp4,
 }
 
 /// `qpeft merge`
@@ -424,17 +448,29 @@ pub struct MergeArgs {
     /// GGUF file or Hugging Face folder
     #[arg(long, short, value_name = "PATH")]
     pub model: PathBuf,
+    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub base_quant: Option<WeightType>,
     /// Adapter folder
     #[arg(long, value_name = "DIR")]
     pub adapter: PathBuf,
     /// Format of the merged model
     #[arg(long, value_enum, default_value = "gguf")]
     pub to: MergeTarget,
-    /// Type of the merged weights [default: the base's own types]
-    #[arg(long, value_name = "TYPE", value_parser = ggml_type)]
-    pub quant: Option<GgmlType>,
-    /// File to write
-    #[arg(long, short, value_name = "FILE")]
+    /// Type or mixture of the merged weights, with --to gguf: q8_0, q4_k_m, ... [default: the base's own types]
+    #[arg(long, value_name = "TYPE", value_parser = file_type)]
+    pub quant: Option<FileType>,
+    /// What is particular about some tensors, and about the files.
+    #[command(flatten)]
+    pub types: TypeArgs,
+    /// Type of all tensors, with --to safetensors: f32, f16 or bf16 [default: the base's]
+    #[arg(long, value_name = "TYPE", value_parser = dense_type)]
+    pub dtype: Option<GgmlType>,
+    /// Most gigabytes of one file of a folder
+    #[arg(long, value_name = "GB", default_value_t = 5.0, value_parser = positive)]
+    pub max_shard_size: f64,
+    /// File or folder to write
+    #[arg(long, short, value_name = "PATH")]
     pub output: PathBuf,
     /// Replace --output
     #[arg(long, alias = "overwrite")]
@@ -445,6 +481,104 @@ pub struct MergeArgs {
     /// Where to compute.
     #[command(flatten)]
     pub compute: ComputeArgs,
+}
+
+/// Exceptions from a mixture, and the size of the files.
+#[derive(Debug, Clone, Args)]
+pub struct TypeArgs {
+    /// Give every quantized tensor the same type
+    #[arg(long, help_heading = "Types")]
+    pub pure: bool,
+    /// Type of the tensors whose names match; may be repeated, the first match decides
+    #[arg(long, value_name = "REGEX=TYPE", value_parser = type_override, action = clap::ArgAction::Append, help_heading = "Types")]
+    pub tensor_type: Vec<TypeOverride>,
+    /// Type of output.weight, or of a token embedding that is also the head
+    #[arg(long, value_name = "TYPE", value_parser = ggml_type, help_heading = "Types")]
+    pub output_tensor_type: Option<GgmlType>,
+    /// Type of the token embedding
+    #[arg(long, value_name = "TYPE", value_parser = ggml_type, help_heading = "Types")]
+    pub token_embedding_type: Option<GgmlType>,
+    /// Leave output.weight as it is
+    #[arg(long, help_heading = "Types")]
+    pub leave_output_tensor: bool,
+    /// Write several files of at most this size: 2G, 500M
+    #[arg(long, value_name = "SIZE", value_parser = bytes, conflicts_with = "split_max_tensors", help_heading = "Files")]
+    pub split_max_size: Option<u64>,
+    /// Write several files of at most so many tensors
+    #[arg(long, value_name = "N", value_parser = at_least_one::<usize>, help_heading = "Files")]
+    pub split_max_tensors: Option<usize>,
+}
+
+impl TypeArgs {
+    /// The mixture of a file type with these exceptions.
+    pub fn mixture(&self, file_type: FileType) -> Mixture {
+        Mixture {
+            file_type,
+            pure: self.pure,
+            leave_output: self.leave_output_tensor,
+            output_type: self.output_tensor_type,
+            embedding_type: self.token_embedding_type,
+            overrides: self.tensor_type.clone(),
+        }
+    }
+
+    /// Refuses exceptions where there is no mixture.
+    ///
+    /// # Errors
+    /// [`Usage`] naming the flag.
+    pub fn require_mixture(&self, why: &str) -> Result<(), Usage> {
+        let given = [
+            ("--pure", self.pure),
+            ("--tensor-type", !self.tensor_type.is_empty()),
+            ("--output-tensor-type", self.output_tensor_type.is_some()),
+            ("--token-embedding-type", self.token_embedding_type.is_some()),
+            ("--leave-output-tensor", self.leave_output_tensor),
+        ];
+        match given.into_iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(Usage::new(format!("`{flag}` does nothing {why}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// How the output is cut into files, if it is.
+    pub fn split(&self) -> Option<SplitLimit> {
+        self.split_max_size.map(SplitLimit::Bytes).or(self.split_max_tensors.map(SplitLimit::Tensors))
+    }
+}
+
+/// `qpeft quantize`
+#[derive(Debug, Clone, Args)]
+pub struct QuantizeArgs {
+    /// GGUF file, or the first of a split one
+    #[arg(long, short, value_name = "PATH")]
+    pub model: PathBuf,
+    /// Type or mixture: q8_0, q4_k_m, iq4_xs, ...; copy changes no tensor
+    #[arg(long, value_name = "TYPE", value_parser = file_type_or_copy)]
+    pub quant: Quant,
+    /// File to write
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Importance matrix of the model: GGUF or legacy .dat
+    #[arg(long, value_name = "FILE")]
+    pub imatrix: Option<PathBuf>,
+    /// Say what would be written, and write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Do not warn that the model is quantized already
+    #[arg(long)]
+    pub allow_requantize: bool,
+    /// Replace --output
+    #[arg(long, alias = "overwrite")]
+    pub overwrite_output: bool,
+    /// What is particular about some tensors, and about the files.
+    #[command(flatten)]
+    pub types: TypeArgs,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = at_least_one::<usize>, help_heading = "Compute")]
+    pub threads: Option<usize>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `qpeft eval`
@@ -521,6 +655,9 @@ pub struct BenchTrainArgs {
     /// GGUF file or Hugging Face folder
     #[arg(long, short, value_name = "PATH")]
     pub model: PathBuf,
+    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub base_quant: Option<WeightType>,
     /// Method: lora, dora or pissa
     #[arg(long, value_name = "NAME", default_value_t, value_parser = str::parse::<Method>)]
     pub method: Method,
@@ -551,6 +688,40 @@ pub struct BenchTrainArgs {
     /// Where to compute.
     #[command(flatten)]
     pub compute: ComputeArgs,
+}
+
+/// `qpeft bench quantize`
+#[derive(Debug, Clone, Args)]
+pub struct BenchQuantizeArgs {
+    /// Types, as q4_k,q8_0 [default: all that can be written]
+    #[arg(long = "type", value_name = "TYPES", value_delimiter = ',', value_parser = ggml_type)]
+    pub types: Vec<GgmlType>,
+    /// CPU threads, of both sides
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one::<usize>)]
+    pub threads: usize,
+    /// llama.cpp's libggml-base.so, to compare speed and bytes with; its code is run
+    #[arg(long, value_name = "FILE")]
+    pub ggml_library: Option<PathBuf>,
+    /// Elements to quantize, in rows of 4096
+    #[arg(long, value_name = "N", default_value_t = 1 << 20, value_parser = up_to_2_pow_32)]
+    pub elements: usize,
+    /// Quantize with importance: the types that take it
+    #[arg(long)]
+    pub importance: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `qpeft bench dequantize`
+#[derive(Debug, Clone, Args)]
+pub struct BenchDequantizeArgs {
+    /// Types, as q4_k,q8_0 [default: all that can be written]
+    #[arg(long = "type", value_name = "TYPES", value_delimiter = ',', value_parser = ggml_type)]
+    pub types: Vec<GgmlType>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `qpeft demo`

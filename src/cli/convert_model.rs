@@ -10,6 +10,7 @@ use super::session::refuse_existing;
 use crate::convert::gguf_to_hf::{SHARD, default_dtype, write_folder};
 use crate::convert::hf::HfSource;
 use crate::convert::hf_to_gguf::write_gguf;
+use crate::convert::merge_folder::element;
 
 /// Runs `qpeft convert hf-to-gguf`.
 ///
@@ -58,7 +59,7 @@ pub fn hf_to_gguf(args: &HfToGgufArgs, printer: &Printer) -> anyhow::Result<()> 
 pub fn gguf_to_hf(args: &GgufToHfArgs, printer: &Printer) -> anyhow::Result<()> {
     refuse_existing(&args.output, args.overwrite_output)?;
     let file = GgufFile::open(&args.model)?;
-    let dtype = args.dtype.unwrap_or_else(|| default_dtype(&file));
+    let dtype = args.dtype.map_or_else(|| default_dtype(&file), element);
     let mut bar = Bar::new(printer);
     let written = write_folder(&file, &args.output, dtype, SHARD, |done, total| bar.update(done, total))?;
     drop(bar);

@@ -6,8 +6,8 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::Context;
-use qpeft_formats::GgmlType;
 use qpeft_formats::file::write_atomic;
+use qpeft_formats::mixture::{FileType, Mixture};
 
 use super::args::{ComputeArgs, DemoArgs, ModelArgs};
 use super::eval::mean_loss;
@@ -16,7 +16,7 @@ use super::printer::Printer;
 use super::progress::duration;
 use super::session::{Session, open_device};
 use super::train::Terminal;
-use crate::convert::merge::merge_to_gguf;
+use crate::convert::merge::{MergeOptions, merge_to_gguf};
 use crate::model::sample::Sampling;
 use crate::train::config::{Method, TargetModules};
 use crate::train::data::{self, DataOptions, Dataset};
@@ -68,8 +68,9 @@ pub fn run(args: &DemoArgs, printer: &Printer) -> anyhow::Result<()> {
     let merged = out.join("merged.gguf");
     let trained = session(&model, Some(&run), args)?;
     // Finer than the base's own types: a short training changes weights by less than a 4-bit step.
-    let quant = Some(GgmlType::Q8_0);
-    let report = merge_to_gguf(&trained.base, &trained.decoder, &trained.params, quant, &merged, |_, _| {})?;
+    let options = MergeOptions { mixture: Some(Mixture::new(FileType::Q8_0)), split: None };
+    let report =
+        merge_to_gguf(&trained.base, &trained.decoder, &trained.params, &options, &merged, |_, _| {})?;
     printer.note(&format!(
         "{} tensors merged as Q8_0, {:.0} % of the change arrived -> {}",
         report.merged,
@@ -114,7 +115,12 @@ fn indented(text: &str) -> String {
 
 fn session(model: &Path, adapter: Option<&Path>, args: &DemoArgs) -> anyhow::Result<Session> {
     let compute = ComputeArgs { threads: None, ..args.compute.clone() };
-    let args = ModelArgs { model: model.to_owned(), adapter: adapter.map(Path::to_owned), tokenizer: None };
+    let args = ModelArgs {
+        model: model.to_owned(),
+        base_quant: None,
+        adapter: adapter.map(Path::to_owned),
+        tokenizer: None,
+    };
     Session::open(&args, &open_device(&compute)?)
 }
 
@@ -131,6 +137,7 @@ fn load(session: &Session, path: &Path, options: &DataOptions) -> anyhow::Result
 /// A few dozen small steps: about two minutes on two cores.
 fn settings(args: &DemoArgs, model: &Path, data: &Path, held_out: &Path, run: &Path) -> TrainConfig {
     TrainConfig {
+        base_quant: None,
         model: model.to_owned(),
         data: data.to_owned(),
         output: run.to_owned(),

@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::Context;
 use qpeft_formats::file::fingerprint;
 use qpeft_formats::gguf::{self, Array, GgufFile};
+use qpeft_formats::mixture::FileType;
 use qpeft_formats::peft::{self, PeftAdapter};
 use qpeft_formats::safetensors::{Checkpoint, SafetensorsFile, TensorView};
 use serde::Serialize;
@@ -15,7 +16,9 @@ use serde_json::{Map, Value, json};
 
 use super::args::InspectArgs;
 use super::printer::Printer;
+use super::problems;
 use super::report::Usage;
+use crate::model::config::Config;
 use crate::train::{checkpoint, run_files::RunFile};
 
 /// Longer arrays are shown by their length and first elements.
@@ -34,6 +37,8 @@ struct Listing {
     parameters: u64,
     bits_per_weight: f64,
     types: BTreeMap<String, Share>,
+    /// What is wrong although it can be read, one line each.
+    problems: Vec<String>,
     /// What is particular to the kind: versions, the settings of an adapter, ...
     #[serde(flatten)]
     facts: Map<String, Value>,
@@ -128,6 +133,7 @@ impl Listing {
             parameters,
             bits_per_weight,
             types,
+            problems: Vec::new(),
             facts: Map::new(),
             metadata: Map::new(),
             tensors,
@@ -164,34 +170,61 @@ fn list_gguf(path: &Path) -> anyhow::Result<Listing> {
     let mut listing = Listing::new("gguf", path, file.fingerprint()?, tensors.collect())?;
     listing.facts.insert("version".to_owned(), json!(file.version()));
     listing.facts.insert("alignment".to_owned(), json!(file.alignment()));
+    if file.paths().len() > 1 {
+        let files = file.paths().map(|p| p.file_name().unwrap_or_default().to_string_lossy());
+        listing.facts.insert("files".to_owned(), files.collect());
+        let sizes = file.paths().map(size_on_disk).collect::<std::io::Result<Vec<_>>>();
+        listing.size_bytes = sizes.context("cannot read the size of a file")?.into_iter().sum();
+    }
+    let tokens = problems::vocabulary(file.metadata());
+    for (name, fact) in
+        [("head", problems::head(&file).map(Value::from)), ("tokens", tokens.map(Value::from))]
+    {
+        if let Some(fact) = fact {
+            listing.facts.insert(name.to_owned(), fact);
+        }
+    }
+    if let Some(name) = file.metadata().u32("general.file_type").ok().flatten().and_then(FileType::from_id) {
+        listing.facts.insert("mixture".to_owned(), name.name().into());
+    }
+    listing.problems = problems::of_gguf(&file)?;
     listing.metadata =
         file.metadata().iter().map(|(key, value)| (key.to_owned(), gguf_value(value))).collect();
     Ok(listing)
 }
 
-fn views(views: impl Iterator<Item = TensorView>) -> Vec<Tensor> {
+fn described(views: &[TensorView]) -> Vec<Tensor> {
     views
+        .iter()
         .map(|view| Tensor {
             r#type: view.dtype.to_string(),
             shape: view.shape.iter().map(|&n| n as u64).collect(),
             bytes: view.bytes.len() as u64,
-            name: view.name,
+            name: view.name.clone(),
         })
         .collect()
 }
 
 fn list_safetensors(path: &Path) -> anyhow::Result<Listing> {
     let file = SafetensorsFile::open(path)?;
-    let tensors = views(file.names().filter_map(|name| file.tensor(name)));
-    let mut listing = Listing::new("safetensors", path, fingerprint(path)?, tensors)?;
+    let views: Vec<_> = file.names().filter_map(|name| file.tensor(name)).collect();
+    let mut listing = Listing::new("safetensors", path, fingerprint(path)?, described(&views))?;
+    listing.problems = problems::of_views(&views)?;
     listing.metadata = file.metadata().iter().map(|(key, value)| (key.clone(), json!(value))).collect();
     Ok(listing)
 }
 
 fn list_checkpoint(path: &Path) -> anyhow::Result<Listing> {
     let folder = Checkpoint::open(path)?;
-    let tensors = views(folder.names().filter_map(|name| folder.tensor(name)));
-    let mut listing = Listing::new("model", path, folder.fingerprint()?, tensors)?;
+    let views: Vec<_> = folder.names().filter_map(|name| folder.tensor(name)).collect();
+    let mut listing = Listing::new("model", path, folder.fingerprint()?, described(&views))?;
+    listing.problems = problems::of_views(&views)?;
+    if let Err(e) = Config::from_hf(folder.config(), &folder.config_path().display().to_string()) {
+        listing.problems.push(format!("qpeft cannot train on it: {e}"));
+    }
+    if !path.join("tokenizer.json").exists() && !path.join("tokenizer.model").exists() {
+        listing.problems.push("has neither `tokenizer.json` nor `tokenizer.model`".to_owned());
+    }
     listing.metadata = folder.config().as_object().cloned().unwrap_or_default();
     Ok(listing)
 }
@@ -199,8 +232,9 @@ fn list_checkpoint(path: &Path) -> anyhow::Result<Listing> {
 fn list_adapter(path: &Path) -> anyhow::Result<Listing> {
     let adapter = PeftAdapter::read(path)?;
     let file = SafetensorsFile::open(&path.join(peft::TENSORS_FILE))?;
-    let tensors = views(file.names().filter_map(|name| file.tensor(name)));
-    let mut listing = Listing::new("adapter", path, fingerprint(file.path())?, tensors)?;
+    let views: Vec<_> = file.names().filter_map(|name| file.tensor(name)).collect();
+    let mut listing = Listing::new("adapter", path, fingerprint(file.path())?, described(&views))?;
+    listing.problems = problems::of_views(&views)?;
     listing.facts.insert("modules".to_owned(), json!(adapter.modules().len()));
     listing.facts.insert("checkpoints".to_owned(), json!(checkpoint::steps(path)?));
     listing.facts.insert("qpeft".to_owned(), json!(RunFile::read(path)?));
@@ -284,6 +318,10 @@ fn text(listing: &Listing, printer: &Printer) -> String {
     }
     parts.push(columns(&rows.iter().map(|(a, b)| vec![a.clone(), b.clone()]).collect::<Vec<_>>()));
 
+    if !listing.problems.is_empty() {
+        let title = printer.red(&format!("problems ({})", listing.problems.len()));
+        parts.push(format!("\n{title}\n  {}\n", listing.problems.join("\n  ")));
+    }
     let mut section = |title: String, rows: &[Vec<String>]| {
         if !rows.is_empty() {
             parts.push(format!("\n{}\n{}", printer.bold(&title), columns(rows)));

@@ -1,15 +1,18 @@
-//! `qpeft merge`: base + adapter -> one GGUF.
+//! `qpeft merge`: base + adapter -> one GGUF, or a Hugging Face folder.
 
 use std::collections::BTreeMap;
 
 use qpeft_formats::GgmlType;
+use qpeft_formats::bitsandbytes::QuantType;
 use serde_json::json;
 
-use super::args::MergeArgs;
+use super::args::{MergeArgs, MergeTarget};
 use super::printer::Printer;
 use super::progress::Progress;
+use super::report::Usage;
 use super::session::{open_adapted, open_device, refuse_existing};
-use crate::convert::merge::merge_to_gguf;
+use crate::convert::merge::{MergeOptions, merge_to_gguf};
+use crate::convert::merge_folder::{FolderTarget, merge_to_folder};
 use crate::model::Base;
 
 /// Runs the command.
@@ -17,14 +20,30 @@ use crate::model::Base;
 /// # Errors
 /// A file is refused, the adapter belongs to other weights, or the output cannot be written.
 pub fn run(args: &MergeArgs, printer: &Printer) -> anyhow::Result<()> {
+    if args.quant.is_none() {
+        args.types.require_mixture("without `--quant`")?;
+    }
+    let options = MergeOptions {
+        mixture: args.quant.map(|quant| args.types.mixture(quant)),
+        split: args.types.split(),
+    };
     refuse_existing(&args.output, args.overwrite_output)?;
     let device = open_device(&args.compute)?;
-    let (base, decoder, params) = open_adapted(Base::open(&args.model)?, Some(&args.adapter), &device)?;
+    let target = folder_target(args)?;
+    let model = Base::open_as(&args.model, args.base_quant)?;
+    let (base, decoder, params) = open_adapted(model, Some(&args.adapter), &device)?;
     let mut bar: Option<Progress> = None;
-    let report = merge_to_gguf(&base, &decoder, &params, args.quant, &args.output, |done, total| {
+    let progress = |done, total| {
         let bar = bar.get_or_insert_with(|| Progress::start(printer, "tensor", 0, total as u64));
         bar.update(done as u64, "");
-    })?;
+    };
+    let report = match target {
+        None => merge_to_gguf(&base, &decoder, &params, &options, &args.output, progress)?,
+        Some(target) => {
+            let shard_bytes = (args.max_shard_size * 1e9) as u64;
+            merge_to_folder(&base, &decoder, &params, target, &args.output, shard_bytes, progress)?
+        }
+    };
     drop(bar);
 
     let mut fallbacks: BTreeMap<(GgmlType, GgmlType), usize> = BTreeMap::new();
@@ -57,9 +76,28 @@ pub fn run(args: &MergeArgs, printer: &Printer) -> anyhow::Result<()> {
     ));
     if report.arrived_share() < 0.8 {
         printer.warn(
-            "packing rounds much of the change away; compare with `qpeft eval`, and give a finer type with `--quant q8_0` if it matters",
+            "packing rounds much of the change away; compare with `qpeft eval`, and give a finer type (`--quant q8_0`, or `--to safetensors`) if it matters",
         );
     }
     printer.note(&format!("wrote {}", args.output.display()));
     Ok(())
+}
+
+/// How a folder is to be stored; `None` for a GGUF.
+fn folder_target(args: &MergeArgs) -> Result<Option<FolderTarget>, Usage> {
+    if args.quant.is_some() && args.to != MergeTarget::Gguf {
+        return Err(Usage::new("`--quant` is the type of a GGUF")
+            .hint("leave it out: `--to` says how a folder is stored, and `--dtype` its dense type"));
+    }
+    if args.dtype.is_some() && args.to != MergeTarget::Safetensors {
+        return Err(Usage::new("`--dtype` is the type of a dense folder").hint("give `--to safetensors`"));
+    }
+    let four_bit = |quant_type, double| Some(FolderTarget::FourBit { quant_type, double });
+    Ok(match args.to {
+        MergeTarget::Gguf => None,
+        MergeTarget::Safetensors => Some(FolderTarget::Dense(args.dtype)),
+        MergeTarget::Nf4 => four_bit(QuantType::Nf4, None),
+        MergeTarget::Nf4Dq => four_bit(QuantType::Nf4, Some(true)),
+        MergeTarget::Fp4 => four_bit(QuantType::Fp4, None),
+    })
 }

@@ -14,7 +14,9 @@ pub mod generate;
 pub mod inspect;
 pub mod merge;
 pub mod printer;
+mod problems;
 pub mod progress;
+pub mod quantize;
 pub mod report;
 pub mod session;
 pub mod train;
@@ -50,10 +52,13 @@ pub fn run(command: &Command, printer: &Printer) -> anyhow::Result<()> {
         Command::Convert(ConvertCommand::HfToGguf(args)) => convert_model::hf_to_gguf(args, printer),
         Command::Convert(ConvertCommand::GgufToHf(args)) => convert_model::gguf_to_hf(args, printer),
         Command::Merge(args) => merge::run(args, printer),
+        Command::Quantize(args) => quantize::run(args, printer),
         Command::Eval(args) => eval::run(args, printer),
         Command::Generate(args) => generate::run(args, printer),
         Command::Inspect(args) => inspect::run(args, printer),
-        Command::Bench(BenchCommand::Train(args)) => bench::run(args, printer),
+        Command::Bench(BenchCommand::Train(args)) => bench::train::run(args, printer),
+        Command::Bench(BenchCommand::Quantize(args)) => bench::quantize::run(args, printer),
+        Command::Bench(BenchCommand::Dequantize(args)) => bench::dequantize::run(args, printer),
         Command::Demo(args) => demo::run(args, printer),
     }
 }

@@ -158,8 +158,9 @@ fn ask(error: &(dyn std::error::Error + 'static)) -> (Option<String>, Option<Fau
         return (e.hint.clone(), Some(Fault::Environment));
     }
     if let Some(e) = error.downcast_ref::<qpeft_kernels::Error>() {
-        let device = matches!(e, qpeft_kernels::Error::Device { .. } | qpeft_kernels::Error::NoKernel { .. });
-        return (e.hint(), device.then_some(Fault::Environment));
+        use qpeft_kernels::Error::{Device, Library, NoKernel};
+        let environment = matches!(e, Device { .. } | NoKernel { .. } | Library { .. });
+        return (e.hint(), environment.then_some(Fault::Environment));
     }
     if let Some(e) = error.downcast_ref::<qpeft_formats::Error>() {
         return (e.hint(), None);

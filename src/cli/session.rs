@@ -54,7 +54,7 @@ impl Session {
     /// # Errors
     /// A file is refused, or the adapter belongs to other weights.
     pub fn open(args: &ModelArgs, device: &Device) -> anyhow::Result<Session> {
-        let named = Base::open(&args.model)?;
+        let named = Base::open_as(&args.model, args.base_quant)?;
         let tokenizer = match &args.tokenizer {
             Some(path) => Tokenizer::from_file(path)?,
             None => named.tokenizer()?,

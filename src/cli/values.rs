@@ -6,7 +6,8 @@ use std::fmt::Display;
 use std::str::FromStr;
 
 use qpeft_formats::GgmlType;
-use qpeft_formats::safetensors::Dtype;
+use qpeft_formats::mixture::{FileType, TypeOverride};
+use qpeft_kernels::weight::WeightType;
 
 use crate::convert::hf_to_gguf::OutType;
 
@@ -79,10 +80,29 @@ pub fn probability(text: &str) -> Result<f64, String> {
     number(text, "above 0 and at most 1", |x: f64| x > 0.0 && x <= 1.0)
 }
 
-/// A ggml type by name.
+/// `[1, 2^32]`: what memory may be asked for.
+pub fn up_to_2_pow_32(text: &str) -> Result<usize, String> {
+    number(text, "from 1 to 4294967296", |x: usize| (1..=1 << 32).contains(&x))
+}
+
+/// A type that a base can be quantized to at load.
+pub fn weight_type(text: &str) -> Result<WeightType, String> {
+    text.parse()
+}
+
+/// A dense type.
+pub fn dense_type(text: &str) -> Result<GgmlType, String> {
+    match GgmlType::from_name(text) {
+        Some(dtype @ (GgmlType::F32 | GgmlType::F16 | GgmlType::BF16)) => Ok(dtype),
+        _ => Err("expected f32, f16 or bf16".to_owned()),
+    }
+}
+
+/// A ggml type in which values can be written, by name.
 pub fn ggml_type(text: &str) -> Result<GgmlType, String> {
-    GgmlType::from_name(text).filter(|t| t.require_quantizer(false).is_ok()).ok_or_else(|| {
-        let names: Vec<_> = GgmlType::writable().map(|t| format!("`{t}`")).collect();
+    let writable = |t: &GgmlType| t.require_quantizer(true).is_ok();
+    GgmlType::from_name(text).filter(writable).ok_or_else(|| {
+        let names: Vec<_> = GgmlType::ALL.into_iter().filter(writable).map(|t| format!("`{t}`")).collect();
         format!("expected one of {}", names.join(", "))
     })
 }
@@ -99,14 +119,51 @@ pub fn out_type(text: &str) -> Result<OutType, String> {
     }
 }
 
-/// `f32`, `f16`, `bf16`
-pub fn dense_type(text: &str) -> Result<Dtype, String> {
-    match text.to_ascii_lowercase().as_str() {
-        "f32" => Ok(Dtype::F32),
-        "f16" => Ok(Dtype::F16),
-        "bf16" => Ok(Dtype::BF16),
-        _ => Err("expected one of f32, f16, bf16".to_owned()),
+/// A file type by name or alias.
+pub fn file_type(text: &str) -> Result<FileType, String> {
+    FileType::from_name(text).ok_or_else(|| {
+        let names: Vec<_> = FileType::ALL.into_iter().map(|t| format!("`{t}`")).collect();
+        format!("expected one of {}", names.join(", "))
+    })
+}
+
+/// A file type, or `None` for `copy`.
+pub fn file_type_or_copy(text: &str) -> Result<Quant, String> {
+    if text.eq_ignore_ascii_case("copy") {
+        return Ok(Quant::Copy);
     }
+    file_type(text).map(Quant::To).map_err(|expected| format!("{expected}, `COPY`"))
+}
+
+/// What `qpeft quantize` makes of the tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quant {
+    /// Tensors stay as they are.
+    Copy,
+    /// The types of a mixture.
+    To(FileType),
+}
+
+/// `REGEX=TYPE`
+pub fn type_override(text: &str) -> Result<TypeOverride, String> {
+    let (pattern, dtype) =
+        text.rsplit_once('=').filter(|(pattern, _)| !pattern.is_empty()).ok_or("expected `REGEX=TYPE`")?;
+    TypeOverride::new(pattern, ggml_type(dtype)?).map_err(|e| format!("expected `REGEX=TYPE`; {e}"))
+}
+
+/// Bytes: a number with `K`, `M` or `G` for thousands, millions or thousands of millions.
+pub fn bytes(text: &str) -> Result<u64, String> {
+    let upper = text.to_ascii_uppercase();
+    let (digits, factor) = match upper.trim_end_matches('B') {
+        short if short.ends_with('K') => (&short[..short.len() - 1], 1_000),
+        short if short.ends_with('M') => (&short[..short.len() - 1], 1_000_000),
+        short if short.ends_with('G') => (&short[..short.len() - 1], 1_000_000_000),
+        plain => (plain, 1_u64),
+    };
+    let number = digits.parse::<u64>().ok().filter(|&n| n > 0);
+    number
+        .and_then(|n| n.checked_mul(factor))
+        .ok_or_else(|| "expected bytes, as in `2G` or `500M`".to_owned())
 }
 
 #[cfg(test)]
@@ -130,12 +187,32 @@ mod tests {
         assert_eq!(share("1"), Ok(1.0));
         assert_eq!(share("1.01"), Err("expected a number from 0 to 1".to_owned()));
         assert_eq!(probability("1"), Ok(1.0));
+        assert_eq!(up_to_2_pow_32("4294967296"), Ok(1 << 32));
+        assert_eq!(up_to_2_pow_32("4294967297"), Err("expected an integer from 1 to 4294967296".to_owned()));
         assert_eq!(probability("0"), Err("expected a number above 0 and at most 1".to_owned()));
     }
 
     #[test]
     fn ggml_types_are_found_in_any_case_and_listed_when_unknown() {
         assert_eq!(ggml_type("q4_k"), Ok(GgmlType::Q4_K));
-        assert!(ggml_type("q4_k_m").unwrap_err().ends_with("`Q4_K`, `Q5_K`, `Q6_K`"));
+        assert!(ggml_type("q4_k_m").unwrap_err().contains("`Q4_K`, `Q5_K`, `Q6_K`"));
+        assert!(ggml_type("q8_1").unwrap_err().starts_with("expected one of `F32`, `F16`, "));
+    }
+
+    #[test]
+    fn file_types_overrides_and_sizes_are_read() {
+        assert_eq!(file_type("q4_k"), Ok(FileType::Q4_K_M));
+        assert_eq!(file_type_or_copy("COPY"), Ok(Quant::Copy));
+        assert_eq!(file_type_or_copy("q8-0"), Ok(Quant::To(FileType::Q8_0)));
+        assert!(file_type_or_copy("nf5").unwrap_err().ends_with("`MXFP4_MOE`, `COPY`"));
+        assert!(type_override(r"blk\.[0-9]=q8_0").is_ok());
+        assert_eq!(type_override("q8_0").unwrap_err(), "expected `REGEX=TYPE`");
+        assert_eq!(type_override("=q8_0").unwrap_err(), "expected `REGEX=TYPE`");
+        assert!(type_override("a=q9").unwrap_err().starts_with("expected one of `F32`"));
+        assert!(type_override("(=q8_0").unwrap_err().starts_with("expected `REGEX=TYPE`; pattern `(`"));
+        assert_eq!([bytes("2G"), bytes("500mb"), bytes("7")], [Ok(2_000_000_000), Ok(500_000_000), Ok(7)]);
+        for wrong in ["0", "2T", "G", "-1", "99999999999999G"] {
+            assert_eq!(bytes(wrong), Err("expected bytes, as in `2G` or `500M`".to_owned()));
+        }
     }
 }

@@ -10,6 +10,7 @@ use qpeft_formats::file::{AtomicDir, write_atomic};
 use qpeft_formats::gguf::{GgufFile, Metadata, TensorInfo, names};
 use qpeft_formats::safetensors::{Dtype, SafetensorsWriter};
 use qpeft_formats::{GgmlType, blocks};
+use qpeft_kernels::cpu::quantize::quantize_rows;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
@@ -350,7 +351,9 @@ fn write_tensor(
                         }
                         Change::PlusOne => {
                             read(row, out);
-                            out.iter_mut().for_each(|x| *x -= 1.0);
+                            for x in out {
+                                *x -= 1.0;
+                            }
                         }
                         _ => read(row, out),
                     }
@@ -378,6 +381,6 @@ fn pack(target: GgmlType, values: &[f32], tensor: &Planned<'_>) -> Result<Vec<u8
     packed
         .par_chunks_mut(PART * width)
         .zip(values.par_chunks(PART))
-        .for_each(|(packed, values)| blocks::quantize_row(target, values, None, packed));
+        .for_each(|(packed, values)| quantize_rows(target, values, values.len(), None, packed));
     Ok(packed)
 }

@@ -102,7 +102,7 @@ impl HfSource {
         metadata.insert("general.architecture", Value::String(family.arch.to_owned()));
         metadata.insert("general.type", Value::String("model".to_owned()));
         let parameters = tensors.iter().map(|t| t.shape.iter().product::<u64>()).sum();
-        card::describe(dir, &config, parameters, &mut metadata)?;
+        notes.extend(card::describe(dir, &config, parameters, &mut metadata)?);
         for (key, value) in keys.iter() {
             metadata.insert(key, value.clone());
         }
@@ -152,7 +152,9 @@ impl Source for HfSource {
             Change::Same | Change::Drop => read(rows.start * cols..rows.end * cols, out),
             Change::PlusOne => {
                 read(rows.start * cols..rows.end * cols, out);
-                out.iter_mut().for_each(|x| *x += 1.0);
+                for x in out {
+                    *x += 1.0;
+                }
             }
             // A bias is one row, whose elements go the way of the weight's rows.
             Change::PermuteQ | Change::PermuteK => {

@@ -4,8 +4,9 @@
 
 use std::path::Path;
 
+use qpeft_formats::GgmlType;
 use qpeft_formats::gguf::{GgufWriter, TensorDecl, Value};
-use qpeft_formats::{GgmlType, blocks};
+use qpeft_kernels::cpu::quantize::quantize_rows;
 use rayon::prelude::*;
 
 use super::hf::stays_f32;
@@ -144,9 +145,7 @@ fn pack(decl: &TensorDecl, first: usize, values: &[f32], packed: &mut [u8]) -> R
             Error::refused(message).with_hint("write BF16 (`--outtype bf16`), which has the range of F32")
         );
     }
-    let row_bytes = decl.dtype.row_bytes(cols)?;
-    for (row, packed) in values.chunks_exact(cols).zip(packed.chunks_exact_mut(row_bytes)) {
-        blocks::quantize_row(decl.dtype, row, None, packed);
-    }
+    decl.dtype.row_bytes(cols)?;
+    quantize_rows(decl.dtype, values, cols, None, packed);
     Ok(())
 }

@@ -3,11 +3,15 @@
 //! An adapted weight is dequantized, adapted in f32 and packed again; everything else is copied byte for
 //! byte unless another type is asked for. What packing took from the change is measured and returned.
 
+use std::collections::HashMap;
 use std::path::Path;
 
-use qpeft_formats::gguf::{GgufFile, TensorInfo, Value};
-use qpeft_formats::{GgmlType, blocks};
+use qpeft_formats::GgmlType;
+use qpeft_formats::gguf::split::SplitLimit;
+use qpeft_formats::gguf::{GgufFile, TensorDecl, TensorInfo, Value};
+use qpeft_formats::mixture::{Mixture, ModelFacts};
 use qpeft_kernels::cpu::quantize::quantize_rows;
+use qpeft_kernels::weight::dequantize_blocks;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -54,9 +58,16 @@ impl MergeReport {
     }
 }
 
+/// How the merged model is stored.
+#[derive(Debug, Clone, Default)]
+pub struct MergeOptions {
+    /// The types of the tensors; without it every tensor keeps the base's.
+    pub mixture: Option<Mixture>,
+    /// Several files in place of one.
+    pub split: Option<SplitLimit>,
+}
+
 /// Writes the merged model of `base` and the adapters on `decoder` to `path`.
-///
-/// `quant`: the type of all matrices; without it every tensor keeps the base's.
 ///
 /// # Errors
 /// The base is not a GGUF, a merged value is not finite, or the file cannot be written; nothing is left at
@@ -65,42 +76,58 @@ pub fn merge_to_gguf(
     base: &Base,
     decoder: &Decoder,
     params: &Parameters,
-    quant: Option<GgmlType>,
+    options: &MergeOptions,
     path: &Path,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<MergeReport> {
-    let Base::Gguf(file) = base else {
-        return Err(Error::refused(format!(
-            "`{}` is a Hugging Face folder; `--to gguf` needs a base that is a GGUF file",
-            base.path().display()
-        ))
-        .with_hint("convert the base to GGUF first, or load the adapter folder with PEFT"));
+    let file = match base {
+        Base::Gguf(file) => file,
+        Base::Quantized { base: inner, to } if matches!(**inner, Base::Gguf(_)) => {
+            return Err(Error::refused(format!(
+                "`--to gguf` writes the base's own types, and this adapter was trained on `{}` quantized to {to} at load",
+                base.path().display()
+            ))
+            .with_hint("quantize the GGUF first with `qpeft quantize`, and train on the result"));
+        }
+        Base::Folder(_) | Base::Quantized { .. } => {
+            return Err(Error::refused(format!(
+                "`{}` is a Hugging Face folder; `--to gguf` needs a base that is a GGUF file",
+                base.path().display()
+            ))
+            .with_hint("merge with `--to safetensors` or `--to nf4`, or convert the base to GGUF first"));
+        }
     };
     let values = params.values.read()?;
     let mut report = MergeReport::default();
     let mut metadata = file.metadata().clone();
-    if let Some(file_type) = quant.and_then(GgmlType::file_type) {
-        metadata.insert("general.file_type", Value::U32(file_type));
+    let mut chosen = HashMap::new();
+    if let Some(mixture) = &options.mixture {
+        metadata.insert("general.file_type", Value::U32(mixture.file_type.id()));
+        let decls: Vec<TensorDecl> = file
+            .tensors()
+            .iter()
+            .map(|t| TensorDecl { name: t.name.clone(), shape: t.shape.clone(), dtype: t.dtype })
+            .collect();
+        let choices = mixture.choose(&ModelFacts::read(&metadata)?, &decls, false)?;
+        for (decl, choice) in decls.into_iter().zip(choices) {
+            if choice.dtype != choice.wanted {
+                report.fallbacks.push((decl.name.clone(), choice.wanted, choice.dtype));
+            }
+            chosen.insert(decl.name, choice.dtype);
+        }
     }
-    let dtype_of = |info: &TensorInfo| match quant {
-        Some(quant) if is_matrix(info) => Ok(fitting(quant, info.row_len())),
-        _ => Ok(info.dtype),
-    };
+    let dtype_of = |info: &TensorInfo| chosen.get(&info.name).copied().unwrap_or(info.dtype);
     let (total, mut done) = (file.tensors().len(), 0);
     write_gguf(
         file,
         path,
         &metadata,
-        |_, info| dtype_of(info),
+        options.split,
+        |_, info| Ok(dtype_of(info)),
         |name, info| {
             progress(done, total);
             done += 1;
-            let dtype = dtype_of(info)?;
-            if let Some(quant) = quant.filter(|_| is_matrix(info))
-                && quant != dtype
-            {
-                report.fallbacks.push((info.name.clone(), quant, dtype));
-            }
+            let dtype = dtype_of(info);
             let linear = name.and_then(slot_of).and_then(|(layer, slot)| adapted(decoder, layer, slot));
             if let Some((linear, slot)) = linear {
                 report.merged += 1;
@@ -125,24 +152,9 @@ fn adapted(decoder: &Decoder, layer: usize, slot: Slot) -> Option<(&Linear, Slot
     linear.adapter.is_some().then_some((linear, slot))
 }
 
-/// Only matrices are quantized; norms stay as they are.
-fn is_matrix(info: &TensorInfo) -> bool {
-    info.n_rows() > 1 && info.name.ends_with("weight")
-}
-
-/// The asked type, or where a row is not a whole number of its blocks, the one that llama.cpp falls back to.
-fn fitting(asked: GgmlType, row_len: usize) -> GgmlType {
-    let fits = |t: GgmlType| row_len.is_multiple_of(t.block_len());
-    let fallback = match asked {
-        GgmlType::Q4_K => GgmlType::Q5_0,
-        GgmlType::Q5_K => GgmlType::Q5_1,
-        GgmlType::Q6_K => GgmlType::Q8_0,
-        other => other,
-    };
-    [asked, fallback].into_iter().find(|&t| fits(t)).unwrap_or(GgmlType::F16)
-}
-
 /// One adapted weight: W' in f32 by row chunks, packed, with the loss of packing measured.
+///
+/// A factor that the file keeps beside the blocks (NVFP4) stays there, so W' is divided by it first.
 fn merged_weight(
     linear: &Linear,
     values: &[f32],
@@ -153,7 +165,7 @@ fn merged_weight(
 ) -> Result<Replacement> {
     const CHUNK: usize = 64;
     let adapter = linear.adapter.as_ref().expect("only adapted linears are merged");
-    let cols = linear.weight.cols();
+    let (cols, factor) = (linear.weight.cols(), linear.weight.factor());
     dtype.require_quantizer(false)?;
     let row_bytes = dtype.row_bytes(cols)?;
     let mut merged = vec![0.0; linear.weight.rows() * cols];
@@ -165,19 +177,20 @@ fn merged_weight(
             linear.weight.dequantize_rows(rows.clone(), w);
             let before = w.to_vec();
             adapter.merge(rows, w, values);
-            let (mut packed, mut stored) = (vec![0; row_bytes], vec![0.0; cols]);
+            let unscaled: Vec<f32> = w.iter().map(|w| w / factor).collect();
+            let (mut packed, mut stored) = (vec![0; w.len() / cols * row_bytes], vec![0.0; w.len()]);
+            quantize_rows(dtype, &unscaled, cols, None, &mut packed);
+            dequantize_blocks(dtype, &packed, &mut stored);
             let mut sums = [0.0; 4];
-            for (w, before) in w.chunks_exact(cols).zip(before.chunks_exact(cols)) {
-                quantize_rows(dtype, w, cols, None, &mut packed);
-                blocks::dequantize_row(dtype, &packed, &mut stored);
-                for ((w, before), stored) in w.iter().zip(before).zip(&stored) {
-                    let (w, change) = (f64::from(*w), f64::from(w - before));
-                    sums[0] += w * w;
-                    sums[1] += change * change;
-                    sums[2] += f64::from(stored - before) * change;
-                    sums[3] += (f64::from(*stored) - w).powi(2);
-                }
+            for ((w, before), stored) in w.iter().zip(&before).zip(&stored) {
+                let stored = stored * factor;
+                let (w, change) = (f64::from(*w), f64::from(w - before));
+                sums[0] += w * w;
+                sums[1] += change * change;
+                sums[2] += f64::from(stored - before) * change;
+                sums[3] += (f64::from(stored) - w).powi(2);
             }
+            w.copy_from_slice(&unscaled);
             sums
         })
         .collect();
@@ -190,13 +203,13 @@ fn merged_weight(
     pack_rows(&merged, cols, dtype, heads, name)
 }
 
-/// A tensor of the base in another type, rows in the order of the file.
+/// A tensor of the base in another type, rows in the order of the file; a factor beside it stays there.
 fn converted_weight(file: &GgufFile, info: &TensorInfo, dtype: GgmlType) -> Result<Replacement> {
     let (from, bytes, cols) = (info.dtype, file.bytes(info), info.row_len());
     let mut values = vec![0.0; info.n_rows() * cols];
     values
         .par_chunks_mut(cols)
         .zip(bytes.par_chunks(from.row_bytes(cols)?))
-        .for_each(|(row, bytes)| blocks::dequantize_row(from, bytes, row));
+        .for_each(|(row, bytes)| dequantize_blocks(from, bytes, row));
     pack_rows(&values, cols, dtype, None, &info.name)
 }

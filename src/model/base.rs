@@ -5,14 +5,18 @@
 
 use std::path::Path;
 
+use qpeft_formats::bitsandbytes::config::Quantization;
+use qpeft_formats::bitsandbytes::{FourBit, Int8};
 use qpeft_formats::file::Bytes;
 use qpeft_formats::gguf::{GgufFile, names};
-use qpeft_formats::safetensors::{Checkpoint, Dtype};
+use qpeft_formats::safetensors::{Checkpoint, Dtype, fp8};
 use qpeft_formats::{GgmlType, blocks};
+use qpeft_kernels::weight::WeightType;
 use qpeft_kernels::{Device, Tensor};
 
 use super::config::Config;
 use super::linear::BaseWeight;
+use super::save::slot_of;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
@@ -23,6 +27,13 @@ pub enum Base {
     Gguf(GgufFile),
     /// A folder with `config.json` and safetensors.
     Folder(Checkpoint),
+    /// Another base whose linears are quantized as they are loaded.
+    Quantized {
+        /// What is on disk.
+        base: Box<Base>,
+        /// The type of the linears in memory.
+        to: WeightType,
+    },
 }
 
 impl Base {
@@ -32,9 +43,32 @@ impl Base {
     /// The path is neither, or what is there is refused.
     pub fn open(path: &Path) -> Result<Base> {
         if path.is_dir() {
-            return Ok(Base::Folder(Checkpoint::open(path)?));
+            let folder = Checkpoint::open(path)?;
+            quantization(&folder)?;
+            return Ok(Base::Folder(folder));
         }
         Ok(Base::Gguf(GgufFile::open(path)?))
+    }
+
+    /// As [`Base::open`], with the linears of the blocks quantized at load if a type is given. Embeddings,
+    /// the output head and norms stay, as with bitsandbytes.
+    ///
+    /// # Errors
+    /// As [`Base::open`]; or the base is quantized already.
+    pub fn open_as(path: &Path, to: Option<WeightType>) -> Result<Base> {
+        let base = Base::open(path)?;
+        let Some(to) = to else { return Ok(base) };
+        if let Base::Folder(folder) = &base
+            && !matches!(quantization(folder)?, Quantization::None | Quantization::Fp8 { .. })
+        {
+            return Err(Error::refused(format!(
+                "`{}` is quantized already ({}); `--base-quant {to}` would quantize it twice",
+                path.display(),
+                base.main_type()
+            ))
+            .with_hint("leave out `--base-quant`, or give the full-precision model"));
+        }
+        Ok(Base::Quantized { base: Box::new(base), to })
     }
 
     /// The file or folder.
@@ -42,6 +76,7 @@ impl Base {
         match self {
             Base::Gguf(file) => file.path(),
             Base::Folder(folder) => folder.dir(),
+            Base::Quantized { base, .. } => base.path(),
         }
     }
 
@@ -52,7 +87,8 @@ impl Base {
             .map_or_else(|| self.path().display().to_string(), |n| n.to_string_lossy().into_owned())
     }
 
-    /// `blake3:` and the hash of the weights: what ties an adapter to its base.
+    /// `blake3:` and the hash of the weights: what ties an adapter to its base. Of a base that is quantized
+    /// at load, the type follows: `blake3:...+nf4`.
     ///
     /// # Errors
     /// The file cannot be read.
@@ -60,6 +96,7 @@ impl Base {
         Ok(match self {
             Base::Gguf(file) => file.fingerprint()?,
             Base::Folder(folder) => folder.fingerprint()?,
+            Base::Quantized { base, to } => format!("{}+{to}", base.fingerprint()?),
         })
     }
 
@@ -73,6 +110,7 @@ impl Base {
             Base::Folder(folder) => {
                 Config::from_hf(folder.config(), &folder.config_path().display().to_string())
             }
+            Base::Quantized { base, .. } => base.config(),
         }
     }
 
@@ -84,6 +122,7 @@ impl Base {
         Ok(match self {
             Base::Gguf(file) => Tokenizer::from_gguf(file.metadata())?,
             Base::Folder(folder) => Tokenizer::from_hf_dir(folder.dir())?,
+            Base::Quantized { base, .. } => base.tokenizer()?,
         })
     }
 
@@ -92,6 +131,7 @@ impl Base {
         match self {
             Base::Gguf(file) => names::gguf_tensor(name).is_some_and(|name| file.tensor(&name).is_some()),
             Base::Folder(folder) => folder.tensor(name).is_some(),
+            Base::Quantized { base, .. } => base.has(name),
         }
     }
 
@@ -113,17 +153,54 @@ impl Base {
                     names::rows_to_hf(&mut reordered, &bytes, dtype.row_bytes(cols)?, heads, rows / heads)?;
                     bytes = Bytes::from(reordered);
                 }
-                Ok(BaseWeight::from_ggml(dtype, rows, cols, bytes)?)
+                let factor = self.companion_scale(file, &info.name)?;
+                Ok(BaseWeight::from_ggml(dtype, rows, cols, bytes)?.scaled_by(factor))
             }
             Base::Folder(folder) => {
-                let view = folder.require(name)?;
-                self.expect_shape(name, &[rows, cols], &view.shape)?;
-                match dense_type(view.dtype) {
-                    Some(dtype) => Ok(BaseWeight::from_ggml(dtype, rows, cols, view.bytes.clone())?),
-                    None => Ok(BaseWeight::from_f32(rows, cols, &view.to_f32()?)?),
+                let weight = folder_matrix(folder, name)?;
+                self.expect_shape(name, &[rows, cols], &[weight.rows(), weight.cols()])?;
+                Ok(weight)
+            }
+            Base::Quantized { base, to } => {
+                let weight = base.matrix(name, rows, cols, heads)?;
+                if slot_of(name).is_none() {
+                    return Ok(weight);
                 }
+                weight.quantized(*to).map_err(|e| {
+                    let hint = e.hint();
+                    let error = Error::refused(format!("tensor `{name}` cannot be quantized to {to}: {e}"));
+                    hint.into_iter().fold(error, Error::with_hint)
+                })
             }
         }
+    }
+
+    /// What all elements of a matrix are to be multiplied by: `blk.0.ffn_up.scale` for
+    /// `blk.0.ffn_up.weight`, which NVFP4 files have. (`.input_scale` is for engines that quantize
+    /// activations too.)
+    fn companion_scale(&self, file: &GgufFile, weight: &str) -> Result<f32> {
+        let Some(info) =
+            weight.strip_suffix(".weight").and_then(|module| file.tensor(&format!("{module}.scale")))
+        else {
+            return Ok(1.0);
+        };
+        let refused = |what: String| {
+            Error::refused(format!(
+                "`{}`: tensor `{}`: {what}, expected one normal F32 number that multiplies `{weight}`",
+                self.path().display(),
+                info.name
+            ))
+        };
+        let elements = info.n_rows() * info.row_len();
+        if elements != 1 || info.dtype != GgmlType::F32 {
+            return Err(refused(format!("{elements} elements of {}", info.dtype)));
+        }
+        let mut factor = [0.0];
+        blocks::dequantize_row(info.dtype, &file.bytes(info), &mut factor);
+        if !factor[0].is_normal() {
+            return Err(refused(format!("`{}`", factor[0])));
+        }
+        Ok(factor[0])
     }
 
     /// A vector, as one row on `device`.
@@ -144,6 +221,7 @@ impl Base {
                 self.expect_shape(name, &[len], &view.shape)?;
                 view.to_f32()?
             }
+            Base::Quantized { base, .. } => return base.vector(device, name, len),
         };
         Ok(Tensor::from_slice(device, 1, len, &values)?)
     }
@@ -161,7 +239,15 @@ impl Base {
                     count(info.dtype.name().to_owned(), info.size);
                 }
             }
+            Base::Quantized { to, .. } => return to.name().to_owned(),
             Base::Folder(folder) => {
+                match quantization(folder) {
+                    Ok(Quantization::FourBit { quant_type, double }) => {
+                        return WeightType::FourBit { quant_type, double }.name().to_owned();
+                    }
+                    Ok(Quantization::Int8) => return WeightType::Int8.name().to_owned(),
+                    _ => {}
+                }
                 for name in folder.names() {
                     if let Some(view) = folder.tensor(name) {
                         count(view.dtype.to_string(), view.bytes.len() as u64);
@@ -181,6 +267,51 @@ impl Base {
             self.path().display()
         )))
     }
+}
+
+/// What the folder's `config.json` says of its quantization.
+///
+/// # Errors
+/// A method that is not supported.
+pub fn quantization(folder: &Checkpoint) -> Result<Quantization> {
+    Ok(Quantization::from_config(folder.config()).map_err(|e| e.in_file(&folder.config_path()))?)
+}
+
+/// A matrix of a folder, packed as it is stored there.
+///
+/// # Errors
+/// The tensor or one that belongs to it is missing or damaged, or has a type that is not supported.
+pub fn folder_matrix(folder: &Checkpoint, name: &str) -> Result<BaseWeight> {
+    let find = |name: &str| folder.tensor(name);
+    let in_folder = |e: qpeft_formats::Error| e.in_file(folder.dir());
+    if let Some(weight) = FourBit::read(name, &find).map_err(in_folder)? {
+        return Ok(BaseWeight::from_four_bit(weight));
+    }
+    if let Some(weight) = Int8::read(name, &find).map_err(in_folder)? {
+        return Ok(BaseWeight::from_int8(weight));
+    }
+    let view = folder.require(name)?;
+    let [rows, cols] = view.shape[..] else {
+        return Err(Error::refused(format!(
+            "`{}`: tensor `{name}`: shape {:?}, expected the two sizes of a matrix",
+            folder.dir().display(),
+            view.shape
+        )));
+    };
+    if let Some(dtype) = dense_type(view.dtype) {
+        return Ok(BaseWeight::from_ggml(dtype, rows, cols, view.bytes)?);
+    }
+    let values = match fp8::scale_name(name, &find).filter(|_| view.is_fp8()) {
+        Some(scale) => {
+            let block = match quantization(folder)? {
+                Quantization::Fp8 { block } => block,
+                _ => None,
+            };
+            view.to_f32_scaled(&folder.require(&scale)?, block).map_err(in_folder)?
+        }
+        None => view.to_f32().map_err(in_folder)?,
+    };
+    Ok(BaseWeight::from_f32(rows, cols, &values)?)
 }
 
 /// The ggml type with the same bytes, for the dense types that both know.

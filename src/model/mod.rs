@@ -11,8 +11,10 @@ pub mod decoder;
 pub mod layer;
 pub mod linear;
 pub mod load;
+pub mod residual;
 pub mod sample;
 pub mod save;
+pub mod save_folder;
 pub mod tokenizer;
 
 pub use base::Base;

@@ -1,14 +1,12 @@
-//! The mirror of `load`: a base written again with some of its matrices replaced.
+//! The mirror of `load`: a GGUF written again with some of its matrices replaced (folders: `save_folder`).
 //!
 //! Everything else is copied byte for byte, so that a residual base or a merged model differs from its
 //! base in nothing but what was trained. GGUF rows of q and k go back into the file's order.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
-use qpeft_formats::file::AtomicDir;
+use qpeft_formats::gguf::split::SplitLimit;
 use qpeft_formats::gguf::{GgufFile, GgufWriter, Metadata, TensorDecl, TensorInfo, names};
-use qpeft_formats::safetensors::{Checkpoint, TensorRef, TensorView, write_safetensors};
 use qpeft_formats::{GgmlType, blocks};
 use qpeft_kernels::cpu::quantize::quantize_rows;
 
@@ -27,7 +25,8 @@ pub struct Replacement {
     pub bytes: Vec<u8>,
 }
 
-/// Packs f32 rows (Hugging Face order) as the file wants them.
+/// Packs f32 rows (Hugging Face order) as the file wants them. The rows are without the factor that a file
+/// may keep beside a tensor ([`BaseWeight::factor`]).
 ///
 /// # Errors
 /// A value is not finite, values cannot be written in the type, or the row length does not divide into blocks.
@@ -38,26 +37,36 @@ pub fn pack_rows(
     heads: Option<usize>,
     name: &str,
 ) -> Result<Replacement> {
+    const ROWS: usize = 16;
     dtype.require_quantizer(false)?;
     let row_bytes = dtype.row_bytes(cols)?;
-    if let Err(index) = blocks::check_finite(values) {
-        return Err(Error::refused(format!(
-            "tensor `{name}`: row {}, column {} is {}; only finite weights can be stored",
-            index / cols,
-            index % cols,
-            values[index]
-        )));
-    }
+    refuse_not_finite(values, cols, 0, name)?;
     use rayon::prelude::*;
     let mut bytes = vec![0; values.len() / cols * row_bytes];
     bytes
-        .par_chunks_mut(row_bytes)
-        .zip(values.par_chunks(cols))
-        .for_each(|(bytes, row)| quantize_rows(dtype, row, cols, None, bytes));
+        .par_chunks_mut(ROWS * row_bytes)
+        .zip(values.par_chunks(ROWS * cols))
+        .for_each(|(bytes, rows)| quantize_rows(dtype, rows, cols, None, bytes));
     Ok(Replacement { dtype, bytes: file_order(bytes, row_bytes, heads)? })
 }
 
-/// A packed weight (Hugging Face row order) as the file wants it.
+/// Refuses rows (from `first_row` on) with a value that is not finite.
+///
+/// # Errors
+/// There is one; the message has its row and column.
+pub fn refuse_not_finite(values: &[f32], cols: usize, first_row: usize, name: &str) -> Result<()> {
+    match blocks::check_finite(values) {
+        Ok(()) => Ok(()),
+        Err(index) => Err(Error::refused(format!(
+            "tensor `{name}`: row {}, column {} is {}; only finite weights can be stored",
+            first_row + index / cols,
+            index % cols,
+            values[index]
+        ))),
+    }
+}
+
+/// A packed weight (Hugging Face row order) as the file wants it; its factor is in the file already.
 ///
 /// # Errors
 /// The weight has no ggml type.
@@ -91,11 +100,13 @@ pub fn permuted_heads(base: &Base, config: &Config, name: &str) -> Option<usize>
     match base {
         Base::Gguf(_) => slot_of(name).and_then(|(_, slot)| slot.permuted_heads(config)),
         Base::Folder(_) => None,
+        Base::Quantized { base, .. } => permuted_heads(base, config, name),
     }
 }
 
 /// Writes a GGUF like `file`: tensor types from `dtype_of`, bytes from `replace` or, where that gives
-/// `None`, from the file itself. Both get the tensor's Hugging Face name, or `None` if it has none.
+/// `None`, from the file itself. Both get the tensor's Hugging Face name, or `None` if it has none. With
+/// `split` in several files.
 ///
 /// # Errors
 /// The output cannot be written, a type is not supported, or `replace` fails. Nothing is left at `path`.
@@ -103,6 +114,7 @@ pub fn write_gguf(
     file: &GgufFile,
     path: &Path,
     metadata: &Metadata,
+    split: Option<SplitLimit>,
     dtype_of: impl Fn(Option<&str>, &TensorInfo) -> Result<GgmlType>,
     mut replace: impl FnMut(Option<&str>, &TensorInfo) -> Result<Option<Replacement>>,
 ) -> Result<()> {
@@ -119,7 +131,10 @@ pub fn write_gguf(
             })
         })
         .collect::<Result<Vec<_>>>()?;
-    let mut writer = GgufWriter::create(path, metadata, &declared)?;
+    let mut writer = match split {
+        Some(limit) => GgufWriter::create_split(path, metadata, &declared, limit)?,
+        None => GgufWriter::create(path, metadata, &declared)?,
+    };
     for ((info, hf), declared) in file.tensors().iter().zip(&hf_names).zip(&declared) {
         match replace(hf.as_deref(), info)? {
             Some(replacement) => {
@@ -130,56 +145,4 @@ pub fn write_gguf(
         }
     }
     Ok(writer.finish()?)
-}
-
-/// Writes a Hugging Face folder like `folder` with some tensors replaced, each in its own type.
-///
-/// # Errors
-/// The output cannot be written or `replace` fails. Nothing is left at `path`.
-pub fn write_folder(
-    folder: &Checkpoint,
-    path: &Path,
-    mut replace: impl FnMut(&str) -> Result<Option<Replacement>>,
-) -> Result<()> {
-    let staged = AtomicDir::create(path)?;
-    let mut tensors: Vec<TensorView> = Vec::new();
-    for name in folder.names() {
-        let mut view = folder.require(name)?;
-        if let Some(replacement) = replace(name)? {
-            view.bytes = replacement.bytes.into();
-        }
-        tensors.push(view);
-    }
-    let refs: Vec<TensorRef<'_>> =
-        tensors.iter().map(|t| (t.name.as_str(), t.dtype, t.shape.as_slice(), &*t.bytes)).collect();
-    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    write_safetensors(&staged.staging().join("model.safetensors"), &refs, &metadata)?;
-    copy_side_files(folder.dir(), staged.staging())?;
-    Ok(staged.commit()?)
-}
-
-/// Configuration and tokenizer: the small files that make a folder of weights a model.
-const SIDE_FILES: [&str; 9] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-];
-
-fn copy_side_files(from: &Path, to: &Path) -> Result<()> {
-    for name in SIDE_FILES {
-        let file = from.join(name);
-        if file.exists() {
-            // Not `fs::copy`: a base that is read-only would make the copy read-only too.
-            std::fs::read(&file)
-                .and_then(|bytes| std::fs::write(to.join(name), bytes))
-                .map_err(|e| Error::refused(format!("cannot copy `{}`: {e}", file.display())))?;
-        }
-    }
-    Ok(())
 }

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use qpeft_formats::peft;
+use qpeft_kernels::weight::WeightType;
 
 use super::data::DataOptions;
 use super::schedule::SchedulerType;
@@ -85,6 +86,9 @@ impl fmt::Display for TargetModules {
 pub struct TrainConfig {
     /// GGUF file or Hugging Face folder.
     pub model: PathBuf,
+    /// The type to which the linears of the base are quantized at load.
+    #[serde(default, with = "base_quant", skip_serializing_if = "Option::is_none")]
+    pub base_quant: Option<WeightType>,
     /// Training examples, JSONL.
     pub data: PathBuf,
     /// Folder of the run.
@@ -169,6 +173,26 @@ pub struct TrainConfig {
     pub logging_steps: u64,
 }
 
+/// A weight type by its name.
+mod base_quant {
+    use qpeft_kernels::weight::WeightType;
+    use serde::de::Error as _;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    #[expect(clippy::ref_option, reason = "serde passes the field by reference")]
+    pub fn serialize<S: Serializer>(value: &Option<WeightType>, to: S) -> Result<S::Ok, S::Error> {
+        match value {
+            Some(weight_type) => to.serialize_str(weight_type.name()),
+            None => to.serialize_none(),
+        }
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<WeightType>, D::Error> {
+        let name: Option<String> = Option::deserialize(from)?;
+        name.map(|name| name.parse().map_err(D::Error::custom)).transpose()
+    }
+}
+
 /// Settings that may differ between a run and its resumption: they change where and how often
 /// something is written, or a file that is compared by its content.
 const FREE_ON_RESUME: [&str; 10] = [
@@ -215,6 +239,7 @@ pub(crate) mod tests {
     pub(crate) fn example() -> TrainConfig {
         TrainConfig {
             model: "base.gguf".into(),
+            base_quant: None,
             data: "chat.jsonl".into(),
             output: "run".into(),
             tokenizer: None,
@@ -261,7 +286,9 @@ pub(crate) mod tests {
     fn a_config_survives_json() {
         let mut config = example();
         config.target_modules = TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]);
+        config.base_quant = Some("nf4-dq".parse().unwrap());
         let text = serde_json::to_string(&config).unwrap();
+        assert!(text.contains(r#""base_quant":"nf4-dq""#), "{text}");
         assert!(text.contains(r#""target_modules":["q_proj","v_proj"]"#), "{text}");
         assert_eq!(serde_json::from_str::<TrainConfig>(&text).unwrap(), config);
         let text = serde_json::to_string(&example()).unwrap();

@@ -65,6 +65,7 @@ impl Start<'_> {
         peft: PeftConfig,
         observer: &mut dyn Observer,
     ) -> Result<(Decoder, Parameters, PeftConfig, Option<Manifest>, Base)> {
+        crate::model::residual::check(&self.model)?;
         let run = &self.config.output;
         // Trained further: the residual and the factors of that run are this run's.
         let continued = self.init.filter(|folder| folder.manifest.is_some());

@@ -138,7 +138,7 @@ impl<'a> Run<'a> {
             if resume { Some(checkpoint::load(&checkpoint::latest(&config.output)?)?) } else { None };
 
         observer.phase("open model", 0, 0);
-        let model = Base::open(&config.model)?;
+        let model = Base::open_as(&config.model, config.base_quant)?;
         let base_id = FileId::of(&model)?;
         let tokenizer = match &config.tokenizer {
             Some(path) => Tokenizer::from_file(path).map_err(crate::Error::from)?,

@@ -5,7 +5,7 @@
 //! goes to the lower entry, as in bitsandbytes' CPU path.
 
 use super::{FourBit, QuantType};
-use crate::blocks::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
+use crate::blocks::half::{bf16_to_f32, f32_to_bf16, round_to_f16};
 use crate::safetensors::Dtype;
 
 static NF4: [f32; 16] = [
@@ -63,7 +63,9 @@ const fn bounds(table: &[f32; 16], order: &[u8; 16]) -> [f32; 15] {
     let mut bounds = [0.0; 15];
     let mut i = 0;
     while i < 15 {
-        bounds[i] = (table[order[i] as usize] + table[order[i + 1] as usize]) / 2.0;
+        let sum = table[order[i] as usize] + table[order[i + 1] as usize];
+        // In f32: `f32::midpoint` goes through f64, and bitsandbytes does not.
+        bounds[i] = sum / 2.0;
         i += 1;
     }
     bounds
@@ -174,7 +176,7 @@ impl Round for ToF32 {
 impl Round for ToF16 {
     #[inline(always)]
     fn round(x: f32) -> f32 {
-        f16_to_f32(f32_to_f16(x))
+        round_to_f16(x)
     }
 }
 

@@ -94,14 +94,20 @@ impl Quantization {
     }
 }
 
-/// The `quantization_config` that transformers writes for a 4-bit checkpoint.
+/// The `quantization_config` that transformers writes for a bitsandbytes checkpoint; `None` for the others.
 ///
 /// `compute`: torch's name of the type in which products are computed. `skipped`: modules that stay as
 /// they are, where these are not the defaults (the output head).
-pub fn four_bit(quant_type: QuantType, double: bool, compute: &str, skipped: Option<&[String]>) -> Value {
-    json!({
-        "_load_in_4bit": true,
-        "_load_in_8bit": false,
+pub fn bitsandbytes(quantization: &Quantization, compute: &str, skipped: Option<&[String]>) -> Option<Value> {
+    let (is_four_bit, quant_type, double) = match *quantization {
+        Quantization::FourBit { quant_type, double } => (true, quant_type, double),
+        // What transformers writes in these keys for 8 bits are their defaults.
+        Quantization::Int8 => (false, QuantType::Fp4, false),
+        Quantization::None | Quantization::Fp8 { .. } => return None,
+    };
+    Some(json!({
+        "_load_in_4bit": is_four_bit,
+        "_load_in_8bit": !is_four_bit,
         "bnb_4bit_compute_dtype": compute,
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": quant_type.name(),
@@ -110,8 +116,8 @@ pub fn four_bit(quant_type: QuantType, double: bool, compute: &str, skipped: Opt
         "llm_int8_has_fp16_weight": false,
         "llm_int8_skip_modules": skipped,
         "llm_int8_threshold": 6.0,
-        "load_in_4bit": true,
-        "load_in_8bit": false,
+        "load_in_4bit": is_four_bit,
+        "load_in_8bit": !is_four_bit,
         "quant_method": "bitsandbytes",
-    })
+    }))
 }

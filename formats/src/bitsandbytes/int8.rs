@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use super::read::{Find, expect_dtype, expect_shape, finite};
 use super::write::float_bytes;
-use crate::blocks::half::{f16_to_f32, f32_to_f16};
+use crate::blocks::half::round_to_f16;
 use crate::error::{Error, Kind, Place, Result};
 use crate::file::Bytes;
 use crate::safetensors::{Dtype, TensorView};
@@ -69,7 +69,7 @@ impl Int8 {
         let mut codes = Vec::with_capacity(values.len());
         let mut scales = Vec::with_capacity(values.len() / width);
         for row in values.chunks_exact(width) {
-            let half: Vec<f32> = row.iter().map(|&x| f16_to_f32(f32_to_f16(x))).collect();
+            let half: Vec<f32> = row.iter().map(|&x| round_to_f16(x)).collect();
             let largest = half.iter().fold(0.0f32, |a, b| a.max(b.abs()));
             let factor = if largest == 0.0 { 0.0 } else { 127.0 / largest };
             codes.extend(half.iter().map(|x| (x * factor).round_ties_even() as i8 as u8));

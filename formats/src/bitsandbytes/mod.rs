@@ -197,5 +197,24 @@ impl FourBit {
     }
 }
 
+/// The weight that a tensor belongs to, if it is no weight itself: scales, code books, JSON.
+///
+/// Covers LLM.int8 and the scales of FP8 too: `m.SCB` belongs to `m.weight`.
+pub fn weight_of(name: &str) -> Option<String> {
+    let after_weight = [
+        "absmax",
+        "quant_map",
+        "nested_absmax",
+        "nested_quant_map",
+        "quant_state.bitsandbytes__nf4",
+        "quant_state.bitsandbytes__fp4",
+    ];
+    if let Some(weight) = after_weight.iter().find_map(|s| name.strip_suffix(s)?.strip_suffix('.')) {
+        return Some(weight.to_owned());
+    }
+    let beside = ["SCB", "weight_format", "weight_scale_inv", "weight_scale", "input_scale"];
+    beside.iter().find_map(|s| name.strip_suffix(s)?.strip_suffix('.')).map(|m| format!("{m}.weight"))
+}
+
 #[cfg(test)]
 mod tests;

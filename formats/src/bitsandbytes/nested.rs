@@ -67,7 +67,9 @@ pub(super) static DYNAMIC_MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
     for (exponent, decade) in [1e-6f32, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0].into_iter().enumerate() {
         let steps = 1 << exponent;
         for i in 0..steps {
-            let value = decade * ((linspace(i, steps) + linspace(i + 1, steps)) / 2.0);
+            // In f32: `f32::midpoint` goes through f64, and torch does not.
+            let sum = linspace(i, steps) + linspace(i + 1, steps);
+            let value = decade * (sum / 2.0);
             map.extend([value, -value]);
         }
     }

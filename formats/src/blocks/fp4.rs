@@ -20,23 +20,25 @@ pub(super) fn value(code: u8) -> i8 {
 /// sign are looked at: the others are never strictly smaller.
 #[inline(always)]
 pub(super) fn nearest<const N: usize>(x: &[f32; N], d: f32) -> [u8; N] {
-    let mut best = x.map(f32::abs);
-    let mut codes = [0i32; N];
-    for code in 1..8 {
-        let candidate = MAGNITUDES[code] * d;
-        for i in 0..N {
-            let distance = (candidate - x[i].abs()).abs();
-            let nearer = distance < best[i];
-            best[i] = if nearer { distance } else { best[i] };
-            codes[i] = if nearer { code as i32 } else { codes[i] };
+    let candidates = MAGNITUDES.map(|magnitude| magnitude * d);
+    let mut codes = [0; N];
+    // A vector at a time, so that its distances stay in registers.
+    for (x, codes) in x.as_chunks::<8>().0.iter().zip(codes.as_chunks_mut::<8>().0) {
+        let magnitudes = x.map(f32::abs);
+        let (mut best, mut code) = (magnitudes, [0u32; 8]);
+        for c in 1..8 {
+            for l in 0..8 {
+                let distance = (candidates[c] - magnitudes[l]).abs();
+                code[l] = if distance < best[l] { c as u32 } else { code[l] };
+                best[l] = if distance < best[l] { distance } else { best[l] };
+            }
+        }
+        for l in 0..8 {
+            let negative = (x[l] < 0.0) & (code[l] != 0);
+            codes[l] = code[l] as u8 | (u8::from(negative) << 3);
         }
     }
-    let mut signed = [0; N];
-    for i in 0..N {
-        let negative = x[i] < 0.0 && codes[i] != 0;
-        signed[i] = codes[i] as u8 | (u8::from(negative) << 3);
-    }
-    signed
+    codes
 }
 
 #[cfg(test)]
@@ -50,7 +52,7 @@ mod tests {
             assert_eq!(value(code as u8), number, "code {code}");
             // Both zeros are code 0.
             let expected = if code == 8 { 0 } else { code as u8 };
-            assert_eq!(nearest(&[f32::from(number) * 0.25; 4], 0.25), [expected; 4]);
+            assert_eq!(nearest(&[f32::from(number) * 0.25; 8], 0.25), [expected; 8]);
         }
     }
 
@@ -58,6 +60,6 @@ mod tests {
     fn of_equally_near_codes_the_first_is_taken() {
         assert_eq!(nearest(&[0.5, 2.5, 5.0, 7.0, 10.0, -10.0, -0.5, 100.0], 1.0), [0, 2, 4, 5, 6, 14, 0, 7]);
         // So far away that all distances round to the same number.
-        assert_eq!(nearest(&[1e30, -1e30], 1.0), [0, 0]);
+        assert_eq!(nearest(&[1e30, -1e30, 1e30, -1e30, 1e30, -1e30, 1e30, -1e30], 1.0), [0; 8]);
     }
 }

@@ -1,230 +1,145 @@
-//! Every codec against files that llama.cpp's own quantizer wrote (testdata/ggml/blocks.safetensors).
+//! Every codec against what ggml's own library makes of the same rows (testdata/ggml/*_blocks.safetensors).
+//!
+//! A file holds source rows, importances of their columns, and for a type the bytes without and with each
+//! importance, the values of those bytes, and random blocks with their values. A type is compared on every
+//! file that mentions it, and the test counts what was compared.
 
 use super::{dequantize_row, quantize_row};
-use crate::dtype::GgmlType;
+use crate::dtype::{GgmlType, Quantizer};
 use safetensors::SafeTensors;
 
-/// The tensors of the golden file: rows of a real model, the same with noise, and edge cases.
-const TENSORS: [&str; 3] = ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight", "blk.2.ffn_up.weight"];
+/// Rows of a real model, the same with noise, and edge cases, as llama-quantize writes them; their names.
+const ROWS: &[u8] = include_bytes!("../../../testdata/ggml/blocks.safetensors");
+const ROW_NAMES: [&str; 3] = ["blk.0.ffn_down.weight", "blk.1.ffn_down.weight", "blk.2.ffn_up.weight"];
 
-const GOLDEN: &[u8] = include_bytes!("../../../testdata/ggml/blocks.safetensors");
+/// The same rows in the IQ types, with and without importance.
+const IQ_TYPES: &[u8] = include_bytes!("../../../testdata/ggml/iq_blocks.safetensors");
 
-fn tensor(file: &SafeTensors<'_>, name: &str) -> Option<(usize, Vec<u8>)> {
-    let view = file.tensor(name).ok()?;
-    Some((*view.shape().last().expect("two dimensions"), view.data().to_vec()))
+/// Files with rows of their own: the K-quants, and what is neither a K-quant nor an IQ type.
+const OTHER_TYPES: [&[u8]; 2] = [
+    include_bytes!("../../../testdata/ggml/k_blocks.safetensors"),
+    include_bytes!("../../../testdata/ggml/simple_blocks.safetensors"),
+];
+
+/// Elements that were compared.
+#[derive(Default)]
+struct Compared {
+    values: usize,
+    plain: usize,
+    weighted: usize,
 }
 
-fn floats(bytes: &[u8]) -> Vec<f32> {
-    bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+/// A tensor of a golden file: bytes, and how many belong to a row.
+struct Golden<'a> {
+    bytes: &'a [u8],
+    row_bytes: usize,
 }
 
-/// Dequantizes every golden tensor of a type and compares all bits.
-fn dequantizes(dtype: GgmlType) {
-    let file = SafeTensors::deserialize(GOLDEN).expect("the golden file is a safetensors file");
-    let mut compared = 0;
-    for name in TENSORS {
-        let Some((_, expected)) = tensor(&file, &format!("{dtype}.{name}.f32")) else { continue };
-        let (_, bytes) = tensor(&file, &format!("{dtype}.{name}.bytes")).expect("bytes go with f32");
-        let expected = floats(&expected);
-        let mut values = vec![0.0; expected.len()];
-        dequantize_row(dtype, &bytes, &mut values);
-        for (i, (value, expected)) in values.iter().zip(&expected).enumerate() {
-            assert_eq!(value.to_bits(), expected.to_bits(), "{dtype} {name} element {i}");
-        }
-        compared += values.len();
+impl Golden<'_> {
+    fn floats(&self) -> Vec<f32> {
+        self.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
     }
-    assert_eq!(compared, 2 * 768 + 4 * 512, "{dtype}");
 }
 
-/// Quantizes every source tensor and compares all bytes.
-fn quantizes(dtype: GgmlType) {
-    let file = SafeTensors::deserialize(GOLDEN).expect("the golden file is a safetensors file");
-    for name in TENSORS {
-        let (columns, source) = tensor(&file, &format!("F32.{name}")).expect("the source rows");
-        let (row_bytes, expected) =
-            tensor(&file, &format!("{dtype}.{name}.bytes")).expect("the bytes of the type");
-        for (r, (row, expected)) in
-            floats(&source).chunks(columns).zip(expected.chunks(row_bytes)).enumerate()
-        {
-            let mut bytes = vec![0xa5; row_bytes];
-            quantize_row(dtype, row, None, &mut bytes);
-            assert_eq!(bytes, expected, "{dtype} {name} row {r}");
+fn open(file: &'static [u8]) -> SafeTensors<'static> {
+    SafeTensors::deserialize(file).expect("the golden file is a safetensors file")
+}
+
+fn find<'a>(file: &SafeTensors<'a>, name: &str) -> Option<Golden<'a>> {
+    let view = file.tensor(name).ok()?;
+    let rows: usize = view.shape()[..view.shape().len() - 1].iter().product();
+    Some(Golden { bytes: view.data(), row_bytes: view.data().len() / rows })
+}
+
+/// Quantizes `rows` and compares all bytes; how many elements, none if the file has no such bytes.
+fn quantizes(
+    dtype: GgmlType,
+    rows: &Golden<'_>,
+    importance: Option<&[f32]>,
+    expected: Option<Golden<'_>>,
+) -> usize {
+    let Some(expected) = expected else { return 0 };
+    let (values, columns) = (rows.floats(), rows.row_bytes / 4);
+    assert_eq!(values.len() / columns, expected.bytes.len() / expected.row_bytes, "{dtype}: rows");
+    for (r, (row, expected)) in
+        values.chunks(columns).zip(expected.bytes.chunks(expected.row_bytes)).enumerate()
+    {
+        let mut bytes = vec![0xa5; expected.len()];
+        quantize_row(dtype, row, importance, &mut bytes);
+        let blocks = bytes.chunks(dtype.block_bytes()).zip(expected.chunks(dtype.block_bytes()));
+        for (b, (bytes, expected)) in blocks.enumerate() {
+            let weighted = importance.is_some();
+            assert_eq!(bytes, expected, "{dtype} row {r} block {b}, importance: {weighted}");
         }
+    }
+    values.len()
+}
+
+/// Dequantizes blocks and compares all bits; how many elements, none if the file has no such blocks.
+fn dequantizes(dtype: GgmlType, blocks: Option<Golden<'_>>, expected: Option<Golden<'_>>) -> usize {
+    let Some((blocks, expected)) = blocks.zip(expected) else { return 0 };
+    let expected = expected.floats();
+    let mut values = vec![f32::NAN; expected.len()];
+    dequantize_row(dtype, blocks.bytes, &mut values);
+    for (i, (value, expected)) in values.iter().zip(&expected).enumerate() {
+        assert_eq!(value.to_bits(), expected.to_bits(), "{dtype} element {i}: {value} for {expected}");
+    }
+    values.len()
+}
+
+/// Compares a type with everything that the files have of it.
+fn compare(dtype: GgmlType) -> Compared {
+    let mut compared = Compared::default();
+    let (file, iq_file) = (open(ROWS), open(IQ_TYPES));
+    for name in ROW_NAMES {
+        let rows = find(&file, &format!("F32.{name}")).expect("the source rows");
+        let bytes = || find(&file, &format!("{dtype}.{name}.bytes"));
+        let importance =
+            find(&iq_file, &format!("importance.{name}")).expect("importance of the rows").floats();
+        compared.values += dequantizes(dtype, bytes(), find(&file, &format!("{dtype}.{name}.f32")));
+        compared.plain += quantizes(dtype, &rows, None, bytes());
+        compared.plain += quantizes(dtype, &rows, None, find(&iq_file, &format!("{dtype}.{name}.plain")));
+        let weighted = find(&iq_file, &format!("{dtype}.{name}.weighted"));
+        compared.weighted += quantizes(dtype, &rows, Some(&importance), weighted);
+    }
+    for file in [iq_file, open(OTHER_TYPES[0]), open(OTHER_TYPES[1])] {
+        let of_type = |name: &str| find(&file, &format!("{dtype}.{name}"));
+        compared.values += dequantizes(dtype, of_type("bytes"), of_type("f32"));
+        let random = of_type("random").or_else(|| of_type("random.bytes"));
+        compared.values += dequantizes(dtype, random, of_type("random.f32"));
+        let Some(rows) = find(&file, "rows") else { continue };
+        compared.plain += quantizes(dtype, &rows, None, of_type("bytes"));
+        let importances = find(&file, "importance").expect("importance of the columns").floats();
+        for (i, importance) in importances.chunks(rows.row_bytes / 4).enumerate() {
+            let weighted = of_type(&format!("weighted.{i}")).or_else(|| of_type("weighted"));
+            compared.weighted += quantizes(dtype, &rows, Some(importance), weighted);
+        }
+    }
+    compared
+}
+
+#[test]
+fn every_type_has_the_bits_and_bytes_of_ggml() {
+    for dtype in GgmlType::ALL.into_iter().filter(|&t| t != GgmlType::F32) {
+        let found = compare(dtype);
+        assert!(found.values > 0, "{dtype}: no golden values");
+        let (plain, weighted) = match dtype.quantizer() {
+            Quantizer::Never => (false, false),
+            Quantizer::Plain => (true, found.weighted > 0),
+            Quantizer::Weighted => (true, true),
+            Quantizer::Required => (false, true),
+        };
+        assert_eq!((found.plain > 0, found.weighted > 0), (plain, weighted), "{dtype}: golden bytes");
     }
 }
 
 #[test]
 fn f32_passes_through() {
-    let file = SafeTensors::deserialize(GOLDEN).expect("the golden file is a safetensors file");
-    let (_, bytes) = tensor(&file, "F32.blk.2.ffn_up.weight").expect("the source rows");
-    let mut values = vec![0.0; bytes.len() / 4];
-    dequantize_row(GgmlType::F32, &bytes, &mut values);
-    assert_eq!(values, floats(&bytes));
-    let mut back = vec![0; bytes.len()];
+    let bytes = find(&open(ROWS), "F32.blk.2.ffn_up.weight").expect("the source rows");
+    let mut values = vec![0.0; bytes.bytes.len() / 4];
+    dequantize_row(GgmlType::F32, bytes.bytes, &mut values);
+    assert_eq!(values, bytes.floats());
+    let mut back = vec![0; bytes.bytes.len()];
     quantize_row(GgmlType::F32, &values, None, &mut back);
-    assert_eq!(back, bytes);
-}
-
-macro_rules! golden {
-    ($($dtype:ident)*) => {$(
-        #[allow(non_snake_case)]
-        mod $dtype {
-            #[test]
-            fn dequantizes_to_the_bits_of_llama_cpp() {
-                super::dequantizes(super::GgmlType::$dtype);
-            }
-
-            #[test]
-            fn quantizes_to_the_bytes_of_llama_cpp() {
-                super::quantizes(super::GgmlType::$dtype);
-            }
-        }
-    )*};
-}
-golden!(F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K);
-
-/// Rows, importances, bytes and values of the K-quants (testdata/make/k_blocks.py).
-const K_BLOCKS: &[u8] = include_bytes!("../../../testdata/ggml/k_blocks.safetensors");
-
-/// Dequantizes what was quantized, and blocks of random bytes, and compares all bits.
-fn k_dequantizes(dtype: GgmlType) {
-    let file = SafeTensors::deserialize(K_BLOCKS).expect("the golden file is a safetensors file");
-    for (blocks, values) in [("bytes", "f32"), ("random", "random.f32")] {
-        let (_, bytes) = tensor(&file, &format!("{dtype}.{blocks}")).expect("the blocks");
-        let expected = floats(&tensor(&file, &format!("{dtype}.{values}")).expect("their values").1);
-        let mut values = vec![0.0; expected.len()];
-        dequantize_row(dtype, &bytes, &mut values);
-        for (i, (value, expected)) in values.iter().zip(&expected).enumerate() {
-            assert_eq!(value.to_bits(), expected.to_bits(), "{dtype}.{blocks} element {i}");
-        }
-    }
-}
-
-/// Quantizes the rows without importance and with each, and compares all bytes.
-fn k_quantizes(dtype: GgmlType) {
-    let file = SafeTensors::deserialize(K_BLOCKS).expect("the golden file is a safetensors file");
-    let (columns, rows) = tensor(&file, "rows").expect("the rows");
-    let importances = floats(&tensor(&file, "importance").expect("weights of the columns").1);
-    let weighted = importances.chunks(columns).enumerate().map(|(i, w)| (format!("weighted.{i}"), Some(w)));
-    for (name, importance) in std::iter::once(("bytes".to_owned(), None)).chain(weighted) {
-        let (row_bytes, expected) = tensor(&file, &format!("{dtype}.{name}")).expect("the bytes");
-        for (r, (row, expected)) in floats(&rows).chunks(columns).zip(expected.chunks(row_bytes)).enumerate()
-        {
-            let mut bytes = vec![0xa5; row_bytes];
-            quantize_row(dtype, row, importance, &mut bytes);
-            assert_eq!(bytes, expected, "{dtype} {name} row {r}");
-        }
-    }
-}
-
-macro_rules! k_golden {
-    ($($dtype:ident $quantizes:ident $dequantizes:ident;)*) => {$(
-        #[test]
-        fn $quantizes() {
-            k_quantizes(GgmlType::$dtype);
-        }
-
-        #[test]
-        fn $dequantizes() {
-            k_dequantizes(GgmlType::$dtype);
-        }
-    )*};
-}
-k_golden! {
-    Q2_K q2_k_with_and_without_importance_has_the_bytes_of_llama_cpp q2_k_has_the_values_of_llama_cpp;
-    Q3_K q3_k_with_and_without_importance_has_the_bytes_of_llama_cpp q3_k_has_the_values_of_llama_cpp;
-    Q4_K q4_k_with_and_without_importance_has_the_bytes_of_llama_cpp q4_k_has_the_values_of_llama_cpp;
-    Q5_K q5_k_with_and_without_importance_has_the_bytes_of_llama_cpp q5_k_has_the_values_of_llama_cpp;
-    Q6_K q6_k_with_and_without_importance_has_the_bytes_of_llama_cpp q6_k_has_the_values_of_llama_cpp;
-}
-
-/// Rows, importance, bytes and values of the types that are neither K-quants nor IQ types
-/// (testdata/make/simple_blocks.py).
-const SIMPLE: &[u8] = include_bytes!("../../../testdata/ggml/simple_blocks.safetensors");
-
-/// Dequantizes the blocks under a name and compares all bits.
-fn simple_dequantizes(dtype: GgmlType, name: &str) {
-    let file = SafeTensors::deserialize(SIMPLE).expect("the golden file is a safetensors file");
-    let (_, bytes) = tensor(&file, &format!("{dtype}.{name}")).expect("the blocks");
-    let values = format!("{dtype}.{name}.f32").replace(".bytes", "");
-    let expected = floats(&tensor(&file, &values).expect("their values").1);
-    let mut values = vec![0.0; expected.len()];
-    dequantize_row(dtype, &bytes, &mut values);
-    for (i, (value, expected)) in values.iter().zip(&expected).enumerate() {
-        assert_eq!(value.to_bits(), expected.to_bits(), "{dtype}.{name} element {i}: {value} for {expected}");
-    }
-}
-
-/// Quantizes the rows without and with importance and compares all bytes.
-fn simple_quantizes(dtype: GgmlType) {
-    let file = SafeTensors::deserialize(SIMPLE).expect("the golden file is a safetensors file");
-    let (columns, rows) = tensor(&file, "rows").expect("the rows");
-    let importance = floats(&tensor(&file, "importance").expect("one weight per column").1);
-    for (name, importance) in [("bytes", None), ("weighted", Some(&*importance))] {
-        let (row_bytes, expected) = tensor(&file, &format!("{dtype}.{name}")).expect("the bytes");
-        for (r, (row, expected)) in floats(&rows).chunks(columns).zip(expected.chunks(row_bytes)).enumerate()
-        {
-            let mut bytes = vec![0xa5; row_bytes];
-            quantize_row(dtype, row, importance, &mut bytes);
-            for (b, (bytes, expected)) in
-                bytes.chunks(dtype.block_bytes()).zip(expected.chunks(dtype.block_bytes())).enumerate()
-            {
-                assert_eq!(bytes, expected, "{dtype} {name} row {r} block {b}");
-            }
-        }
-    }
-}
-
-#[test]
-fn simple_types_dequantize_to_the_bits_of_llama_cpp() {
-    let written = [
-        GgmlType::Q4_0,
-        GgmlType::Q4_1,
-        GgmlType::Q5_0,
-        GgmlType::Q5_1,
-        GgmlType::Q8_0,
-        GgmlType::TQ1_0,
-        GgmlType::TQ2_0,
-        GgmlType::MXFP4,
-        GgmlType::NVFP4,
-        GgmlType::Q1_0,
-        GgmlType::Q2_0,
-    ];
-    let read_only = [
-        GgmlType::F64,
-        GgmlType::I8,
-        GgmlType::I16,
-        GgmlType::I32,
-        GgmlType::I64,
-        GgmlType::Q8_1,
-        GgmlType::Q8_K,
-    ];
-    for dtype in written {
-        simple_dequantizes(dtype, "bytes");
-    }
-    for dtype in written.into_iter().chain(read_only) {
-        simple_dequantizes(dtype, "random");
-    }
-}
-
-macro_rules! simple_golden {
-    ($($name:ident: $dtype:ident;)*) => {$(
-        #[test]
-        fn $name() {
-            simple_quantizes(GgmlType::$dtype);
-        }
-    )*};
-}
-simple_golden! {
-    q4_0_with_and_without_importance_has_the_bytes_of_llama_cpp: Q4_0;
-    q4_1_with_and_without_importance_has_the_bytes_of_llama_cpp: Q4_1;
-    q5_0_with_and_without_importance_has_the_bytes_of_llama_cpp: Q5_0;
-    q5_1_with_and_without_importance_has_the_bytes_of_llama_cpp: Q5_1;
-    q8_0_with_and_without_importance_has_the_bytes_of_llama_cpp: Q8_0;
-    tq1_0_with_and_without_importance_has_the_bytes_of_llama_cpp: TQ1_0;
-    tq2_0_with_and_without_importance_has_the_bytes_of_llama_cpp: TQ2_0;
-    mxfp4_with_and_without_importance_has_the_bytes_of_llama_cpp: MXFP4;
-    nvfp4_with_and_without_importance_has_the_bytes_of_llama_cpp: NVFP4;
-    q1_0_with_and_without_importance_has_the_bytes_of_llama_cpp: Q1_0;
-    q2_0_with_and_without_importance_has_the_bytes_of_llama_cpp: Q2_0;
+    assert_eq!(back, bytes.bytes);
 }

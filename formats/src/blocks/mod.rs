@@ -11,6 +11,19 @@
 mod dense;
 mod fp4;
 pub(crate) mod half;
+mod iq1_m;
+mod iq1_s;
+mod iq1_search;
+mod iq2_s;
+mod iq2_xs;
+mod iq2_xxs;
+mod iq3_s;
+mod iq3_xxs;
+mod iq4_nl;
+mod iq4_xs;
+mod iq_codebook;
+mod iq_grids;
+mod iq_search;
 mod k_quants;
 mod k_quants_affine;
 mod k_quants_symmetric;
@@ -35,9 +48,11 @@ mod rounding;
 mod ternary;
 mod tq1_0;
 mod tq2_0;
+mod validate;
 mod weighted;
 
 use crate::dtype::GgmlType;
+pub use validate::check_scales;
 
 /// One block type: `BYTES` bytes hold `LEN` elements. Multi-byte fields are little-endian.
 trait Block<const BYTES: usize, const LEN: usize> {
@@ -52,6 +67,29 @@ trait Block<const BYTES: usize, const LEN: usize> {
 trait Quantize<const BYTES: usize, const LEN: usize>: Block<BYTES, LEN> {
     /// Values -> block. Overwrites every byte.
     fn quantize(x: &[f32; LEN], importance: Option<Importance<'_, LEN>>, block: &mut [u8; BYTES]);
+}
+
+/// A block type in which rows can be written; types that implement [`Quantize`] do so block by block.
+trait QuantizeRow<const BYTES: usize, const LEN: usize>: Block<BYTES, LEN> {
+    /// Values -> blocks. Overwrites every byte. The slices have the same length.
+    fn quantize_row(row: &[[f32; LEN]], importance: Option<&[[f32; LEN]]>, blocks: &mut [[u8; BYTES]]);
+}
+
+impl<B: Quantize<BYTES, LEN>, const BYTES: usize, const LEN: usize> QuantizeRow<BYTES, LEN> for B {
+    #[inline(always)]
+    fn quantize_row(row: &[[f32; LEN]], importance: Option<&[[f32; LEN]]>, blocks: &mut [[u8; BYTES]]) {
+        let Some(importance) = importance else {
+            for (x, block) in row.iter().zip(blocks) {
+                B::quantize(x, None, block);
+            }
+            return;
+        };
+        let values = row.as_flattened();
+        let row_mean_square = values.iter().fold(0.0, |sum, x| sum + x * x) / values.len() as f32;
+        for ((x, weights), block) in row.iter().zip(importance).zip(blocks) {
+            B::quantize(x, Some(Importance { weights, row_mean_square }), block);
+        }
+    }
 }
 
 /// What an importance matrix says of one block: how much an error in each of its columns matters.
@@ -87,13 +125,21 @@ macro_rules! with_codec {
             GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
             GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),
             GgmlType::Q8_K => $row::<q8_k::Q8_K, _, _>($($arg),*),
+            GgmlType::IQ1_S => $row::<iq1_s::IQ1_S, _, _>($($arg),*),
+            GgmlType::IQ1_M => $row::<iq1_m::IQ1_M, _, _>($($arg),*),
+            GgmlType::IQ2_XXS => $row::<iq2_xxs::IQ2_XXS, _, _>($($arg),*),
+            GgmlType::IQ2_XS => $row::<iq2_xs::IQ2_XS, _, _>($($arg),*),
+            GgmlType::IQ2_S => $row::<iq2_s::IQ2_S, _, _>($($arg),*),
+            GgmlType::IQ3_XXS => $row::<iq3_xxs::IQ3_XXS, _, _>($($arg),*),
+            GgmlType::IQ3_S => $row::<iq3_s::IQ3_S, _, _>($($arg),*),
+            GgmlType::IQ4_NL => $row::<iq4_nl::IQ4_NL, _, _>($($arg),*),
+            GgmlType::IQ4_XS => $row::<iq4_xs::IQ4_XS, _, _>($($arg),*),
             GgmlType::TQ1_0 => $row::<tq1_0::TQ1_0, _, _>($($arg),*),
             GgmlType::TQ2_0 => $row::<tq2_0::TQ2_0, _, _>($($arg),*),
             GgmlType::MXFP4 => $row::<mxfp4::MXFP4, _, _>($($arg),*),
             GgmlType::NVFP4 => $row::<nvfp4::NVFP4, _, _>($($arg),*),
             GgmlType::Q1_0 => $row::<q1_0::Q1_0, _, _>($($arg),*),
             GgmlType::Q2_0 => $row::<q2_0::Q2_0, _, _>($($arg),*),
-            other => panic!("no codec for {other}"),
         }
     };
 }
@@ -115,6 +161,15 @@ macro_rules! with_quantizer {
             GgmlType::Q4_K => $row::<q4_k::Q4_K, _, _>($($arg),*),
             GgmlType::Q5_K => $row::<q5_k::Q5_K, _, _>($($arg),*),
             GgmlType::Q6_K => $row::<q6_k::Q6_K, _, _>($($arg),*),
+            GgmlType::IQ1_S => $row::<iq1_s::IQ1_S, _, _>($($arg),*),
+            GgmlType::IQ1_M => $row::<iq1_m::IQ1_M, _, _>($($arg),*),
+            GgmlType::IQ2_XXS => $row::<iq2_xxs::IQ2_XXS, _, _>($($arg),*),
+            GgmlType::IQ2_XS => $row::<iq2_xs::IQ2_XS, _, _>($($arg),*),
+            GgmlType::IQ2_S => $row::<iq2_s::IQ2_S, _, _>($($arg),*),
+            GgmlType::IQ3_XXS => $row::<iq3_xxs::IQ3_XXS, _, _>($($arg),*),
+            GgmlType::IQ3_S => $row::<iq3_s::IQ3_S, _, _>($($arg),*),
+            GgmlType::IQ4_NL => $row::<iq4_nl::IQ4_NL, _, _>($($arg),*),
+            GgmlType::IQ4_XS => $row::<iq4_xs::IQ4_XS, _, _>($($arg),*),
             GgmlType::TQ1_0 => $row::<tq1_0::TQ1_0, _, _>($($arg),*),
             GgmlType::TQ2_0 => $row::<tq2_0::TQ2_0, _, _>($($arg),*),
             GgmlType::MXFP4 => $row::<mxfp4::MXFP4, _, _>($($arg),*),
@@ -184,7 +239,7 @@ fn dequantize_blocks<B: Block<BYTES, LEN>, const BYTES: usize, const LEN: usize>
 }
 
 #[inline(always)]
-fn quantize_blocks<B: Quantize<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
+fn quantize_blocks<B: QuantizeRow<BYTES, LEN>, const BYTES: usize, const LEN: usize>(
     row: &[f32],
     importance: Option<&[f32]>,
     bytes: &mut [u8],
@@ -196,18 +251,11 @@ fn quantize_blocks<B: Quantize<BYTES, LEN>, const BYTES: usize, const LEN: usize
         blocks.len() == values.len() && bytes_left.is_empty() && values_left.is_empty(),
         "bytes and values of a row must be the same number of whole blocks"
     );
-    let Some(importance) = importance else {
-        for (values, block) in values.iter().zip(blocks) {
-            B::quantize(values, None, block);
-        }
-        return;
-    };
-    assert_eq!(importance.len(), row.len(), "one importance per column");
-    let sum_squares = row.iter().fold(0.0, |sum, x| sum + x * x);
-    let row_mean_square = sum_squares / row.len() as f32;
-    for ((values, weights), block) in values.iter().zip(importance.as_chunks::<LEN>().0).zip(blocks) {
-        B::quantize(values, Some(Importance { weights, row_mean_square }), block);
-    }
+    let importance = importance.map(|importance| {
+        assert_eq!(importance.len(), row.len(), "one importance per column");
+        importance.as_chunks::<LEN>().0
+    });
+    B::quantize_row(values, importance, blocks);
 }
 
 /// The `N` bytes of a block from byte `at`.

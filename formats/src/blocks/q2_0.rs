@@ -36,7 +36,9 @@ impl Quantize<18, 64> for Q2_0 {
     fn quantize(x: &[f32; 64], _: Option<Importance<'_, 64>>, block: &mut [u8; 18]) {
         let d = largest(x);
         let id = inverse(d);
-        let q = x.map(|x| round_half_away(x * id).wrapping_add(1).clamp(0, 3) as u8);
+        // The reference casts infinite and NaN quotients to the smallest int, which becomes q = 0.
+        let (id, zero) = if id.is_infinite() { (0.0, 0) } else { (id, 1) };
+        let q = x.map(|x| (round_half_away(x * id) + zero) as u8);
         block[0..2].copy_from_slice(&f32_to_f16(d).to_le_bytes());
         for (q, byte) in q.as_chunks::<4>().0.iter().zip(&mut block[2..]) {
             *byte = q[0] | (q[1] << 2) | (q[2] << 4) | (q[3] << 6);

@@ -9,9 +9,9 @@
 //! | 48..176 | `qs` | 4 runs of 32 bytes; run r has sub-block 2r in its low nibbles, 2r + 1 in its high |
 
 use super::half::read_f16;
-use super::k_quants::{SUPERBLOCK, pack_scales, unpack_scales};
-use super::k_quants_affine::{Candidates, Plan, Weight, fit_affine};
-use super::{Block, Importance, Quantize, field};
+use super::k_quants::{LANES, SUPERBLOCK, pack_scales, unpack_scales};
+use super::k_quants_affine::{Affine, Candidates, Plan, Weight, fit_affine};
+use super::{Block, QuantizeRow, field};
 use crate::dtype::GgmlType;
 
 const PLAN: Plan = Plan {
@@ -40,39 +40,47 @@ impl Block<176, SUPERBLOCK> for Q5_K {
             let (d_lo, m_lo) = (d * f32::from(sc[lo]), dmin * f32::from(m[lo]));
             let (d_hi, m_hi) = (d * f32::from(sc[hi]), dmin * f32::from(m[hi]));
             for l in 0..32 {
-                let q = (qs[32 * run + l] & 0x0f) | (((qh[l] >> lo) & 1) << 4);
-                out[64 * run + l] = d_lo * f32::from(q) - m_lo;
-            }
-            for l in 0..32 {
-                let q = (qs[32 * run + l] >> 4) | (((qh[l] >> hi) & 1) << 4);
-                out[64 * run + 32 + l] = d_hi * f32::from(q) - m_hi;
+                let (q, high) = (qs[32 * run + l], qh[l] >> lo);
+                let (q_lo, q_hi) = ((q & 0x0f) | ((high & 1) << 4), (q >> 4) | ((high & 2) << 3));
+                out[64 * run + l] = d_lo * f32::from(q_lo) - m_lo;
+                out[64 * run + 32 + l] = d_hi * f32::from(q_hi) - m_hi;
             }
         }
     }
 }
 
-impl Quantize<176, SUPERBLOCK> for Q5_K {
+impl QuantizeRow<176, SUPERBLOCK> for Q5_K {
     #[inline(always)]
-    fn quantize(
-        x: &[f32; SUPERBLOCK],
-        importance: Option<Importance<'_, SUPERBLOCK>>,
-        block: &mut [u8; 176],
+    fn quantize_row(
+        row: &[[f32; SUPERBLOCK]],
+        importance: Option<&[[f32; SUPERBLOCK]]>,
+        blocks: &mut [[u8; 176]],
     ) {
-        let mut fit = fit_affine::<8, 32>(x, importance, &PLAN);
-        (fit.sc, fit.m) = (fit.sc.map(|sc| sc.min(63)), fit.m.map(|m| m.min(63)));
-        let scales = pack_scales(&fit.sc, &fit.m);
-        (fit.sc, fit.m) = unpack_scales(&scales);
-        let q = fit.quantize::<32>(x);
-        block[0..2].copy_from_slice(&fit.d.to_le_bytes());
-        block[2..4].copy_from_slice(&fit.dmin.to_le_bytes());
-        block[4..16].copy_from_slice(&scales);
-        for l in 0..32 {
-            block[16 + l] = (0..8).map(|sub| (q[32 * sub + l] >> 4) << sub).sum();
-        }
-        for run in 0..4 {
-            for l in 0..32 {
-                let (lo, hi) = (q[64 * run + l], q[64 * run + 32 + l]);
-                block[48 + 32 * run + l] = (lo & 0x0f) | (hi << 4);
+        for (i, x) in row.chunks(LANES / 8).enumerate() {
+            let at = i * (LANES / 8)..i * (LANES / 8) + x.len();
+            let fits = fit_affine::<32>(x, importance.map(|weights| &weights[at.clone()]), &PLAN);
+            for (b, (x, block)) in x.iter().zip(&mut blocks[at]).enumerate() {
+                let mut fit = Affine::<8>::round(&fits, b, &PLAN);
+                (fit.sc, fit.m) = (fit.sc.map(|sc| sc.min(63)), fit.m.map(|m| m.min(63)));
+                let scales = pack_scales(&fit.sc, &fit.m);
+                (fit.sc, fit.m) = unpack_scales(&scales);
+                let q = fit.quantize::<32>(x);
+                block[0..2].copy_from_slice(&fit.d.to_le_bytes());
+                block[2..4].copy_from_slice(&fit.dmin.to_le_bytes());
+                block[4..16].copy_from_slice(&scales);
+                for l in 0..32 {
+                    let mut high = 0;
+                    for sub in 0..8 {
+                        high |= (q[32 * sub + l] >> 4) << sub;
+                    }
+                    block[16 + l] = high;
+                }
+                for run in 0..4 {
+                    for l in 0..32 {
+                        let (lo, hi) = (q[64 * run + l], q[64 * run + 32 + l]);
+                        block[48 + 32 * run + l] = (lo & 0x0f) | (hi << 4);
+                    }
+                }
             }
         }
     }

@@ -6,7 +6,7 @@
 //! | 2..34 | `qs` | q of element j as i8 |
 
 use super::half::{f32_to_f16, read_f16};
-use super::nibbles::{extreme, inverse};
+use super::nibbles::{finite_inverse, largest};
 use super::rounding::round_half_away;
 use super::{Block, Importance, Quantize, field};
 use crate::dtype::GgmlType;
@@ -30,8 +30,9 @@ impl Block<34, 32> for Q8_0 {
 impl Quantize<34, 32> for Q8_0 {
     #[inline(always)]
     fn quantize(x: &[f32; 32], _: Option<Importance<'_, 32>>, block: &mut [u8; 34]) {
-        let d = extreme(x).abs() / 127.0;
-        let id = inverse(d);
+        let d = largest(x) / 127.0;
+        // The reference casts infinite and NaN quotients to an int whose low byte is 0.
+        let id = finite_inverse(d);
         let q = x.map(|x| round_half_away(x * id) as u8);
         block[0..2].copy_from_slice(&f32_to_f16(d).to_le_bytes());
         block[2..34].copy_from_slice(&q);

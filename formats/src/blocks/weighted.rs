@@ -1,9 +1,9 @@
 //! How Q4_0, Q4_1, Q5_0 and Q5_1 are quantized with importance: scales are searched, not computed.
 //!
 //! Each candidate scale gives integers; for those, the scale (and min) that minimizes the weighted
-//! squared error follows; the candidate with the smallest error wins. Candidates sit side by side in
-//! the lanes of vectors, so that every sum still runs over the elements in the order of the reference
-//! (llama.cpp, make_qx_quants and make_qkx3_quants).
+//! squared error follows; the candidate with the smallest error wins (llama.cpp, make_qx_quants and
+//! make_qkx3_quants). Every sum runs over the elements in the order of the reference. Where candidates do
+//! not depend on each other, they sit side by side in the lanes of vectors; else the terms of the sums do.
 
 use super::Importance;
 use super::nibbles::{extreme, min_max};
@@ -72,81 +72,82 @@ pub(super) fn fit_symmetric<const HALF: u8>(
 /// Fits `x = scale * q + min` with q in 0..=MAX and min <= 0; returns scale, min and q.
 ///
 /// Tries `(MAX - 0.9 + i / 20) / (max - min)` as inverse scales, i in 0..=36. The best min found so far
-/// sets the range of the next candidate and is subtracted there: lanes behind an improvement are
-/// therefore computed again.
+/// sets the range of the next candidate and is subtracted there, so candidates depend on each other.
 #[inline(always)]
 pub(super) fn fit_affine<const MAX: u8>(
     x: &[f32; LEN],
     importance: Importance<'_, LEN>,
 ) -> (f32, f32, [u8; LEN]) {
-    const LANES: usize = 8;
-    const CANDIDATES: usize = 37;
-
     let (min, max) = min_max(x);
     let mut min = if min > 0.0 { 0.0 } else { min };
     if max <= min {
         return (0.0, min, [0; LEN]);
     }
     let weights = error_weights(x, importance);
-    let (mut sum_w, mut sum_x) = (weights[0], weights[0] * x[0]);
-    for l in 1..LEN {
+    let (mut sum_w, mut sum_x) = (0.0, 0.0);
+    for l in 0..LEN {
         sum_w += weights[l];
         sum_x += weights[l] * x[l];
     }
-    let quantized =
-        |inv_scale: f32, min: f32, x: f32| nearest_int(inv_scale * (x - min)).clamp(0, i32::from(MAX)) as f32;
 
-    // What the integers are computed from: the inverse scale, and the min at that time.
-    let mut best = (f32::from(MAX) / (max - min), min);
-    let mut scale = 1.0 / best.0;
-    let mut best_error = 0.0;
+    let inv_scale = f32::from(MAX) / (max - min);
+    let mut scale = 1.0 / inv_scale;
+    let mut q = quantized::<MAX>(x, inv_scale, min);
+    let mut best_error = weighted_error(x, &weights, &q, scale, min);
+    for i in 0u8..=36 {
+        let inv_scale = (-0.9 + 0.05 * f32::from(i) + f32::from(MAX)) / (max - min);
+        let candidate = quantized::<MAX>(x, inv_scale, min);
+        let (mut wq, mut wqq, mut wqx) = ([0.0; LEN], [0.0; LEN], [0.0; LEN]);
+        for l in 0..LEN {
+            wq[l] = weights[l] * candidate[l];
+            wqq[l] = wq[l] * candidate[l];
+            wqx[l] = wq[l] * x[l];
+        }
+        let (mut sum_q, mut sum_qq, mut sum_qx) = (0.0, 0.0, 0.0);
+        for l in 0..LEN {
+            sum_q += wq[l];
+            sum_qq += wqq[l];
+            sum_qx += wqx[l];
+        }
+        let determinant = sum_w * sum_qq - sum_q * sum_q;
+        if determinant > 0.0 {
+            let mut this_scale = (sum_w * sum_qx - sum_x * sum_q) / determinant;
+            let mut this_min = (sum_qq * sum_x - sum_q * sum_qx) / determinant;
+            if this_min > 0.0 {
+                this_min = 0.0;
+                this_scale = sum_qx / sum_qq;
+            }
+            let error = weighted_error(x, &weights, &candidate, this_scale, this_min);
+            if error < best_error {
+                (q, best_error) = (candidate, error);
+                (scale, min) = (this_scale, this_min);
+            }
+        }
+    }
+    (scale, min, q.map(|q| q as u8))
+}
+
+/// The integers of a scale and a min, as floats.
+#[inline(always)]
+fn quantized<const MAX: u8>(x: &[f32; LEN], inv_scale: f32, min: f32) -> [f32; LEN] {
+    let mut q = [0.0; LEN];
     for l in 0..LEN {
-        let diff = scale * quantized(best.0, min, x[l]) + min - x[l];
-        best_error += weights[l] * (diff * diff);
+        q[l] = nearest_int(inv_scale * (x[l] - min)).clamp(0, i32::from(MAX)) as f32;
     }
+    q
+}
 
-    let mut first = 0;
-    while first < CANDIDATES {
-        let mut inv_scales = [0.0; LANES];
-        for c in 0..LANES {
-            inv_scales[c] = (-0.9 + 0.05 * (first + c) as f32 + f32::from(MAX)) / (max - min);
-        }
-        let (mut sums_q, mut sums_qq, mut sums_qx) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
-        for l in 0..LEN {
-            for c in 0..LANES {
-                let q = quantized(inv_scales[c], min, x[l]);
-                let wq = weights[l] * q;
-                sums_q[c] += wq;
-                sums_qq[c] += wq * q;
-                sums_qx[c] += wq * x[l];
-            }
-        }
-        let (mut determinants, mut scales, mut mins) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
-        for c in 0..LANES {
-            determinants[c] = sum_w * sums_qq[c] - sums_q[c] * sums_q[c];
-            let free_scale = (sum_w * sums_qx[c] - sum_x * sums_q[c]) / determinants[c];
-            let free_min = (sums_qq[c] * sum_x - sums_q[c] * sums_qx[c]) / determinants[c];
-            scales[c] = if free_min > 0.0 { sums_qx[c] / sums_qq[c] } else { free_scale };
-            mins[c] = if free_min > 0.0 { 0.0 } else { free_min };
-        }
-        let mut errors = [0.0; LANES];
-        for l in 0..LEN {
-            for c in 0..LANES {
-                let diff = scales[c] * quantized(inv_scales[c], min, x[l]) + mins[c] - x[l];
-                errors[c] += weights[l] * (diff * diff);
-            }
-        }
-
-        let mut next = first + LANES;
-        for c in 0..LANES.min(CANDIDATES - first) {
-            if determinants[c] > 0.0 && errors[c] < best_error {
-                best = (inv_scales[c], min);
-                (scale, min, best_error) = (scales[c], mins[c], errors[c]);
-                next = first + c + 1;
-                break;
-            }
-        }
-        first = next;
+/// The sum of `w (scale * q + min - x)^2`.
+#[inline(always)]
+fn weighted_error(x: &[f32; LEN], weights: &[f32; LEN], q: &[f32; LEN], scale: f32, min: f32) -> f32 {
+    let mut errors = [0.0; LEN];
+    for l in 0..LEN {
+        let diff = scale * q[l] + min - x[l];
+        errors[l] = weights[l] * (diff * diff);
     }
-    (scale, min, x.map(|x| quantized(best.0, best.1, x) as u8))
+    let mut sum = 0.0;
+    for error in errors {
+        sum += error;
+    }
+    sum
 }

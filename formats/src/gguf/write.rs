@@ -173,7 +173,8 @@ impl GgufWriter {
             self.written = 0;
             if self.tensors.get(self.current).is_some_and(|next| next.file != file) {
                 let part = self.waiting.pop_front().expect("every file was described");
-                let complete = std::mem::replace(&mut self.file, AtomicFile::create(&part.path)?);
+                let mut complete = std::mem::replace(&mut self.file, AtomicFile::create(&part.path)?);
+                complete.seal()?;
                 self.complete.push(complete);
                 self.alignment = part.alignment;
                 self.file.write(&part.header)?;

@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 
 mod check;
+pub mod folder;
+pub mod fp8;
 mod read;
 pub mod shards;
 mod stream;
@@ -24,6 +26,7 @@ mod write;
 use crate::error::{Error, Kind, Place, Result};
 use crate::file::Bytes;
 pub use ::safetensors::Dtype;
+pub use folder::FolderWriter;
 pub use shards::Checkpoint;
 pub use stream::SafetensorsWriter;
 pub use write::{TensorRef, write_safetensors, write_safetensors_f32};
@@ -52,7 +55,7 @@ pub struct TensorView {
 }
 
 impl TensorView {
-    /// The elements as f32, exact for F32, F16 and BF16, rounded to nearest for F64.
+    /// The elements as f32, exact for F32, F16, BF16 and FP8 (without its scale), rounded to nearest for F64.
     ///
     /// # Errors
     /// The elements are of another type.
@@ -66,8 +69,12 @@ impl TensorView {
             Dtype::BF16 => each(&self.bytes, |b| bf16::from_le_bytes(b).to_f32()),
             Dtype::F64 => each(&self.bytes, |b| f64::from_le_bytes(b) as f32),
             other => {
+                if let Some(table) = fp8::table(other) {
+                    return Ok(self.bytes.iter().map(|&byte| table[usize::from(byte)]).collect());
+                }
+                let supported = "F32, F16, BF16, F64, F8_E4M3, F8_E5M2";
                 let found = other.to_string().into();
-                return Err(Error::new(Kind::UnsupportedDtype { found, supported: "F32, F16, BF16, F64" })
+                return Err(Error::new(Kind::UnsupportedDtype { found, supported })
                     .at(Place::Tensor(self.name.clone())));
             }
         })

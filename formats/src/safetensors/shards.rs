@@ -11,8 +11,8 @@ use crate::error::{Error, Kind, Place, Result};
 use crate::file;
 use crate::json::{UniqueEntries, read_json};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const SINGLE: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 const CONFIG: &str = "config.json";
 
 #[derive(Deserialize)]

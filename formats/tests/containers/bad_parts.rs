@@ -8,6 +8,7 @@ use std::fs;
 use std::path::Path;
 
 use qpeft_formats::GgmlType;
+use qpeft_formats::bitsandbytes::config::Quantization;
 use qpeft_formats::error::{Error, Kind, Result};
 use qpeft_formats::peft::PeftAdapter;
 use qpeft_formats::safetensors::{Checkpoint, Dtype, TensorRef, write_safetensors};
@@ -18,7 +19,7 @@ use super::testdata;
 type Case = (&'static str, Vec<u8>);
 
 /// The kinds of parts: the start of a name.
-const PARTS: [&str; 2] = ["adapter-", "index-"];
+const PARTS: [&str; 3] = ["adapter-", "index-", "config-"];
 
 fn file(tensors: &[TensorRef<'_>]) -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
@@ -80,8 +81,29 @@ fn index() -> Vec<Case> {
     ]
 }
 
+/// `config.json` of a quantized checkpoint.
+fn config() -> Vec<Case> {
+    let settings = |text: &str| format!(r#"{{"quantization_config": {{{text}}}}}"#).into_bytes();
+    vec![
+        ("config-unsupported-quantization.gptq.json", settings(r#""quant_method": "gptq""#)),
+        (
+            "config-unsupported-quantization.compressed.json",
+            settings(r#""quant_method": "compressed-tensors", "format": "pack-quantized""#),
+        ),
+        ("config-wrong-setting.method.json", settings(r#""quant_method": 4"#)),
+        (
+            "config-wrong-setting.type.json",
+            settings(r#""quant_method": "bitsandbytes", "load_in_4bit": true, "bnb_4bit_quant_type": "nf5""#),
+        ),
+        (
+            "config-wrong-setting.block.json",
+            settings(r#""quant_method": "fp8", "weight_block_size": [0, 128]"#),
+        ),
+    ]
+}
+
 fn cases() -> Vec<Case> {
-    [adapter(), index()].concat()
+    [adapter(), index(), config()].concat()
 }
 
 /// Opens a part in its folder.
@@ -95,6 +117,10 @@ fn open(path: &Path) -> Result<()> {
             place("adapter_config.json", br#"{"peft_type": "LORA", "r": 2, "lora_alpha": 4}"#);
             place("adapter_model.safetensors", &bytes);
             PeftAdapter::read(dir.path()).map(drop)
+        }
+        "config" => {
+            let config = serde_json::from_slice(&bytes).unwrap();
+            Quantization::from_config(&config).map(drop).map_err(|e| e.in_file(path))
         }
         _ => {
             place("config.json", b"{}");

@@ -2,6 +2,7 @@
 
 mod bad_files;
 mod bad_parts;
+mod bitsandbytes;
 mod build;
 mod damage;
 mod file;

@@ -91,7 +91,7 @@ fn floats_of_every_width_become_f32() {
     assert_eq!(
         error.to_string(),
         "tensor `i64`: elements are of type I64, which cannot be converted to f32; \
-         supported: F32, F16, BF16, F64"
+         supported: F32, F16, BF16, F64, F8_E4M3, F8_E5M2"
     );
 }
 

@@ -25,6 +25,15 @@ pub enum Isa {
 }
 
 impl Isa {
+    /// As people write it: `AVX2`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "AVX2",
+            Isa::Avx512 => "AVX-512",
+        }
+    }
+
     /// The best set of this processor, found once.
     pub fn detect() -> Isa {
         #[cfg(target_arch = "x86_64")]

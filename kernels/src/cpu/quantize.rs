@@ -27,6 +27,10 @@ by_isa! {
                 && bytes.len() == rows.len() / dtype.block_len() * dtype.block_bytes(),
             "rows of {row_len} {dtype} are {row_bytes} bytes each"
         );
+        if importance.is_none() {
+            // Blocks do not depend on each other, and the codecs are fastest with many of them.
+            return blocks::quantize_row(dtype, rows, None, bytes);
+        }
         for (row, bytes) in rows.chunks_exact(row_len.max(1)).zip(bytes.chunks_exact_mut(row_bytes.max(1))) {
             blocks::quantize_row(dtype, row, importance, bytes);
         }

@@ -37,8 +37,9 @@ pub struct BaseWeight {
 /// How the rows are stored.
 #[derive(Debug, Clone)]
 enum Storage {
-    /// Rows of ggml blocks, one after another; F32, F16 and BF16 are blocks of one element.
-    Ggml { dtype: GgmlType, bytes: Bytes },
+    /// Rows of ggml blocks, one after another; F32, F16 and BF16 are blocks of one element. Every element
+    /// is multiplied by `factor`, mostly 1.
+    Ggml { dtype: GgmlType, bytes: Bytes, factor: f32 },
     /// bitsandbytes NF4 or FP4: blocks over the flat matrix.
     FourBit(FourBit),
     /// bitsandbytes LLM.int8: a scale per row.
@@ -56,7 +57,29 @@ impl BaseWeight {
     pub fn from_ggml(dtype: GgmlType, rows: usize, cols: usize, bytes: Bytes) -> Result<BaseWeight> {
         let expected = dtype.row_bytes(cols)?.saturating_mul(rows);
         check("weight", "size in bytes", expected, bytes.len())?;
-        Ok(BaseWeight { rows, cols, storage: Storage::Ggml { dtype, bytes } })
+        Ok(BaseWeight { rows, cols, storage: Storage::Ggml { dtype, bytes, factor: 1.0 } })
+    }
+
+    /// The same blocks with every element times `factor`, as a file has it that keeps a factor of the whole
+    /// tensor beside the blocks (NVFP4). [`BaseWeight::requantize`] keeps the factor.
+    ///
+    /// # Panics
+    /// The weight is not stored in ggml blocks: the other formats have no such factor.
+    #[must_use]
+    pub fn scaled_by(mut self, by: f32) -> BaseWeight {
+        match &mut self.storage {
+            Storage::Ggml { factor, .. } => *factor = by,
+            Storage::FourBit(_) | Storage::Int8(_) => panic!("{} has no factor", self.type_name()),
+        }
+        self
+    }
+
+    /// What every element of the blocks is multiplied by; 1 if nothing was said.
+    pub fn factor(&self) -> f32 {
+        match &self.storage {
+            Storage::Ggml { factor, .. } => *factor,
+            Storage::FourBit(_) | Storage::Int8(_) => 1.0,
+        }
     }
 
     /// An unquantized weight, row by row.
@@ -123,10 +146,11 @@ impl BaseWeight {
         }
     }
 
-    /// The ggml type and its bytes, for writing files; `None` when stored otherwise.
+    /// The ggml type and its bytes, for writing files; `None` when stored otherwise. The values are those of
+    /// the bytes times [`BaseWeight::factor`].
     pub fn ggml(&self) -> Option<(GgmlType, &Bytes)> {
         match &self.storage {
-            Storage::Ggml { dtype, bytes } => Some((*dtype, bytes)),
+            Storage::Ggml { dtype, bytes, .. } => Some((*dtype, bytes)),
             Storage::FourBit(_) | Storage::Int8(_) => None,
         }
     }
@@ -135,8 +159,9 @@ impl BaseWeight {
     /// which such a folder cannot hold.
     pub fn tensors(&self, name: &str) -> Option<Vec<TensorView>> {
         match &self.storage {
-            Storage::Ggml { dtype, bytes } => {
+            Storage::Ggml { dtype, bytes, factor } => {
                 let dtype = match dtype {
+                    _ if *factor != 1.0 => return None,
                     GgmlType::F32 => Dtype::F32,
                     GgmlType::F16 => Dtype::F16,
                     GgmlType::BF16 => Dtype::BF16,
@@ -158,7 +183,10 @@ impl BaseWeight {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         assert_eq!(out.len(), rows.len() * self.cols, "{} rows of {}", rows.len(), self.cols);
         match &self.storage {
-            Storage::Ggml { dtype, bytes } => ggml::rows(*dtype, bytes, self.cols, rows, out),
+            Storage::Ggml { dtype, bytes, factor } => {
+                ggml::rows(*dtype, bytes, self.cols, rows, out);
+                multiply(out, *factor);
+            }
             Storage::FourBit(weight) => four_bit::range(weight, rows.start * self.cols, out),
             Storage::Int8(weight) => int8::tile(weight, rows, 0..self.cols, out),
         }
@@ -181,7 +209,10 @@ impl BaseWeight {
             return;
         }
         match &self.storage {
-            Storage::Ggml { dtype, bytes } => ggml::tile(*dtype, bytes, self.cols, rows, cols, out),
+            Storage::Ggml { dtype, bytes, factor } => {
+                ggml::tile(*dtype, bytes, self.cols, rows, cols, out);
+                multiply(out, *factor);
+            }
             Storage::FourBit(weight) => four_bit::tile(weight, rows, cols, out),
             Storage::Int8(weight) => int8::tile(weight, rows, cols, out),
         }
@@ -203,18 +234,19 @@ impl BaseWeight {
     /// `values` has another length; values cannot be written in the type; an element is not finite (the first one is named).
     pub fn requantize(&self, values: &[f32]) -> Result<BaseWeight> {
         check("requantize", "elements", self.rows * self.cols, values.len())?;
-        if let Some(at) = values.par_iter().position_first(|x| !x.is_finite()) {
+        let factor = self.factor();
+        if let Some(at) = values.par_iter().position_first(|x| !(x / factor).is_finite()) {
             return Err(Error::NotFinite {
                 op: "requantize",
                 row: at / self.cols,
                 col: at % self.cols,
-                value: values[at],
+                value: values[at] / factor,
             });
         }
         let storage = match &self.storage {
             Storage::Ggml { dtype, .. } => {
-                let bytes = ggml::quantize(*dtype, self.cols, values)?;
-                Storage::Ggml { dtype: *dtype, bytes }
+                let bytes = ggml::quantize(*dtype, self.cols, values, factor)?;
+                Storage::Ggml { dtype: *dtype, bytes, factor }
             }
             Storage::FourBit(weight) => {
                 Storage::FourBit(four_bit::quantize(*weight.state(), weight.is_double(), values))
@@ -229,7 +261,16 @@ impl BaseWeight {
     /// # Errors
     /// Rows are not whole blocks of the type, values cannot be written in it, or one is not finite.
     pub fn quantized(&self, to: WeightType) -> Result<BaseWeight> {
-        let zeros = to.empty(self.rows, self.cols, self.element_type())?;
+        self.quantized_from(to, self.element_type())
+    }
+
+    /// As [`BaseWeight::quantized`], as if the elements had been of `dtype` (F32, F16 or BF16): dequantized
+    /// 4-bit values are rounded to it.
+    ///
+    /// # Errors
+    /// See [`BaseWeight::quantized`].
+    pub fn quantized_from(&self, to: WeightType, dtype: Dtype) -> Result<BaseWeight> {
+        let zeros = to.empty(self.rows, self.cols, dtype)?;
         zeros.requantize(&self.dequantize())
     }
 
@@ -263,6 +304,13 @@ impl BaseWeight {
             });
         });
         Ok(())
+    }
+}
+
+/// `out *= factor`
+fn multiply(out: &mut [f32], factor: f32) {
+    if factor != 1.0 {
+        out.iter_mut().for_each(|x| *x *= factor);
     }
 }
 
@@ -320,6 +368,28 @@ mod tests {
             let again = weight.requantize(&weight.dequantize()).unwrap();
             assert_eq!(again.dequantize(), weight.dequantize(), "{dtype}");
         }
+    }
+
+    #[test]
+    fn a_factor_multiplies_what_is_read_and_divides_what_is_written() {
+        for (dtype, factor) in [(GgmlType::NVFP4, 0.25), (GgmlType::Q8_0, -3.0)] {
+            let values = Mat::random(1, 6, 128, 1.0).values();
+            let plain = zeros(dtype, 6, 128).requantize(&values).unwrap();
+            let scaled = plain.clone().scaled_by(factor);
+            let expected: Vec<f32> = plain.dequantize().iter().map(|x| x * factor).collect();
+            assert_eq!(scaled.dequantize(), expected, "{dtype}");
+            let mut tile = vec![f32::NAN; 2 * 64];
+            scaled.dequantize_tile(3..5, 64..128, &mut tile);
+            assert_eq!(tile[64..], expected[4 * 128 + 64..5 * 128], "{dtype}");
+
+            let values: Vec<f32> = values.iter().map(|x| x * factor).collect();
+            let again = scaled.requantize(&values).unwrap();
+            assert_eq!(again.factor(), factor);
+            assert_eq!(again.ggml().unwrap().1[..], plain.ggml().unwrap().1[..], "{dtype}");
+        }
+        let tiny = zeros(GgmlType::NVFP4, 1, 64).scaled_by(1e-38);
+        let error = tiny.requantize(&[1e4; 64]).unwrap_err().to_string();
+        assert_eq!(error, "requantize: row 0, column 0 is `inf`, expected a finite number");
     }
 
     #[test]

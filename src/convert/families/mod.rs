@@ -115,12 +115,14 @@ impl Tensor {
     }
 
     /// The same tensor with a change.
+    #[must_use]
     pub const fn change(mut self, change: Change) -> Tensor {
         self.change = change;
         self
     }
 
     /// The same tensor, which may be missing.
+    #[must_use]
     pub const fn optional(mut self) -> Tensor {
         self.optional = true;
         self
@@ -237,6 +239,7 @@ fn quoted<'a>(names: impl Iterator<Item = &'a str>) -> String {
 }
 
 /// A family without further demands.
+#[expect(clippy::unnecessary_wraps, reason = "the table wants functions of one type")]
 fn no_check(_: &Settings, _: &Dims) -> Result<Vec<String>> {
     Ok(Vec::new())
 }

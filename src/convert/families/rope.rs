@@ -86,9 +86,11 @@ impl Rope {
                 None => config.number(key),
             }
         };
-        let positive = |key: &str, value: f64| match value > 0.0 {
-            true => Ok(value),
-            false => Err(config.refuse(key, &format!("is {value}, expected a positive number"))),
+        let positive = |key: &str, value: f64| {
+            if value > 0.0 {
+                return Ok(value);
+            }
+            Err(config.refuse(key, &format!("is {value}, expected a positive number")))
         };
         let theta = positive("rope_theta", number("rope_theta")?.unwrap_or(rules.theta))?;
         let local_theta = match (rules.local_theta, &sliding) {

@@ -31,7 +31,7 @@ pub fn byte_level(json: &TokenizerJson, size: u32, config: &Settings, pre: Optio
     // A space inside of a token is written as the byte alphabet writes it.
     let part = |part: &str| part.replace(' ', "\u{120}");
     let merges = json.merges.iter().map(|(left, right)| format!("{} {}", part(left), part(right))).collect();
-    Ok(Tokens { tokens, kinds, how: How::Bpe { pre, merges }, space_prefix: None })
+    Ok(Tokens { texts: tokens, kinds, how: How::Bpe { pre, merges }, space_prefix: None })
 }
 
 /// SentencePiece as BPE (Llama 2, Mistral and Gemma in their fast form). The score of a token is the rank of
@@ -69,7 +69,7 @@ pub fn with_byte_fallback(json: &TokenizerJson, size: u32, config: &Settings) ->
         });
     }
     Ok(Tokens {
-        tokens,
+        texts: tokens,
         kinds,
         how: How::Scores(scores),
         space_prefix: (!has_space_prefix(json)).then_some(false),

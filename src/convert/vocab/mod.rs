@@ -49,7 +49,7 @@ pub struct Vocab {
 /// Tokens by id, and how texts become tokens.
 #[derive(Debug)]
 struct Tokens {
-    tokens: Vec<String>,
+    texts: Vec<String>,
     kinds: Vec<i32>,
     how: How,
     /// Whether a space before the text is not wanted, where the files say so.
@@ -74,8 +74,10 @@ pub fn of_folder(dir: &Path, family: &Family, size: u32, pre: Option<&str>) -> R
     // Phi-4 has Phi-3's architecture and a byte-level vocabulary, which its configuration tells.
     let wants_bpe =
         family.arch == "phi3" && tokenizer_config.text("tokenizer_class")? == Some("GPT2Tokenizer");
+    // Phi's converter is the only one that reads the added tokens of both files.
+    let phi_json = json.as_ref().filter(|_| family.arch == "phi3");
     let tokens = match &json {
-        _ if model.is_file() && !wants_bpe => sentencepiece::tokens(dir, size, &tokenizer_config)?,
+        _ if model.is_file() && !wants_bpe => sentencepiece::tokens(dir, size, &tokenizer_config, phi_json)?,
         Some(json) if json.has_byte_fallback() => bpe::with_byte_fallback(json, size, &tokenizer_config)?,
         Some(json) => bpe::byte_level(json, size, &tokenizer_config, pre)?,
         None => return Err(TokenizerError::NoTokenizerJson { dir: dir.to_owned() }.into()),
@@ -93,14 +95,14 @@ pub fn of_folder(dir: &Path, family: &Family, size: u32, pre: Option<&str>) -> R
         How::Bpe { pre, merges } => {
             put("model", Value::String("gpt2".to_owned()));
             put("pre", Value::String(pre));
-            put("tokens", Value::Array(Array::String(tokens.tokens)));
+            put("tokens", Value::Array(Array::String(tokens.texts)));
             put("token_type", Value::Array(Array::I32(tokens.kinds)));
             put("merges", Value::Array(Array::String(merges)));
         }
         How::Scores(scores) => {
             put("model", Value::String("llama".to_owned()));
             put("pre", Value::String("default".to_owned()));
-            put("tokens", Value::Array(Array::String(tokens.tokens)));
+            put("tokens", Value::Array(Array::String(tokens.texts)));
             put("scores", Value::Array(Array::F32(scores)));
             put("token_type", Value::Array(Array::I32(tokens.kinds)));
         }
@@ -119,7 +121,14 @@ pub fn of_folder(dir: &Path, family: &Family, size: u32, pre: Option<&str>) -> R
     if let Some(prefix) = prefix {
         metadata.insert("tokenizer.ggml.add_space_prefix", Value::Bool(prefix));
     }
-    Ok(Vocab { metadata, notes: Vec::new() })
+    let mut notes = Vec::new();
+    if !is_scores && json.as_ref().is_some_and(|json| json.json["normalizer"]["type"] == "NFC") {
+        notes.push(
+            "the tokenizer composes characters first (Unicode NFC), which a GGUF cannot say: text that is not composed gets other tokens there"
+                .to_owned(),
+        );
+    }
+    Ok(Vocab { metadata, notes })
 }
 
 /// Tokens named by their texts that are control tokens even where no file says so.

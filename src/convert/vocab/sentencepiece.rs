@@ -13,6 +13,7 @@
 use std::path::Path;
 
 use super::bpe::{of_config, padding};
+use super::json::TokenizerJson;
 use super::{How, Tokens, kind, looks_special, too_many};
 use crate::convert::settings::Settings;
 use crate::error::{Error, Result};
@@ -39,11 +40,17 @@ pub struct Model {
     pub add_dummy_prefix: bool,
 }
 
-/// The tokens of a folder with a `tokenizer.model`, with those that were added to it.
+/// The tokens of a folder with a `tokenizer.model`, with those that were added to it, also by `json` if it is
+/// given.
 ///
 /// # Errors
 /// The file is damaged or not BPE, or an added token is mistyped.
-pub(super) fn tokens(dir: &Path, size: u32, config: &Settings) -> Result<Tokens> {
+pub(super) fn tokens(
+    dir: &Path,
+    size: u32,
+    config: &Settings,
+    json: Option<&TokenizerJson>,
+) -> Result<Tokens> {
     let path = dir.join("tokenizer.model");
     let bytes = qpeft_formats::file::Bytes::map(&path)?;
     let model =
@@ -72,18 +79,14 @@ pub(super) fn tokens(dir: &Path, size: u32, config: &Settings) -> Result<Tokens>
             (scores[id as usize], kinds[id as usize]) = (-1000.0, kind::USER_DEFINED);
         }
     }
-    let mut given = of_config(config)?;
-    if given.is_empty() && dir.join("tokenizer.json").is_file() {
-        given = super::TokenizerJson::read(&dir.join("tokenizer.json"))?.added;
-    }
+    let given = of_config(config)?.into_iter().chain(json.iter().flat_map(|json| json.added.clone()));
     for token in given {
         let slot =
             tokens.get_mut(token.id as usize).ok_or_else(|| too_many(config.path(), token.id, size))?;
         let at = token.id as usize;
         scores[at] = -1000.0;
-        if token.special || looks_special(&token.content) {
+        if token.special || json.is_none() && looks_special(&token.content) {
             *slot = token.content;
-            // The unknown token stays what it is for decoders.
             kinds[at] = kind::CONTROL;
         } else {
             *slot = token.content.replace('\u{2581}', " ");
@@ -91,7 +94,7 @@ pub(super) fn tokens(dir: &Path, size: u32, config: &Settings) -> Result<Tokens>
         }
     }
     let space_prefix = (!model.add_dummy_prefix).then_some(false);
-    Ok(Tokens { tokens, kinds, how: How::Scores(scores), space_prefix })
+    Ok(Tokens { texts: tokens, kinds, how: How::Scores(scores), space_prefix })
 }
 
 impl Model {

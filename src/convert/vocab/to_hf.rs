@@ -17,6 +17,10 @@ use super::special::SPECIAL;
 use crate::error::{Error, Result};
 use crate::model::tokenizer::{Tokenizer, pre};
 
+/// Bytes of a token: every split of every token is looked up, and the longest real ones are runs of some
+/// hundred bytes.
+const LONGEST: usize = 4096;
+
 /// Writes the tokenizer files into `dir`.
 ///
 /// # Errors
@@ -33,6 +37,12 @@ pub fn write(metadata: &Metadata, dir: &Path) -> Result<()> {
 
     let (parts, scores) = if is_scores {
         let scores = metadata.f32s("tokenizer.ggml.scores")?.unwrap_or_default();
+        if let Some((id, token)) = tokens.iter().enumerate().find(|(_, token)| token.len() > LONGEST) {
+            return Err(Error::refused(format!(
+                "key `tokenizer.ggml.tokens`: token {id} has {} bytes, at most {LONGEST} are supported",
+                token.len()
+            )));
+        }
         (scores_parts(tokens, &kinds, &scores, prefix, unknown), Some(scores))
     } else {
         (byte_parts(metadata, tokens, &kinds)?, None)
@@ -261,6 +271,9 @@ fn tokenizer_config(
     out.insert("add_bos_token".to_owned(), json!(!tokenizer.prefix().is_empty()));
     out.insert("add_eos_token".to_owned(), json!(!tokenizer.suffix().is_empty()));
     out.insert("clean_up_tokenization_spaces".to_owned(), json!(false));
+    if let Some(prefix) = metadata.bool("tokenizer.ggml.add_space_prefix")? {
+        out.insert("add_prefix_space".to_owned(), json!(prefix));
+    }
     if is_scores {
         // `tokenizer.model` knows the kinds of its own tokens; added ones it does not.
         let added =
