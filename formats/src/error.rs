@@ -283,8 +283,8 @@ impl std::fmt::Display for Error {
         match &self.place {
             Place::File => {}
             Place::Header => write!(f, "header: ")?,
-            Place::Key(key) => write!(f, "key `{key}`: ")?,
-            Place::Tensor(name) => write!(f, "tensor `{name}`: ")?,
+            Place::Key(key) => write!(f, "key `{}`: ", Shown(key))?,
+            Place::Tensor(name) => write!(f, "tensor `{}`: ", Shown(name))?,
         }
         write!(f, "{}", self.kind)?;
         match self.offset {
@@ -293,6 +293,26 @@ impl std::fmt::Display for Error {
         }
     }
 }
+
+/// A name out of a file, as a message shows it: control characters, which could move a terminal's cursor,
+/// are spelled out, and a long name is cut.
+struct Shown<'a>(&'a str);
+
+impl std::fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        use std::fmt::Write as _;
+        for (i, c) in self.0.chars().enumerate() {
+            if i == LONGEST_SHOWN {
+                return f.write_str("...");
+            }
+            if c.is_control() { write!(f, "{}", c.escape_default())? } else { f.write_char(c)? }
+        }
+        Ok(())
+    }
+}
+
+/// Characters of a name that a message shows; real names are half as long.
+const LONGEST_SHOWN: usize = 200;
 
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {

@@ -13,6 +13,9 @@ pub const MAX_METADATA_KEYS: u64 = 1 << 16;
 /// llama.cpp allows a string of 1 GiB.
 pub const MAX_METADATA_BYTES: u64 = 1 << 30;
 
+/// Bytes of all metadata of one GGUF file together; in memory they take a few times as many.
+pub const MAX_METADATA_SECTION: u64 = 2 << 30;
+
 /// Bytes of a tensor name: ggml stores it in 64 bytes with a closing zero.
 pub const MAX_TENSOR_NAME: u64 = 63;
 

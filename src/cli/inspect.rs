@@ -327,7 +327,7 @@ fn text(listing: &Listing, printer: &Printer) -> String {
             parts.push(format!("\n{}\n{}", printer.bold(&title), columns(rows)));
         }
     };
-    let rows = metadata.iter().map(|(key, value)| vec![key.clone(), shown(value)]).collect::<Vec<_>>();
+    let rows = metadata.iter().map(|(key, value)| vec![printable(key), shown(value)]).collect::<Vec<_>>();
     section(format!("metadata ({})", rows.len()), &rows);
     let rows = listing.types.iter().map(|(name, share)| {
         let percent =
@@ -342,9 +342,15 @@ fn text(listing: &Listing, printer: &Printer) -> String {
     section("types".to_owned(), &rows.collect::<Vec<_>>());
     let rows = tensors
         .iter()
-        .map(|t| vec![t.name.clone(), t.r#type.clone(), format!("{:?}", t.shape), size(t.bytes)]);
+        .map(|t| vec![printable(&t.name), t.r#type.clone(), format!("{:?}", t.shape), size(t.bytes)]);
     section(format!("tensors ({})", tensors.len()), &rows.collect::<Vec<_>>());
     parts.concat()
+}
+
+/// A text of a file without what would steer a terminal.
+fn printable(text: &str) -> String {
+    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escape).collect()
 }
 
 /// A value on one line of bounded width.
@@ -352,9 +358,7 @@ fn shown(value: &Value) -> String {
     match value {
         Value::String(text) => {
             let length = text.chars().count();
-            let escape =
-                |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
-            let start = text.chars().take(TEXT_WIDTH).map(escape).collect::<String>();
+            let start = printable(&text.chars().take(TEXT_WIDTH).collect::<String>());
             if length > TEXT_WIDTH { format!("{start}... ({length} characters)") } else { start }
         }
         Value::Object(long) if long.contains_key("first") && long.contains_key("length") => {

@@ -8,6 +8,7 @@ mod bpe;
 mod error;
 mod gguf;
 mod hf;
+mod parts;
 pub mod pre;
 mod spm;
 mod vocab;

@@ -4,6 +4,7 @@
 
 #[path = "../../formats/tests/hostile/alloc.rs"]
 mod alloc;
+mod bad_vocabularies;
 #[path = "../../formats/tests/hostile/seeds.rs"]
 #[allow(dead_code, reason = "its seeds of other targets are not needed here")]
 mod formats_seeds;

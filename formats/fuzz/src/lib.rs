@@ -9,6 +9,7 @@ mod formats {
 
     pub mod alloc;
     pub mod quantized;
+    #[allow(dead_code, reason = "seeds are packed by the tests")]
     pub mod target;
     pub mod targets;
 }

@@ -27,6 +27,10 @@ pub(crate) fn header(bytes: &[u8]) -> Result<Header> {
     let mut metadata = Metadata::new();
     for _ in 0..n_entries {
         entry(cursor, &mut metadata)?;
+        let (found, limit) = (cursor.offset(), limits::MAX_METADATA_SECTION);
+        if found > limit {
+            return Err(cursor.error(Kind::TooLong { what: "metadata", found, limit }).at(Place::Header));
+        }
     }
     let alignment = check::metadata(&metadata)?;
 

@@ -86,6 +86,7 @@ pub(crate) fn tensors(config: &PeftConfig, tensors: &BTreeMap<String, HostTensor
     if tensors.is_empty() {
         return Err(Error::new(Kind::NoTensors));
     }
+    let ranks = config.ranks()?;
     for (key, tensor) in tensors {
         let at = |kind| Error::new(kind).at(Place::Tensor(key.clone()));
         let supported = if config.use_dora {
@@ -98,7 +99,7 @@ pub(crate) fn tensors(config: &PeftConfig, tensors: &BTreeMap<String, HostTensor
         else {
             return Err(at(Kind::UnexpectedTensor { supported }));
         };
-        let rank = config.rank_of(module)?;
+        let rank = ranks.of(module)?;
         let factor = |part| {
             let name = tensor_key(module, part);
             tensors.get(&name).ok_or_else(|| Error::new(Kind::MissingTensor).at(Place::Tensor(name)))

@@ -223,7 +223,12 @@ impl PeftConfig {
     /// # Errors
     /// A key of `rank_pattern` is not a regular expression.
     pub fn rank_of(&self, module: &str) -> Result<usize> {
-        Ok(first_match("rank_pattern", &self.rank_pattern, module)?.unwrap_or(self.r))
+        self.ranks()?.of(module)
+    }
+
+    /// The ranks of many modules: the patterns are compiled once.
+    pub(crate) fn ranks(&self) -> Result<Ranks> {
+        Ok(Ranks { patterns: compile("rank_pattern", &self.rank_pattern)?, otherwise: self.r })
     }
 
     /// The alpha of a module.
@@ -231,7 +236,8 @@ impl PeftConfig {
     /// # Errors
     /// A key of `alpha_pattern` is not a regular expression.
     pub fn alpha_of(&self, module: &str) -> Result<f64> {
-        Ok(first_match("alpha_pattern", &self.alpha_pattern, module)?.unwrap_or(self.lora_alpha))
+        let patterns = compile("alpha_pattern", &self.alpha_pattern)?;
+        Ok(first_match("alpha_pattern", &patterns, module)?.unwrap_or(self.lora_alpha))
     }
 
     /// The factor of a module's `B A`: `alpha / r`, or `alpha / sqrt(r)` if rank-stabilized.
@@ -297,15 +303,39 @@ impl TargetModules {
                     .strip_suffix(target.as_str())
                     .is_some_and(|path| path.is_empty() || path.ends_with('.'))
             })),
-            TargetModules::Regex(regex) => is_match(key, regex, &format!("^(?:{regex})$"), module),
+            TargetModules::Regex(regex) => {
+                let compiled = regex_of(key, regex, &format!("^(?:{regex})$"))?;
+                is_match(key, &compiled, module)
+            }
         }
     }
 }
 
-/// The value of the first key that matches the end of the module's path, at the start of a component.
-fn first_match<T: Copy>(key: &str, patterns: &IndexMap<String, T>, module: &str) -> Result<Option<T>> {
-    for (pattern, value) in patterns {
-        if is_match(key, pattern, &format!("^(.*\\.)?({pattern})$"), module)? {
+/// The ranks of modules.
+pub(crate) struct Ranks {
+    patterns: Vec<(Regex, usize)>,
+    otherwise: usize,
+}
+
+impl Ranks {
+    /// The rank of a module.
+    pub fn of(&self, module: &str) -> Result<usize> {
+        Ok(first_match("rank_pattern", &self.patterns, module)?.unwrap_or(self.otherwise))
+    }
+}
+
+/// The keys of a pattern table; each matches the end of a module's path, at the start of a component.
+fn compile<T: Copy>(key: &str, patterns: &IndexMap<String, T>) -> Result<Vec<(Regex, T)>> {
+    let compiled = |(pattern, &value): (&String, &T)| {
+        Ok((regex_of(key, pattern, &format!("^(.*\\.)?({pattern})$"))?, value))
+    };
+    patterns.iter().map(compiled).collect()
+}
+
+/// The value of the first pattern that matches.
+fn first_match<T: Copy>(key: &str, patterns: &[(Regex, T)], module: &str) -> Result<Option<T>> {
+    for (regex, value) in patterns {
+        if is_match(key, regex, module)? {
             return Ok(Some(*value));
         }
     }
@@ -313,11 +343,17 @@ fn first_match<T: Copy>(key: &str, patterns: &IndexMap<String, T>, module: &str)
 }
 
 /// Patterns are Python's, so they may look around and refer back, which the `regex` crate cannot.
-fn is_match(key: &str, pattern: &str, anchored: &str, module: &str) -> Result<bool> {
-    Regex::new(anchored).and_then(|regex| regex.is_match(module)).map_err(|e| {
-        Error::new(Kind::BadPattern { pattern: pattern.into(), reason: e.to_string().into() })
-            .at(Place::Key(key.to_owned()))
-    })
+fn regex_of(key: &str, pattern: &str, anchored: &str) -> Result<Regex> {
+    Regex::new(anchored).map_err(|e| bad_pattern(key, pattern, &e))
+}
+
+fn is_match(key: &str, regex: &Regex, module: &str) -> Result<bool> {
+    regex.is_match(module).map_err(|e| bad_pattern(key, regex.as_str(), &e))
+}
+
+fn bad_pattern(key: &str, pattern: &str, reason: &fancy_regex::Error) -> Error {
+    Error::new(Kind::BadPattern { pattern: pattern.into(), reason: reason.to_string().into() })
+        .at(Place::Key(key.to_owned()))
 }
 
 /// PEFT writes an integral alpha as it was given, mostly as an integer.

@@ -91,6 +91,42 @@ fn gguf() -> Vec<Case> {
     ]
 }
 
+/// What is left of the list of llama.cpp's `test-gguf`, with its numbers.
+fn gguf_of_llama_cpp() -> Vec<Case> {
+    let tensor = |shape: &[u64], ty, offset| Gguf::new(3, 1, 0).tensor("a", shape, ty, offset).data(32, 64).0;
+    let alignment = |ty, value| Gguf::new(3, 0, 1).string("general.alignment").u32(ty).u32(value).0;
+    let big = 4 * i32::MAX as u64;
+    // 1 % more than the root of the number of I64 that 2^64 bytes hold.
+    let wide = 1_533_841_408;
+    let near = 0x7fff_ffff_ffff_ffc0;
+    vec![
+        ("gguf-not-gguf.fugg.gguf", [&b"FUGG"[..], &Gguf::new(3, 0, 0).0[4..]].concat()),
+        ("gguf-too-many.keys-negative.gguf", Gguf::new(3, 0, u64::MAX).0),
+        ("gguf-too-long.key-negative.gguf", Gguf::new(3, 0, 1).u64(u64::MAX).bytes(b"my_key_0").0),
+        ("gguf-bad-alignment.13.gguf", alignment(4, 13)),
+        ("gguf-wrong-value-type.alignment-i32.gguf", alignment(5, 32)),
+        ("gguf-negative-dim.first.gguf", tensor(&[u64::MAX], 0, 0)),
+        ("gguf-size-overflow.elements-squared.gguf", tensor(&[big, big], 0, 0)),
+        ("gguf-size-overflow.bytes-i64.gguf", tensor(&[wide, wide], 27, 0)),
+        // 2^64 - 16 bytes, which padding to 32 would wrap to 0.
+        ("gguf-size-overflow.padding.gguf", tensor(&[4, (1 << 30) - 1, (1 << 30) + 1], 0, 0)),
+        ("gguf-wrong-offset.negative.gguf", tensor(&[2], 0, u64::MAX)),
+        (
+            "gguf-past-end.two-halves.gguf",
+            Gguf::new(3, 2, 0).tensor("a", &[near], 24, 0).tensor("b", &[near], 24, near).data(32, 32).0,
+        ),
+        (
+            "gguf-past-end.last-byte.gguf",
+            Gguf::new(3, 2, 0).tensor("a", &[2], 0, 0).tensor("b", &[2], 0, 32).data(32, 39).0,
+        ),
+        // A name that would clear the screen and ring, and go on for long.
+        (
+            "gguf-truncated.screen.gguf",
+            Gguf::new(3, 1, 0).string(&format!("\u{1b}[2J\u{7}{}", "x".repeat(50))).0,
+        ),
+    ]
+}
+
 /// Files of split models: the second of two serves the first and is not opened by itself.
 fn split() -> Vec<Case> {
     let part = |no: Option<u16>, count: u16, tensors: i32, name: &str| {
@@ -161,6 +197,9 @@ fn peft() -> Vec<Case> {
     vec![
         ("peft-json.json", b"{".to_vec()),
         ("peft-json.list.json", b"[]".to_vec()),
+        ("peft-json.twice.json", config(r#""r": 8"#)),
+        ("peft-json.twice-inside.json", config(r#""rank_pattern": {"q_proj": 4, "q_proj": 8}"#)),
+        ("peft-json.deep.json", [vec![b'['; 2000], vec![b']'; 2000]].concat()),
         ("peft-missing-key.peft-type.json", br#"{"r": 8, "lora_alpha": 16}"#.to_vec()),
         ("peft-missing-key.r.json", br#"{"peft_type": "LORA", "lora_alpha": 16}"#.to_vec()),
         ("peft-missing-key.alpha.json", br#"{"peft_type": "LORA", "r": 8}"#.to_vec()),
@@ -258,7 +297,7 @@ fn imatrix() -> Vec<Case> {
 }
 
 fn cases() -> Vec<Case> {
-    [gguf(), split(), st(), peft(), imatrix()].concat()
+    [gguf(), gguf_of_llama_cpp(), split(), st(), peft(), imatrix()].concat()
 }
 
 fn open(path: &Path) -> Result<()> {
@@ -274,7 +313,7 @@ fn open(path: &Path) -> Result<()> {
 }
 
 /// The variant's name as in the file names: `TooMany { .. }` is `too-many`.
-fn variant(kind: &Kind) -> String {
+pub fn variant(kind: &Kind) -> String {
     let debug = format!("{kind:?}");
     let name: String = debug.chars().take_while(char::is_ascii_alphanumeric).collect();
     let mut out = String::new();
@@ -351,6 +390,10 @@ fn messages_say_where_what_was_expected_and_what_was_found() {
         (
             "gguf-unsupported-version.4.gguf",
             "header: has GGUF version 4, versions 2 and 3 are supported (at byte 4)",
+        ),
+        (
+            "gguf-truncated.screen.gguf",
+            "tensor `\\u{1b}[2J\\u{7}xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx`: number of dimensions needs",
         ),
         ("gguf-wrong-offset.gap.gguf", "tensor `b`: data lies at offset 64, expected 32"),
         ("gguf-past-end.gguf", "tensor `a`: data ends at byte 132, the file at byte 128"),

@@ -1,6 +1,7 @@
 //! Containers against files of other programs, against independent readers, and against damage.
 
 mod bad_files;
+mod bad_parts;
 mod bitsandbytes;
 mod build;
 mod damage;

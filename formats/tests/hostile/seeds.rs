@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use qpeft_formats::GgmlType;
+use qpeft_formats::gguf::split::SplitLimit;
 use qpeft_formats::gguf::{GgufFile, GgufWriter, Metadata, TensorDecl, Value};
 use qpeft_formats::safetensors::{SafetensorsFile, write_safetensors, write_safetensors_f32};
 
@@ -142,32 +143,30 @@ fn splits(testdata: &Path) -> Vec<Vec<u8>> {
         }
     }
     // Two that do belong together.
-    let part = |no: u16, name: &str| {
-        let mut metadata = Metadata::new();
-        metadata.insert("split.no", Value::U16(no));
-        metadata.insert("split.tensors.count", Value::I32(2));
-        metadata.insert("split.count", Value::U16(2));
-        gguf(&metadata, &[(name, &[2, 2])])
-    };
-    all.push([part(0, "a"), part(1, "b")].concat());
+    let tensors: [(&str, &[u64]); 2] = [("a", &[2, 2]), ("b", &[3])];
+    all.push(gguf(&Metadata::new(), &tensors, Some(SplitLimit::Tensors(1))));
     all
 }
 
-/// A GGUF file of F32 tensors.
-fn gguf(metadata: &Metadata, tensors: &[(&str, &[u64])]) -> Vec<u8> {
+/// A GGUF file of F32 tensors, or the files of a split one behind each other.
+fn gguf(metadata: &Metadata, tensors: &[(&str, &[u64])], limit: Option<SplitLimit>) -> Vec<u8> {
     let decls: Vec<_> = tensors
         .iter()
         .map(|(name, shape)| TensorDecl { name: (*name).into(), shape: shape.to_vec(), dtype: GgmlType::F32 })
         .collect();
     let dir = scratch();
     let path = dir.path().join("a.gguf");
-    let mut writer = GgufWriter::create(&path, metadata, &decls).expect("a plain file");
+    let writer = match limit {
+        None => GgufWriter::create(&path, metadata, &decls),
+        Some(limit) => GgufWriter::create_split(&path, metadata, &decls, limit),
+    };
+    let mut writer = writer.expect("a plain file");
     for decl in &decls {
         let data = vec![0x3c; 4 * decl.shape.iter().product::<u64>() as usize];
         writer.write(&decl.name, &data).expect("in order");
     }
     writer.finish().expect("complete");
-    read(&path)
+    files(dir.path(), "gguf").iter().flat_map(|path| read(path)).collect()
 }
 
 fn imatrices(testdata: &Path, extension: &str) -> Vec<Vec<u8>> {
@@ -237,7 +236,7 @@ fn mixtures(testdata: &Path) -> Vec<Vec<u8>> {
             }
         }
         let tensors: Vec<_> = tensors.iter().map(|(name, shape)| (&**name, &shape[..])).collect();
-        all.push(gguf(&metadata, &tensors));
+        all.push(gguf(&metadata, &tensors, None));
     }
     all.extend(files(&testdata.join("ggml"), "gguf").iter().map(|path| read(path)));
     all

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::error::{Result, TokenizerError};
 use super::gguf::SpecialFields;
+use super::parts;
 
 /// The library's tokenizer, and a copy that keeps control tokens as text, made when first asked for.
 pub(super) struct HfTokenizer {
@@ -27,7 +28,10 @@ pub(super) struct Parts {
 /// Reads `path` and what lies beside it.
 pub(super) fn read(path: &Path) -> Result<Parts> {
     let bytes = read_file(path)?;
-    check_merges(path, &parse(path, &bytes)?)?;
+    let json = parse(path, &bytes)?;
+    parts::check(&json).map_err(|message| TokenizerError::Json { path: path.to_owned(), message })?;
+    check_merges(path, &json)?;
+    drop(json);
     let mut parsing = tokenizers::Tokenizer::from_bytes(&bytes)
         .map_err(|e| TokenizerError::Json { path: path.to_owned(), message: e.to_string() })?;
     // Lengths are the data's business, not the vocabulary's.
@@ -72,6 +76,10 @@ pub(super) fn read(path: &Path) -> Result<Parts> {
     };
     before = switch("add_bos_token", specials.bos).unwrap_or(before);
     after = switch("add_eos_token", specials.eos).unwrap_or(after);
+    // A post-processor names ids of its own.
+    if let Some(&id) = before.iter().chain(&after).find(|&&id| id as usize >= vocab_size) {
+        return Err(TokenizerError::UnknownId { id, vocab_size });
+    }
     Ok(Parts { engine, specials, before, after })
 }
 
