@@ -315,8 +315,12 @@ fn a_merged_model_behaves_as_the_adapter_does() {
             if quant.is_empty() {
                 assert_eq!(types(&merged), types(QUANTIZED), "the base's own types");
             } else {
-                // Norms stay in F32.
-                let expected = if quant == "f32" { 1 } else { 2 };
+                // Norms stay in F32, and llama-quantize gives the head six bits.
+                let expected = match quant {
+                    "f32" => 1,
+                    "q4_0" => 3,
+                    _ => 2,
+                };
                 let types = types(&merged);
                 assert_eq!(types.as_object().unwrap().len(), expected, "{types}");
                 assert!(types.get(quant.to_uppercase()).is_some(), "{types}");
