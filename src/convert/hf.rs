@@ -73,7 +73,11 @@ impl HfSource {
         }
 
         let (keys, rope) = keys(family, &config)?;
-        let vocab_size = config.require_size("vocab_size")?;
+        // Multimodal configurations may leave it to the default of their class.
+        let vocab_size = match config.size("vocab_size")? {
+            Some(size) => size,
+            None => embedding_rows(&folder, family).map_or_else(|| config.require_size("vocab_size"), Ok)?,
+        };
         let place = config.path().display().to_string();
         let dims = Dims::read(family, &keys, vocab_size.into(), &place)?;
         let mut notes = (family.check)(&config, &dims)?;
@@ -216,6 +220,13 @@ fn keys(family: &Family, config: &Settings) -> Result<(Metadata, Option<Rope>)> 
         }
     }
     Ok((keys, rope.map(|(_, rope)| rope)))
+}
+
+/// Rows of the token embeddings, if there are any.
+fn embedding_rows(folder: &Checkpoint, family: &Family) -> Option<u32> {
+    let is_table = |name: &&str| family.find_hf(name).is_some_and(|(row, _)| row.gguf == "token_embd.weight");
+    let name = folder.names_by_file().find(is_table)?;
+    folder.tensor(name)?.shape.first().and_then(|&rows| u32::try_from(rows).ok())
 }
 
 fn refuse_quantized(config: &Settings) -> Result<()> {

@@ -26,7 +26,12 @@ const LONGEST: usize = 4096;
 /// # Errors
 /// The vocabulary is missing, damaged, or of a kind that is not supported, or a file cannot be written.
 pub fn write(metadata: &Metadata, dir: &Path) -> Result<()> {
-    let tokenizer = Tokenizer::from_gguf(metadata)?;
+    // The hint of the error speaks of another command's flag.
+    let tokenizer = Tokenizer::from_gguf(metadata).map_err(|e| {
+        Error::refused(e.to_string()).with_hint(
+            "the vocabulary cannot be said in a `tokenizer.json`; take the folder of the original model",
+        )
+    })?;
     let tokens = metadata.require_strings("tokenizer.ggml.tokens")?;
     let kinds =
         metadata.i32s("tokenizer.ggml.token_type")?.unwrap_or_else(|| vec![kind::NORMAL; tokens.len()]);
