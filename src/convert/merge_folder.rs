@@ -214,18 +214,17 @@ fn other(
         return Ok(None);
     }
     report.converted += 1;
-    let (shape, weight) = match view.shape[..] {
-        [_, _] => {
-            let weight = folder_matrix(folder, name)?;
-            (vec![weight.rows(), weight.cols()], weight)
-        }
-        _ => {
-            let values = view.to_f32()?;
-            (view.shape.clone(), BaseWeight::from_f32(1, values.len(), &values)?)
-        }
+    let weight = if view.shape.len() == 2 {
+        folder_matrix(folder, name)?
+    } else {
+        let values = view.to_f32()?;
+        BaseWeight::from_f32(1, values.len(), &values)?
     };
+    let shape = if view.shape.len() == 2 { vec![weight.rows(), weight.cols()] } else { view.shape.clone() };
     let stored = weight.quantized(WeightType::Ggml(dense)).map_err(|e| at(name, &e))?;
     let mut tensors = stored.tensors(name).expect("a dense type has a place in a folder");
-    tensors.iter_mut().for_each(|tensor| tensor.shape.clone_from(&shape));
+    for tensor in &mut tensors {
+        tensor.shape.clone_from(&shape);
+    }
     Ok(Some(tensors))
 }

@@ -179,7 +179,11 @@ mod base_quant {
     use serde::de::Error as _;
     use serde::{Deserialize, Deserializer, Serializer};
 
-    #[expect(clippy::ref_option, reason = "serde passes the field by reference")]
+    #[expect(
+        clippy::ref_option,
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde passes the field by reference"
+    )]
     pub fn serialize<S: Serializer>(value: &Option<WeightType>, to: S) -> Result<S::Ok, S::Error> {
         match value {
             Some(weight_type) => to.serialize_str(weight_type.name()),
