@@ -360,7 +360,9 @@ fn with_companion_scales(dir: &Scratch, factor: &[f32]) -> (String, String) {
         }
         let mut values = vec![0.0; info.n_rows() * info.row_len()];
         blocks::dequantize_row(info.dtype, &bytes, &mut values);
-        values.iter_mut().for_each(|x| *x /= factor[0]);
+        for x in &mut values {
+            *x /= factor[0];
+        }
         let mut blocks = vec![0; GgmlType::NVFP4.row_bytes(values.len()).unwrap()];
         blocks::quantize_row(GgmlType::NVFP4, &values, None, &mut blocks);
         blocks::dequantize_row(GgmlType::NVFP4, &blocks, &mut values);
@@ -369,7 +371,9 @@ fn with_companion_scales(dir: &Scratch, factor: &[f32]) -> (String, String) {
         let name = format!("{module}.scale");
         let shape = [factor.len() as u64];
         packed_tensors.push(tensor(&name, &shape, GgmlType::F32, little_endian(factor)));
-        values.iter_mut().for_each(|x| *x *= factor[0]);
+        for x in &mut values {
+            *x *= factor[0];
+        }
         plain_tensors.push(tensor(&info.name, &info.shape, GgmlType::F32, little_endian(&values)));
     }
     for (path, tensors) in [(&packed, packed_tensors), (&plain, plain_tensors)] {

@@ -310,7 +310,9 @@ impl BaseWeight {
 /// `out *= factor`
 fn multiply(out: &mut [f32], factor: f32) {
     if factor != 1.0 {
-        out.iter_mut().for_each(|x| *x *= factor);
+        for x in out {
+            *x *= factor;
+        }
     }
 }
 
