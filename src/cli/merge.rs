@@ -12,7 +12,8 @@ use super::progress::Progress;
 use super::report::Usage;
 use super::session::{open_adapted, open_device, refuse_existing};
 use crate::convert::merge::{MergeOptions, merge_to_gguf};
-use crate::convert::merge_folder::{FolderTarget, merge_to_folder};
+use crate::convert::merge_folder::{FolderTarget, folder_of, merge_to_folder};
+use crate::convert::merge_source::merge_folder_to_gguf;
 use crate::model::Base;
 
 /// Runs the command.
@@ -33,13 +34,16 @@ pub fn run(args: &MergeArgs, printer: &Printer) -> anyhow::Result<()> {
     let model = Base::open_as(&args.model, args.base_quant)?;
     let (base, decoder, params) = open_adapted(model, Some(&args.adapter), &device)?;
     let mut bar: Option<Progress> = None;
+    let folder = if is_gguf(&base) { None } else { Some(folder_of(&base)?.dir()) };
+    let what = if target.is_none() && folder.is_some() { "MiB" } else { "tensor" };
     let progress = |done, total| {
-        let bar = bar.get_or_insert_with(|| Progress::start(printer, "tensor", 0, total as u64));
+        let bar = bar.get_or_insert_with(|| Progress::start(printer, what, 0, total as u64));
         bar.update(done as u64, "");
     };
-    let report = match target {
-        None => merge_to_gguf(&base, &decoder, &params, &options, &args.output, progress)?,
-        Some(target) => {
+    let report = match (target, folder) {
+        (None, None) => merge_to_gguf(&base, &decoder, &params, &options, &args.output, progress)?,
+        (None, Some(dir)) => merge_folder_to_gguf(dir, &decoder, &params, &options, &args.output, progress)?,
+        (Some(target), _) => {
             let shard_bytes = (args.max_shard_size * 1e9) as u64;
             merge_to_folder(&base, &decoder, &params, target, &args.output, shard_bytes, progress)?
         }
@@ -81,6 +85,15 @@ pub fn run(args: &MergeArgs, printer: &Printer) -> anyhow::Result<()> {
     }
     printer.note(&format!("wrote {}", args.output.display()));
     Ok(())
+}
+
+/// Whether the base is a GGUF file, quantized at load or not.
+fn is_gguf(base: &Base) -> bool {
+    match base {
+        Base::Gguf(_) => true,
+        Base::Folder(_) => false,
+        Base::Quantized { base, .. } => is_gguf(base),
+    }
 }
 
 /// How a folder is to be stored; `None` for a GGUF.

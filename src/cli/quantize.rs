@@ -16,6 +16,7 @@ use super::report::Usage;
 use super::session::refuse_existing;
 use super::values::Quant;
 use crate::convert::gguf::GgufSource;
+use crate::convert::hf::HfSource;
 use crate::convert::quantize::Plan;
 use crate::convert::source::Source;
 
@@ -78,9 +79,7 @@ pub fn run(args: &QuantizeArgs, printer: &Printer) -> anyhow::Result<()> {
 /// The model as tensors under GGUF names.
 fn open(args: &QuantizeArgs) -> anyhow::Result<Box<dyn Source>> {
     if args.model.is_dir() {
-        return Err(Usage::new(format!("`--model {}` is a folder", args.model.display()))
-            .hint("give a `.gguf` file")
-            .into());
+        return Ok(Box::new(HfSource::open(&args.model)?));
     }
     Ok(Box::new(GgufSource::new(GgufFile::open(&args.model)?)))
 }

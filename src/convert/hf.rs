@@ -3,10 +3,13 @@
 //! Everything is checked when the folder is opened: each tensor has its place and its size, and none is
 //! missing. What a GGUF cannot say is refused, or noted where llama.cpp's converter leaves it out too.
 
+use std::cell::RefCell;
 use std::collections::HashSet;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Mutex;
 
+use qpeft_formats::bitsandbytes::weight_of;
 use qpeft_formats::error::{Error as FormatError, Kind, Place};
 use qpeft_formats::file::Bytes;
 use qpeft_formats::gguf::{Metadata, Value, names};
@@ -16,20 +19,26 @@ use qpeft_formats::{GgmlType, blocks};
 use super::card;
 use super::families::rope::Rope;
 use super::families::{Change, Dims, Family, HEAD, Key, numbered};
+use super::gguf::read_packed;
+use super::merge_folder::dense_type_of;
 use super::settings::Settings;
 use super::source::{Source, SourceTensor};
 use super::vocab;
 use crate::error::{Error, Result};
-use crate::model::base::dense_type;
+use crate::model::BaseWeight;
+use crate::model::base::{dense_type, folder_matrix, quantization};
 
 /// An opened and checked folder.
 #[derive(Debug)]
 pub struct HfSource {
+    folder: Checkpoint,
     family: &'static Family,
     metadata: Metadata,
     tensors: Vec<SourceTensor>,
     origins: Vec<Origin>,
     notes: Vec<String>,
+    /// The packed weight that was read last: pieces of a tensor are asked for one after another.
+    packed: Mutex<Option<(usize, BaseWeight)>>,
 }
 
 /// Where a tensor's values come from.
@@ -37,6 +46,8 @@ pub struct HfSource {
 enum Origin {
     /// A tensor of the folder; the number of heads matters where rows are permuted.
     Stored { view: TensorView, change: Change, heads: usize },
+    /// A matrix that the folder holds in 4 or 8 bits, with scales in other tensors.
+    Packed { name: String, change: Change, heads: usize },
     /// Settings of `config.json`.
     Made(Vec<f32>),
 }
@@ -67,7 +78,6 @@ impl HfSource {
         let mut config = Settings::new(&folder.config_path(), folder.config().clone())?;
         let family = Family::of_config(&config)?;
         config.flatten("text_config")?;
-        refuse_quantized(&config)?;
         for fixed in family.fixed {
             fixed.check(family, &config)?;
         }
@@ -114,7 +124,30 @@ impl HfSource {
         for (key, value) in vocab.metadata.iter() {
             metadata.insert(key, value.clone());
         }
-        Ok(HfSource { family, metadata, tensors, origins, notes })
+        let packed = Mutex::new(None);
+        Ok(HfSource { folder, family, metadata, tensors, origins, notes, packed })
+    }
+
+    /// The name that a tensor has in the folder; none for what is made of the configuration.
+    pub fn hf_name(&self, tensor: usize) -> Option<String> {
+        match &self.origins[tensor] {
+            Origin::Stored { view, .. } => Some(view.name.clone()),
+            Origin::Packed { name, .. } => Some(name.clone()),
+            Origin::Made(_) => None,
+        }
+    }
+
+    /// A packed weight; the last one is kept, because pieces of a tensor follow each other.
+    fn packed_weight(&self, tensor: usize, name: &str) -> Result<BaseWeight> {
+        let mut last = self.packed.lock().expect("no holder of the lock panics");
+        if let Some((index, weight)) = &*last
+            && *index == tensor
+        {
+            return Ok(weight.clone());
+        }
+        let weight = folder_matrix(&self.folder, name)?;
+        *last = Some((tensor, weight.clone()));
+        Ok(weight)
     }
 
     /// The family that the folder belongs to.
@@ -145,17 +178,39 @@ impl Source for HfSource {
                 out.copy_from_slice(&values[rows.start * cols..rows.end * cols]);
                 return Ok(());
             }
+            Origin::Packed { name, change, heads } => {
+                let weight = self.packed_weight(tensor, name)?;
+                if *change == Change::Same {
+                    weight.dequantize_rows(rows, out);
+                    return Ok(());
+                }
+                let head_dim = weight.rows() / heads;
+                for (row, out) in rows.zip(out.chunks_exact_mut(cols)) {
+                    let from = names::hf_row_of_gguf_row(row, *heads, head_dim);
+                    weight.dequantize_rows(from..from + 1, out);
+                }
+                return Ok(());
+            }
             Origin::Stored { view, change, heads } => (view, *change, *heads),
         };
         let total = view.shape.iter().product::<usize>();
         let width = view.bytes.len().checked_div(total).unwrap_or(0);
-        let read = |elements: Range<usize>, out: &mut [f32]| {
-            decode(view.dtype, &view.bytes[elements.start * width..elements.end * width], out);
+        // Read, not mapped: a whole model passes through here, and mapped pages would stay.
+        let read = |elements: Range<usize>, out: &mut [f32]| -> Result<()> {
+            thread_local! {
+                static BYTES: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+            }
+            BYTES.with_borrow_mut(|bytes| {
+                bytes.resize(elements.len() * width, 0);
+                read_packed(&view.bytes, elements.start * width, bytes)?;
+                decode(view.dtype, bytes, out);
+                Ok(())
+            })
         };
         match change {
-            Change::Same | Change::Drop => read(rows.start * cols..rows.end * cols, out),
+            Change::Same | Change::Drop => read(rows.start * cols..rows.end * cols, out)?,
             Change::PlusOne => {
-                read(rows.start * cols..rows.end * cols, out);
+                read(rows.start * cols..rows.end * cols, out)?;
                 for x in out {
                     *x += 1.0;
                 }
@@ -167,7 +222,7 @@ impl Source for HfSource {
                 let head_dim = total / unit / heads;
                 for (row, out) in units.zip(out.chunks_exact_mut(unit)) {
                     let from = names::hf_row_of_gguf_row(row, heads, head_dim);
-                    read(from * unit..(from + 1) * unit, out);
+                    read(from * unit..(from + 1) * unit, out)?;
                 }
             }
             Change::Transpose => {
@@ -175,7 +230,7 @@ impl Source for HfSource {
                 let mut piece = vec![0.0; rows.len()];
                 for column in 0..cols {
                     let start = column * stride + rows.start;
-                    read(start..start + rows.len(), &mut piece);
+                    read(start..start + rows.len(), &mut piece)?;
                     for (row, &x) in piece.iter().enumerate() {
                         out[row * cols + column] = x;
                     }
@@ -229,14 +284,6 @@ fn embedding_rows(folder: &Checkpoint, family: &Family) -> Option<u32> {
     folder.tensor(name)?.shape.first().and_then(|&rows| u32::try_from(rows).ok())
 }
 
-fn refuse_quantized(config: &Settings) -> Result<()> {
-    let Some(quantization) = config.object("quantization_config")? else { return Ok(()) };
-    let method = quantization.text("quant_method")?.unwrap_or("unknown");
-    Err(quantization
-        .refuse("quant_method", &format!("`{method}` weights cannot be converted; supported: F32, F16, BF16"))
-        .with_hint("give the folder of the model in full precision"))
-}
-
 /// The folder's tensors as the GGUF has them, in the order of its files.
 fn stored(
     folder: &Checkpoint,
@@ -248,7 +295,13 @@ fn stored(
     let (mut tensors, mut origins) = (Vec::new(), Vec::new());
     let mut found = HashSet::new();
     let mut left_out = 0;
+    // Refuses what no reader here knows; the scales of what they know belong to their weights.
+    quantization(folder)?;
+    let dense_rest = dense_type_of(folder);
     for name in folder.names_by_file() {
+        if weight_of(name).is_some_and(|weight| folder.tensor(&weight).is_some()) {
+            continue;
+        }
         if BUFFERS.iter().any(|buffer| name.ends_with(buffer)) {
             continue;
         }
@@ -271,13 +324,20 @@ fn stored(
         };
         let view = folder.require(name)?;
         let expected = dims.shape(row.shape);
-        if view.shape.iter().map(|&dim| dim as u64).ne(expected.iter().copied()) {
-            let found = format!("{:?}", view.shape).into();
-            return Err(refuse(Kind::WrongShape { expected: format!("{expected:?}").into(), found }));
-        }
-        if !matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64) {
+        let is_dense = matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64);
+        let packs = matches!(row.change, Change::Same | Change::PermuteQ | Change::PermuteK);
+        let shape = if is_dense || view.is_fp8() {
+            view.shape.clone()
+        } else if packs && matches!(view.dtype, Dtype::U8 | Dtype::I8) {
+            let weight = folder_matrix(folder, name)?;
+            vec![weight.rows(), weight.cols()]
+        } else {
             let found = view.dtype.to_string().into();
             return Err(refuse(Kind::UnsupportedDtype { found, supported: "F32, F16, BF16, F64" }));
+        };
+        if shape.iter().map(|&dim| dim as u64).ne(expected.iter().copied()) {
+            let found = format!("{shape:?}").into();
+            return Err(refuse(Kind::WrongShape { expected: format!("{expected:?}").into(), found }));
         }
         let gguf = numbered(row.gguf, layer);
         if !found.insert(gguf.clone()) {
@@ -290,14 +350,19 @@ fn stored(
         if row.change != Change::Transpose {
             shape.reverse();
         }
-        let dense = dense_type(view.dtype).unwrap_or(GgmlType::F32);
+        let dense = dense_type(view.dtype).unwrap_or(if is_dense { GgmlType::F32 } else { dense_rest });
         let dtype = if stays_f32(&gguf, shape.len()) { GgmlType::F32 } else { dense };
         let heads = match row.change {
             Change::PermuteQ => dims.heads,
             _ => dims.kv_heads,
         };
         tensors.push(SourceTensor { name: gguf, shape, dtype });
-        origins.push(Origin::Stored { view, change: row.change, heads: heads as usize });
+        let (change, heads) = (row.change, heads as usize);
+        origins.push(if is_dense {
+            Origin::Stored { view, change, heads }
+        } else {
+            Origin::Packed { name: name.to_owned(), change, heads }
+        });
     }
     if left_out > 0 {
         notes

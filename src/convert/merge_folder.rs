@@ -103,7 +103,7 @@ fn at(name: &str, e: &qpeft_kernels::Error) -> Error {
 }
 
 /// The folder behind a base.
-fn folder_of(base: &Base) -> Result<&Checkpoint> {
+pub fn folder_of(base: &Base) -> Result<&Checkpoint> {
     match base {
         Base::Folder(folder) => Ok(folder),
         Base::Quantized { base, .. } => folder_of(base),

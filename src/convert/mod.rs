@@ -9,6 +9,7 @@ pub mod hf;
 pub mod hf_to_gguf;
 pub mod merge;
 pub mod merge_folder;
+pub mod merge_source;
 mod model_name;
 pub mod pipeline;
 pub mod pissa_to_lora;
