@@ -14,8 +14,8 @@ use qpeft_kernels::weight::WeightType;
 
 use super::report::Usage;
 use super::values::{
-    Quant, at_least_one, at_least_zero, bytes, dense_type, file_type, file_type_or_copy, fraction, ggml_type,
-    out_type, positive, probability, share, type_override, up_to_2_pow_32, weight_type,
+    Quant, at_least_one, at_least_zero, bytes, dense_type, file_type, fraction, ggml_type, out_type,
+    positive, probability, quant, share, type_override, up_to_2_pow_32, weight_type,
 };
 use crate::convert::hf_to_gguf::OutType;
 use crate::train::TrainConfig;
@@ -549,13 +549,14 @@ impl TypeArgs {
 /// `qpeft quantize`
 #[derive(Debug, Clone, Args)]
 pub struct QuantizeArgs {
-    /// GGUF file, or the first of a split one
+    /// GGUF file, the first of a split one, or Hugging Face folder
     #[arg(long, short, value_name = "PATH")]
     pub model: PathBuf,
-    /// Type or mixture: q8_0, q4_k_m, iq4_xs, ...; copy changes no tensor
-    #[arg(long, value_name = "TYPE", value_parser = file_type_or_copy)]
+    /// Type or mixture of a GGUF: q8_0, q4_k_m, iq4_xs, ...; copy changes no tensor; nf4, nf4-dq, fp4 or fp4-dq
+    /// for a bitsandbytes folder
+    #[arg(long, value_name = "TYPE", value_parser = quant)]
     pub quant: Quant,
-    /// File to write
+    /// File to write, or folder with a bitsandbytes type
     #[arg(long, short, value_name = "FILE")]
     pub output: Option<PathBuf>,
     /// Importance matrix of the model: GGUF or legacy .dat

@@ -17,6 +17,7 @@ pub mod printer;
 mod problems;
 pub mod progress;
 pub mod quantize;
+mod quantize_folder;
 pub mod report;
 pub mod session;
 pub mod train;

@@ -12,6 +12,7 @@ use serde_json::json;
 use super::args::QuantizeArgs;
 use super::printer::Printer;
 use super::progress::Progress;
+use super::quantize_folder;
 use super::report::Usage;
 use super::session::refuse_existing;
 use super::values::Quant;
@@ -38,11 +39,14 @@ pub fn run(args: &QuantizeArgs, printer: &Printer) -> anyhow::Result<()> {
             return Err(Usage::new("`--imatrix` does nothing with `--quant copy`").into());
         }
     }
+    if let Quant::FourBit(quant_type, double) = args.quant {
+        return quantize_folder::run(args, quant_type, double, printer);
+    }
     let source = open(args)?;
     let imatrix = args.imatrix.as_deref().map(Imatrix::open).transpose()?;
     let mixture = match args.quant {
-        Quant::Copy => None,
         Quant::To(file_type) => Some(args.types.mixture(file_type)),
+        Quant::Copy | Quant::FourBit(..) => None,
     };
     let plan = Plan::new(&*source, mixture.as_ref(), imatrix.as_ref(), args.types.split())?;
     warn(&plan, args, printer);

@@ -6,6 +6,7 @@ use std::fmt::Display;
 use std::str::FromStr;
 
 use qpeft_formats::GgmlType;
+use qpeft_formats::bitsandbytes::QuantType;
 use qpeft_formats::mixture::{FileType, TypeOverride};
 use qpeft_kernels::weight::WeightType;
 
@@ -127,12 +128,18 @@ pub fn file_type(text: &str) -> Result<FileType, String> {
     })
 }
 
-/// A file type, or `None` for `copy`.
-pub fn file_type_or_copy(text: &str) -> Result<Quant, String> {
-    if text.eq_ignore_ascii_case("copy") {
-        return Ok(Quant::Copy);
+/// A file type, a bitsandbytes type, or `copy`.
+pub fn quant(text: &str) -> Result<Quant, String> {
+    match text.to_ascii_lowercase().replace('_', "-").as_str() {
+        "copy" => Ok(Quant::Copy),
+        "nf4" => Ok(Quant::FourBit(QuantType::Nf4, false)),
+        "nf4-dq" => Ok(Quant::FourBit(QuantType::Nf4, true)),
+        "fp4" => Ok(Quant::FourBit(QuantType::Fp4, false)),
+        "fp4-dq" => Ok(Quant::FourBit(QuantType::Fp4, true)),
+        _ => file_type(text).map(Quant::To).map_err(|expected| {
+            format!("{expected}, `COPY`; or for a bitsandbytes folder `NF4`, `NF4-DQ`, `FP4`, `FP4-DQ`")
+        }),
     }
-    file_type(text).map(Quant::To).map_err(|expected| format!("{expected}, `COPY`"))
 }
 
 /// What `qpeft quantize` makes of the tensors.
@@ -142,6 +149,8 @@ pub enum Quant {
     Copy,
     /// The types of a mixture.
     To(FileType),
+    /// A bitsandbytes folder: the code book, and whether the scales are quantized too.
+    FourBit(QuantType, bool),
 }
 
 /// `REGEX=TYPE`
@@ -202,9 +211,11 @@ mod tests {
     #[test]
     fn file_types_overrides_and_sizes_are_read() {
         assert_eq!(file_type("q4_k"), Ok(FileType::Q4_K_M));
-        assert_eq!(file_type_or_copy("COPY"), Ok(Quant::Copy));
-        assert_eq!(file_type_or_copy("q8-0"), Ok(Quant::To(FileType::Q8_0)));
-        assert!(file_type_or_copy("nf5").unwrap_err().ends_with("`MXFP4_MOE`, `COPY`"));
+        assert_eq!(quant("COPY"), Ok(Quant::Copy));
+        assert_eq!(quant("q8-0"), Ok(Quant::To(FileType::Q8_0)));
+        assert_eq!(quant("nf4_dq"), Ok(Quant::FourBit(QuantType::Nf4, true)));
+        let expected = "`COPY`; or for a bitsandbytes folder `NF4`, `NF4-DQ`, `FP4`, `FP4-DQ`";
+        assert!(quant("nf5").unwrap_err().ends_with(expected));
         assert!(type_override(r"blk\.[0-9]=q8_0").is_ok());
         assert_eq!(type_override("q8_0").unwrap_err(), "expected `REGEX=TYPE`");
         assert_eq!(type_override("=q8_0").unwrap_err(), "expected `REGEX=TYPE`");

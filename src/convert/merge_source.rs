@@ -8,6 +8,7 @@ use std::path::Path;
 
 use qpeft_formats::file::Bytes;
 use qpeft_formats::gguf::{GgufFile, Metadata, names};
+use qpeft_formats::mixture::{FileType, Mixture};
 use rayon::prelude::*;
 
 use super::gguf::GgufSource;
@@ -81,6 +82,12 @@ impl Source for MergedSource<'_> {
     }
 }
 
+/// The file type of the folder's dense matrices: what is written if nobody asks for another.
+fn dense_mixture(source: &MergedSource<'_>) -> Option<Mixture> {
+    let linear = source.linears.iter().position(Option::is_some)?;
+    FileType::from_name(source.tensors()[linear].dtype.name()).map(Mixture::new)
+}
+
 /// Writes the merged model of the folder `dir`, as the decoder was trained on it, to a GGUF at `path`.
 ///
 /// `progress` gets the mebibytes that are written and their number.
@@ -98,7 +105,8 @@ pub fn merge_folder_to_gguf(
 ) -> Result<MergeReport> {
     let values = params.values.read()?;
     let source = MergedSource::new(HfSource::open(dir)?, decoder, &values);
-    let plan = Plan::new(&source, options.mixture.as_ref(), None, options.split)?;
+    let mixture = options.mixture.clone().or_else(|| dense_mixture(&source));
+    let plan = Plan::new(&source, mixture.as_ref(), None, options.split)?;
     let mib = |bytes: u64| bytes.div_ceil(1 << 20) as usize;
     plan.write(path, rayon::current_num_threads(), |done, total| progress(mib(done), mib(total)))?;
 
