@@ -94,6 +94,16 @@ fn any_floats_are_quantized_to_any_type() {
 }
 
 #[test]
+fn the_seeds_of_folders_are_right_before_they_are_damaged() {
+    let dir = target::scratch();
+    let [config, index, shard] =
+        target::unpack::<3>(&seeds::seeds("checkpoint", &testdata())[0]).map(<[u8]>::to_vec);
+    targets::place_checkpoint(dir.path(), &config, &index, &shard);
+    let folder = qpeft_formats::safetensors::Checkpoint::open(dir.path()).expect("a good folder");
+    assert_eq!(folder.names().collect::<Vec<_>>(), ["first", "other", "second"]);
+}
+
+#[test]
 fn every_target_has_its_test() {
     let tests = include_str!("main.rs");
     for target in targets::TARGETS {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use qpeft_formats::GgmlType;
 use qpeft_formats::gguf::split::SplitLimit;
 use qpeft_formats::gguf::{GgufFile, GgufWriter, Metadata, TensorDecl, Value};
-use qpeft_formats::safetensors::{SafetensorsFile, write_safetensors, write_safetensors_f32};
+use qpeft_formats::safetensors::{Dtype, SafetensorsFile, write_safetensors, write_safetensors_f32};
 
 use super::target::{pack, scratch};
 
@@ -43,7 +43,7 @@ pub fn seeds(target: &str, testdata: &Path) -> Vec<Vec<u8>> {
     let all = |extension| files(testdata, extension).iter().map(|path| read(path)).collect::<Vec<_>>();
     match target {
         "gguf" | "gguf_rewrite" => all("gguf"),
-        "safetensors" | "safetensors_rewrite" => all("safetensors"),
+        "safetensors" | "safetensors_rewrite" => [all("safetensors"), vec![eight_bits()]].concat(),
         "split" => splits(testdata),
         "imatrix" => [imatrices(testdata, "gguf"), imatrices(testdata, "dat")].concat(),
         "bitsandbytes" => bitsandbytes(testdata),
@@ -64,6 +64,23 @@ fn zeros(tensors: &[(&str, &[usize])]) -> Vec<u8> {
     let data: Vec<Vec<f32>> = tensors.iter().map(|(_, shape)| vec![0.0; shape.iter().product()]).collect();
     let tensors = tensors.iter().zip(&data).map(|((name, shape), data)| (*name, *shape, &data[..]));
     write_safetensors_f32(&path, tensors, &BTreeMap::new()).expect("a plain file");
+    read(&path)
+}
+
+/// Matrices of 8-bit floats with scales of every kind.
+fn eight_bits() -> Vec<u8> {
+    let dir = scratch();
+    let path = dir.path().join("a.safetensors");
+    let codes: Vec<u8> = (0..8).map(|i| i * 37).collect();
+    let scales: Vec<u8> = [0.5_f32, 2.0, 1.0, 0.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+    let tensors: [(&str, Dtype, &[usize], &[u8]); 5] = [
+        ("a", Dtype::F8_E4M3, &[2, 4], &codes),
+        ("a_scale", Dtype::F32, &[2, 1], &scales[..8]),
+        ("a_scale_inv", Dtype::F32, &[2, 2], &scales),
+        ("b", Dtype::F8_E5M2, &[2, 4], &codes),
+        ("b_scale", Dtype::BF16, &[], &scales[2..4]),
+    ];
+    write_safetensors(&path, &tensors, &BTreeMap::new()).expect("a plain file");
     read(&path)
 }
 

@@ -29,16 +29,18 @@ pub const TARGETS: &[Target] = &[
         bytes_per_byte: JSON,
         bytes_at_least: 256 << 10,
     },
-    Target { name: "checkpoint", run: checkpoint, bytes_per_byte: JSON, bytes_at_least: 256 << 10 },
+    Target { name: "checkpoint", run: checkpoint, bytes_per_byte: JSON, bytes_at_least: 2 << 20 },
     // A pattern of a few bytes may compile to a machine of 2 x 1 MiB, see `peft::config`.
     Target { name: "peft", run: peft, bytes_per_byte: JSON, bytes_at_least: 64 << 20 },
     Target { name: "peft_config", run: peft_config, bytes_per_byte: JSON, bytes_at_least: 64 << 20 },
-    Target { name: "split", run: split, bytes_per_byte: 48, bytes_at_least: 256 << 10 },
+    // A fingerprint reads through a buffer of 1 MiB.
+    Target { name: "split", run: split, bytes_per_byte: 48, bytes_at_least: 2 << 20 },
     Target { name: "imatrix", run: imatrix, bytes_per_byte: 48, bytes_at_least: 64 << 10 },
     Target { name: "bitsandbytes", run: bitsandbytes, bytes_per_byte: JSON, bytes_at_least: 256 << 10 },
     Target { name: "mixture", run: mixture, bytes_per_byte: 64, bytes_at_least: 256 << 10 },
     Target { name: "blocks", run: blocks, bytes_per_byte: 160, bytes_at_least: 256 << 10 },
-    Target { name: "quantize", run: quantize, bytes_per_byte: 16, bytes_at_least: 256 << 10 },
+    // The code books of the IQ types are searched through tables of some MiB, made once.
+    Target { name: "quantize", run: quantize, bytes_per_byte: 16, bytes_at_least: 8 << 20 },
 ];
 
 fn bytes(data: &[u8]) -> Bytes {
@@ -123,8 +125,19 @@ fn safetensors(data: &[u8]) {
         let theirs = reference.tensor(name).expect("they found as many");
         assert_eq!((view.dtype, &view.shape[..]), (theirs.dtype(), theirs.shape()));
         assert!(*view.bytes == *theirs.data(), "tensor `{name}`");
+        let elements: usize = view.shape.iter().product();
         if let Ok(values) = view.to_f32() {
-            assert_eq!(values.len(), view.shape.iter().product::<usize>());
+            assert_eq!(values.len(), elements);
+        }
+        // Every tensor may claim to be the scale of an 8-bit one.
+        for other in file.names().take(if view.is_fp8() { 4 } else { 0 }) {
+            let scale = file.require(other).expect("it is in the list");
+            for block in [None, Some([1, 2]), Some([3, 128]), Some([usize::MAX, 1])] {
+                match view.to_f32_scaled(&scale, block) {
+                    Ok(values) => assert_eq!(values.len(), elements),
+                    Err(error) => drop((error.to_string(), error.hint())),
+                }
+            }
         }
     }
 }
@@ -159,11 +172,7 @@ fn write_again(file: &SafetensorsFile, path: &Path) {
 fn checkpoint(data: &[u8]) {
     let [config, index, shard] = unpack::<3>(data);
     let dir = scratch();
-    let write = |name: &str, bytes: &[u8]| fs::write(dir.path().join(name), bytes).expect("writable");
-    write("config.json", config);
-    write("model.safetensors.index.json", index);
-    write("model-00001-of-00002.safetensors", shard);
-    write("model-00002-of-00002.safetensors", SECOND_SHARD);
+    place_checkpoint(dir.path(), config, index, shard);
     match Checkpoint::open(dir.path()) {
         Ok(folder) => {
             for name in folder.names() {
@@ -175,9 +184,18 @@ fn checkpoint(data: &[u8]) {
     }
 }
 
+/// Writes the files of such a folder.
+pub fn place_checkpoint(dir: &Path, config: &[u8], index: &[u8], shard: &[u8]) {
+    let write = |name: &str, bytes: &[u8]| fs::write(dir.join(name), bytes).expect("writable");
+    write("config.json", config);
+    write("model.safetensors.index.json", index);
+    write("model-00001-of-00002.safetensors", shard);
+    write("model-00002-of-00002.safetensors", SECOND_SHARD);
+}
+
 /// A safetensors file with the tensor `second`, one byte.
 const SECOND_SHARD: &[u8] =
-    b"\x40\0\0\0\0\0\0\0{\"second\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}    \x07";
+    b"\x40\0\0\0\0\0\0\0{\"second\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}      \x07";
 
 /// An adapter folder: `adapter_config.json` and the bytes of `adapter_model.safetensors`. What reads is
 /// written again and reads equal.
