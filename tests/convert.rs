@@ -318,8 +318,8 @@ fn a_setting_that_is_missing_mistyped_or_huge_is_refused_by_its_key() {
     config(
         "tiny-qwen2",
         "quantization_config",
-        json!({"quant_method": "bitsandbytes"}),
-        &["quantization_config.quant_method", "`bitsandbytes`"],
+        json!({"quant_method": "gptq"}),
+        &["quantization_config", "gptq"],
     );
     config(
         "tiny-gemma2",

@@ -533,17 +533,6 @@ fn a_device_that_is_not_there_is_refused() {
 }
 
 #[test]
-fn a_folder_cannot_be_merged_into_a_gguf() {
-    let dir = Scratch::new();
-    let data = dir.write("data.jsonl", sequences(4, 12, 17));
-    let (run, merged) = (dir.path("run"), dir.path("merged.gguf"));
-    train(DENSE, &data, &run, SHORT);
-    let args = ["merge", "--model", DENSE, "--adapter", &run, "--output", &merged];
-    refuse(&args).says(1, &[DENSE, "Hugging Face folder", "GGUF"]).hints(&["convert the base to GGUF"]);
-    assert!(!Path::new(&merged).exists());
-}
-
-#[test]
 fn an_adapter_is_trained_further_only_as_what_it_is() {
     let dir = Scratch::new();
     let data = dir.write("data.jsonl", sequences(4, 12, 18));

@@ -295,6 +295,47 @@ fn eval_measures_what_training_measured() {
 }
 
 #[test]
+fn a_folder_is_merged_into_a_gguf_of_any_mixture() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(8, 24, 17));
+    for method in ["lora", "dora", "pissa"] {
+        let run = dir.path(method);
+        train(DENSE, &data, &run, &format!("{SHORT} --max-steps 20 --method {method}"));
+        let adapted = eval_loss(DENSE, &data, Some(&run));
+        for (quant, tolerance) in [("", 1e-5), ("q8_0", 2e-3)] {
+            let merged = dir.path(&format!("{method}{quant}.gguf"));
+            let mut args = vec!["merge", "--model", DENSE, "--adapter", &run, "--output", &merged];
+            if !quant.is_empty() {
+                args.extend(["--quant", quant]);
+            }
+            let report = json(&args);
+            assert_eq!(report["merged"], 14, "{report}");
+            let arrived = report["change_arrived"].as_f64().unwrap();
+            assert!((arrived - 1.0).abs() < 0.02, "{method} {quant}: {arrived}");
+            assert_relative(eval_loss(&merged, &data, None), adapted, tolerance);
+        }
+    }
+}
+
+#[test]
+fn a_model_becomes_a_bitsandbytes_folder_and_that_a_gguf_of_the_same_values() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(4, 24, 19));
+    let (folder, file) = (dir.path("nf4"), dir.path("nf4.gguf"));
+    let report = json(&["quantize", "--model", DENSE, "--quant", "nf4-dq", "--output", &folder]);
+    assert_eq!(report["quantized"], 14, "{report}");
+    json(&["convert", "hf-to-gguf", "--model", &folder, "--output", &file, "--outtype", "f32"]);
+    assert_relative(eval_loss(&file, &data, None), eval_loss(&folder, &data, None), 1e-5);
+    // The same codes whether the model came as a folder or as a GGUF.
+    let (dense, again) = (dir.path("dense.gguf"), dir.path("again"));
+    json(&["convert", "hf-to-gguf", "--model", DENSE, "--output", &dense, "--outtype", "f32"]);
+    json(&["quantize", "--model", &dense, "--quant", "nf4-dq", "--output", &again]);
+    assert_relative(eval_loss(&again, &data, None), eval_loss(&folder, &data, None), 1e-9);
+    refuse(&["quantize", "--model", DENSE, "--quant", "nf4", "--pure", "--output", &again])
+        .says(2, &["`--pure` does nothing with a bitsandbytes type"]);
+}
+
+#[test]
 fn a_merged_model_behaves_as_the_adapter_does() {
     let dir = Scratch::new();
     let data = dir.write("data.jsonl", sequences(8, 24, 15));
