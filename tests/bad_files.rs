@@ -114,7 +114,7 @@ fn every_bad_file_is_refused_by_every_command_and_touches_nothing() {
             .to_vec();
         let mut all = vec![
             of("eval", &["--data", &data, "--threads", "1"]),
-            of("merge", &["--output", &merged]),
+            of("merge", &["--output", &merged, "--overwrite-output"]),
             train,
         ];
         all.extend(inspect.iter().map(|path| vec!["inspect".to_owned(), path.clone()]));

@@ -46,8 +46,11 @@ pub fn run(
         pack(&Checkpoint::open(&args.model)?, args, quant_type, double, printer)?
     } else {
         let file = GgufFile::open(&args.model)?;
-        let beside = AtomicDir::create(output)?;
-        let dense = beside.staging().join("dense");
+        // Another name than the output's, whose own temporary folder exists at the same time.
+        let mut name = output.file_name().unwrap_or_default().to_owned();
+        name.push(".dense");
+        let beside = AtomicDir::create(&output.with_file_name(name))?;
+        let dense = beside.staging().join("model");
         let mut bar: Option<Progress> = None;
         let dtype = gguf_to_hf::default_dtype(&file);
         gguf_to_hf::write_folder(&file, &dense, dtype, gguf_to_hf::SHARD, |done, total| {
