@@ -53,7 +53,9 @@ fn inputs(path: &Path, dir: &Scratch) -> Option<Inputs> {
     let tensors = fs::read(Path::new(&good).join("adapter_model.safetensors")).unwrap();
     Some(match format {
         "gguf" => Inputs { inspect: Some(text(path)), model: text(path), adapter: good },
-        "tokenizer" if name.ends_with(".gguf") => Inputs { inspect: None, model: text(path), adapter: good },
+        "tokenizer" if path.extension().is_some_and(|end| end == "gguf") => {
+            Inputs { inspect: None, model: text(path), adapter: good }
+        }
         "safetensors" => {
             let model = folder("model", &[("config.json", &settings), ("model.safetensors", &bytes)]);
             Inputs { inspect: Some(text(path)), model, adapter: good }

@@ -40,47 +40,45 @@ struct Row {
     block_len: usize,
     block_bytes: usize,
     quantizer: Quantizer,
-    /// `general.file_type` of a file whose weights mostly have this type (llama_ftype).
-    file_type: Option<u32>,
 }
 
 #[rustfmt::skip]
 const TABLE: [Row; 35] = [
-    Row { dtype: GgmlType::F32,     id: 0,  name: "F32",     block_len: 1,   block_bytes: 4,   quantizer: Quantizer::Plain,    file_type: Some(0) },
-    Row { dtype: GgmlType::F16,     id: 1,  name: "F16",     block_len: 1,   block_bytes: 2,   quantizer: Quantizer::Plain,    file_type: Some(1) },
-    Row { dtype: GgmlType::BF16,    id: 30, name: "BF16",    block_len: 1,   block_bytes: 2,   quantizer: Quantizer::Plain,    file_type: Some(32) },
-    Row { dtype: GgmlType::F64,     id: 28, name: "F64",     block_len: 1,   block_bytes: 8,   quantizer: Quantizer::Never,    file_type: None },
-    Row { dtype: GgmlType::I8,      id: 24, name: "I8",      block_len: 1,   block_bytes: 1,   quantizer: Quantizer::Never,    file_type: None },
-    Row { dtype: GgmlType::I16,     id: 25, name: "I16",     block_len: 1,   block_bytes: 2,   quantizer: Quantizer::Never,    file_type: None },
-    Row { dtype: GgmlType::I32,     id: 26, name: "I32",     block_len: 1,   block_bytes: 4,   quantizer: Quantizer::Never,    file_type: None },
-    Row { dtype: GgmlType::I64,     id: 27, name: "I64",     block_len: 1,   block_bytes: 8,   quantizer: Quantizer::Never,    file_type: None },
-    Row { dtype: GgmlType::Q4_0,    id: 2,  name: "Q4_0",    block_len: 32,  block_bytes: 18,  quantizer: Quantizer::Weighted, file_type: Some(2) },
-    Row { dtype: GgmlType::Q4_1,    id: 3,  name: "Q4_1",    block_len: 32,  block_bytes: 20,  quantizer: Quantizer::Weighted, file_type: Some(3) },
-    Row { dtype: GgmlType::Q5_0,    id: 6,  name: "Q5_0",    block_len: 32,  block_bytes: 22,  quantizer: Quantizer::Weighted, file_type: Some(8) },
-    Row { dtype: GgmlType::Q5_1,    id: 7,  name: "Q5_1",    block_len: 32,  block_bytes: 24,  quantizer: Quantizer::Weighted, file_type: Some(9) },
-    Row { dtype: GgmlType::Q8_0,    id: 8,  name: "Q8_0",    block_len: 32,  block_bytes: 34,  quantizer: Quantizer::Plain,    file_type: Some(7) },
-    Row { dtype: GgmlType::Q8_1,    id: 9,  name: "Q8_1",    block_len: 32,  block_bytes: 36,  quantizer: Quantizer::Never,    file_type: None },
-    Row { dtype: GgmlType::Q2_K,    id: 10, name: "Q2_K",    block_len: 256, block_bytes: 84,  quantizer: Quantizer::Weighted, file_type: Some(10) },
-    Row { dtype: GgmlType::Q3_K,    id: 11, name: "Q3_K",    block_len: 256, block_bytes: 110, quantizer: Quantizer::Weighted, file_type: Some(12) },
-    Row { dtype: GgmlType::Q4_K,    id: 12, name: "Q4_K",    block_len: 256, block_bytes: 144, quantizer: Quantizer::Weighted, file_type: Some(15) },
-    Row { dtype: GgmlType::Q5_K,    id: 13, name: "Q5_K",    block_len: 256, block_bytes: 176, quantizer: Quantizer::Weighted, file_type: Some(17) },
-    Row { dtype: GgmlType::Q6_K,    id: 14, name: "Q6_K",    block_len: 256, block_bytes: 210, quantizer: Quantizer::Weighted, file_type: Some(18) },
-    Row { dtype: GgmlType::Q8_K,    id: 15, name: "Q8_K",    block_len: 256, block_bytes: 292, quantizer: Quantizer::Never,    file_type: None },
-    Row { dtype: GgmlType::IQ1_S,   id: 19, name: "IQ1_S",   block_len: 256, block_bytes: 50,  quantizer: Quantizer::Required, file_type: Some(24) },
-    Row { dtype: GgmlType::IQ1_M,   id: 29, name: "IQ1_M",   block_len: 256, block_bytes: 56,  quantizer: Quantizer::Weighted, file_type: Some(31) },
-    Row { dtype: GgmlType::IQ2_XXS, id: 16, name: "IQ2_XXS", block_len: 256, block_bytes: 66,  quantizer: Quantizer::Required, file_type: Some(19) },
-    Row { dtype: GgmlType::IQ2_XS,  id: 17, name: "IQ2_XS",  block_len: 256, block_bytes: 74,  quantizer: Quantizer::Required, file_type: Some(20) },
-    Row { dtype: GgmlType::IQ2_S,   id: 22, name: "IQ2_S",   block_len: 256, block_bytes: 82,  quantizer: Quantizer::Weighted, file_type: Some(28) },
-    Row { dtype: GgmlType::IQ3_XXS, id: 18, name: "IQ3_XXS", block_len: 256, block_bytes: 98,  quantizer: Quantizer::Weighted, file_type: Some(23) },
-    Row { dtype: GgmlType::IQ3_S,   id: 21, name: "IQ3_S",   block_len: 256, block_bytes: 110, quantizer: Quantizer::Weighted, file_type: Some(26) },
-    Row { dtype: GgmlType::IQ4_NL,  id: 20, name: "IQ4_NL",  block_len: 32,  block_bytes: 18,  quantizer: Quantizer::Weighted, file_type: Some(25) },
-    Row { dtype: GgmlType::IQ4_XS,  id: 23, name: "IQ4_XS",  block_len: 256, block_bytes: 136, quantizer: Quantizer::Weighted, file_type: Some(30) },
-    Row { dtype: GgmlType::TQ1_0,   id: 34, name: "TQ1_0",   block_len: 256, block_bytes: 54,  quantizer: Quantizer::Plain,    file_type: Some(36) },
-    Row { dtype: GgmlType::TQ2_0,   id: 35, name: "TQ2_0",   block_len: 256, block_bytes: 66,  quantizer: Quantizer::Plain,    file_type: Some(37) },
-    Row { dtype: GgmlType::MXFP4,   id: 39, name: "MXFP4",   block_len: 32,  block_bytes: 17,  quantizer: Quantizer::Plain,    file_type: Some(38) },
-    Row { dtype: GgmlType::NVFP4,   id: 40, name: "NVFP4",   block_len: 64,  block_bytes: 36,  quantizer: Quantizer::Plain,    file_type: Some(39) },
-    Row { dtype: GgmlType::Q1_0,    id: 41, name: "Q1_0",    block_len: 128, block_bytes: 18,  quantizer: Quantizer::Plain,    file_type: Some(40) },
-    Row { dtype: GgmlType::Q2_0,    id: 42, name: "Q2_0",    block_len: 64,  block_bytes: 18,  quantizer: Quantizer::Plain,    file_type: Some(41) },
+    Row { dtype: GgmlType::F32,     id: 0,  name: "F32",     block_len: 1,   block_bytes: 4,   quantizer: Quantizer::Plain },
+    Row { dtype: GgmlType::F16,     id: 1,  name: "F16",     block_len: 1,   block_bytes: 2,   quantizer: Quantizer::Plain },
+    Row { dtype: GgmlType::BF16,    id: 30, name: "BF16",    block_len: 1,   block_bytes: 2,   quantizer: Quantizer::Plain },
+    Row { dtype: GgmlType::F64,     id: 28, name: "F64",     block_len: 1,   block_bytes: 8,   quantizer: Quantizer::Never },
+    Row { dtype: GgmlType::I8,      id: 24, name: "I8",      block_len: 1,   block_bytes: 1,   quantizer: Quantizer::Never },
+    Row { dtype: GgmlType::I16,     id: 25, name: "I16",     block_len: 1,   block_bytes: 2,   quantizer: Quantizer::Never },
+    Row { dtype: GgmlType::I32,     id: 26, name: "I32",     block_len: 1,   block_bytes: 4,   quantizer: Quantizer::Never },
+    Row { dtype: GgmlType::I64,     id: 27, name: "I64",     block_len: 1,   block_bytes: 8,   quantizer: Quantizer::Never },
+    Row { dtype: GgmlType::Q4_0,    id: 2,  name: "Q4_0",    block_len: 32,  block_bytes: 18,  quantizer: Quantizer::Weighted },
+    Row { dtype: GgmlType::Q4_1,    id: 3,  name: "Q4_1",    block_len: 32,  block_bytes: 20,  quantizer: Quantizer::Weighted },
+    Row { dtype: GgmlType::Q5_0,    id: 6,  name: "Q5_0",    block_len: 32,  block_bytes: 22,  quantizer: Quantizer::Weighted },
+    Row { dtype: GgmlType::Q5_1,    id: 7,  name: "Q5_1",    block_len: 32,  block_bytes: 24,  quantizer: Quantizer::Weighted },
+    Row { dtype: GgmlType::Q8_0,    id: 8,  name: "Q8_0",    block_len: 32,  block_bytes: 34,  quantizer: Quantizer::Plain },
+    Row { dtype: GgmlType::Q8_1,    id: 9,  name: "Q8_1",    block_len: 32,  block_bytes: 36,  quantizer: Quantizer::Never },
+    Row { dtype: GgmlType::Q2_K,    id: 10, name: "Q2_K",    block_len: 256, block_bytes: 84,  quantizer: Quantizer::Weighted },
+    Row { dtype: GgmlType::Q3_K,    id: 11, name: "Q3_K",    block_len: 256, block_bytes: 110, quantizer: Quantizer::Weighted },
+    Row { dtype: GgmlType::Q4_K,    id: 12, name: "Q4_K",    block_len: 256, block_bytes: 144, quantizer: Quantizer::Weighted },
+    Row { dtype: GgmlType::Q5_K,    id: 13, name: "Q5_K",    block_len: 256, block_bytes: 176, quantizer: Quantizer::Weighted },
+    Row { dtype: GgmlType::Q6_K,    id: 14, name: "Q6_K",    block_len: 256, block_bytes: 210, quantizer: Quantizer::Weighted },
+    Row { dtype: GgmlType::Q8_K,    id: 15, name: "Q8_K",    block_len: 256, block_bytes: 292, quantizer: Quantizer::Never },
+    Row { dtype: GgmlType::IQ1_S,   id: 19, name: "IQ1_S",   block_len: 256, block_bytes: 50,  quantizer: Quantizer::Required },
+    Row { dtype: GgmlType::IQ1_M,   id: 29, name: "IQ1_M",   block_len: 256, block_bytes: 56,  quantizer: Quantizer::Weighted },
+    Row { dtype: GgmlType::IQ2_XXS, id: 16, name: "IQ2_XXS", block_len: 256, block_bytes: 66,  quantizer: Quantizer::Required },
+    Row { dtype: GgmlType::IQ2_XS,  id: 17, name: "IQ2_XS",  block_len: 256, block_bytes: 74,  quantizer: Quantizer::Required },
+    Row { dtype: GgmlType::IQ2_S,   id: 22, name: "IQ2_S",   block_len: 256, block_bytes: 82,  quantizer: Quantizer::Weighted },
+    Row { dtype: GgmlType::IQ3_XXS, id: 18, name: "IQ3_XXS", block_len: 256, block_bytes: 98,  quantizer: Quantizer::Weighted },
+    Row { dtype: GgmlType::IQ3_S,   id: 21, name: "IQ3_S",   block_len: 256, block_bytes: 110, quantizer: Quantizer::Weighted },
+    Row { dtype: GgmlType::IQ4_NL,  id: 20, name: "IQ4_NL",  block_len: 32,  block_bytes: 18,  quantizer: Quantizer::Weighted },
+    Row { dtype: GgmlType::IQ4_XS,  id: 23, name: "IQ4_XS",  block_len: 256, block_bytes: 136, quantizer: Quantizer::Weighted },
+    Row { dtype: GgmlType::TQ1_0,   id: 34, name: "TQ1_0",   block_len: 256, block_bytes: 54,  quantizer: Quantizer::Plain },
+    Row { dtype: GgmlType::TQ2_0,   id: 35, name: "TQ2_0",   block_len: 256, block_bytes: 66,  quantizer: Quantizer::Plain },
+    Row { dtype: GgmlType::MXFP4,   id: 39, name: "MXFP4",   block_len: 32,  block_bytes: 17,  quantizer: Quantizer::Plain },
+    Row { dtype: GgmlType::NVFP4,   id: 40, name: "NVFP4",   block_len: 64,  block_bytes: 36,  quantizer: Quantizer::Plain },
+    Row { dtype: GgmlType::Q1_0,    id: 41, name: "Q1_0",    block_len: 128, block_bytes: 18,  quantizer: Quantizer::Plain },
+    Row { dtype: GgmlType::Q2_0,    id: 42, name: "Q2_0",    block_len: 64,  block_bytes: 18,  quantizer: Quantizer::Plain },
 ];
 
 impl GgmlType {
@@ -118,11 +116,6 @@ impl GgmlType {
     /// Bytes of one block.
     pub const fn block_bytes(self) -> usize {
         self.row().block_bytes
-    }
-
-    /// `general.file_type` of a file whose weights mostly have this type (llama.cpp's `llama_ftype`).
-    pub const fn file_type(self) -> Option<u32> {
-        self.row().file_type
     }
 
     /// Whether values can be written in the type, and what an importance matrix does there.

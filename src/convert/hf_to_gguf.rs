@@ -6,6 +6,7 @@ use std::path::Path;
 
 use qpeft_formats::GgmlType;
 use qpeft_formats::gguf::{GgufWriter, TensorDecl, Value};
+use qpeft_formats::mixture::FileType;
 use qpeft_kernels::cpu::quantize::quantize_rows;
 use rayon::prelude::*;
 
@@ -66,7 +67,7 @@ pub fn write_gguf(
     let dtype = outtype.resolve(source.tensors());
     dtype.require_quantizer(false)?;
     let mut metadata = source.metadata().clone();
-    if let Some(file_type) = dtype.file_type() {
+    if let Some(file_type) = FileType::from_name(dtype.name()).map(FileType::id) {
         metadata.insert("general.file_type", Value::U32(file_type));
     }
     let mut written = Written { dtype, tensors: source.tensors().len(), bytes: 0, fallbacks: Vec::new() };
