@@ -15,7 +15,7 @@ use qpeft_kernels::weight::WeightType;
 use super::report::Usage;
 use super::values::{
     Quant, at_least_one, at_least_zero, bytes, dense_type, file_type, fraction, ggml_type, out_type,
-    positive, probability, quant, share, type_override, up_to_2_pow_32, weight_type,
+    packed_type, positive, probability, quant, share, type_override, up_to_2_pow_32, weight_type,
 };
 use crate::convert::hf_to_gguf::OutType;
 use crate::train::TrainConfig;
@@ -718,8 +718,8 @@ pub struct BenchQuantizeArgs {
 #[derive(Debug, Clone, Args)]
 pub struct BenchDequantizeArgs {
     /// Types, as q4_k,q8_0 [default: all that can be written]
-    #[arg(long = "type", value_name = "TYPES", value_delimiter = ',', value_parser = ggml_type)]
-    pub types: Vec<GgmlType>,
+    #[arg(long = "type", value_name = "TYPES", value_delimiter = ',', value_parser = packed_type)]
+    pub types: Vec<WeightType>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,

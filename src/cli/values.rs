@@ -91,6 +91,11 @@ pub fn weight_type(text: &str) -> Result<WeightType, String> {
     text.parse()
 }
 
+/// A type in which a weight can be stored, by name.
+pub fn packed_type(text: &str) -> Result<WeightType, String> {
+    weight_type(text).or_else(|_| ggml_type(text).map(WeightType::Ggml))
+}
+
 /// A dense type.
 pub fn dense_type(text: &str) -> Result<GgmlType, String> {
     match GgmlType::from_name(text) {

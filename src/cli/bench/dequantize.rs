@@ -8,12 +8,14 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use qpeft_formats::GgmlType;
+use qpeft_formats::bitsandbytes::QuantType;
 use qpeft_formats::dtype::Quantizer;
 use qpeft_formats::file::Bytes;
 use qpeft_kernels::BaseWeight;
 use qpeft_kernels::cpu::Isa;
 use qpeft_kernels::cpu::quantize::quantize_rows;
 use qpeft_kernels::rng::RngKey;
+use qpeft_kernels::weight::WeightType;
 use serde_json::json;
 
 use super::{Fastest, rounds};
@@ -57,20 +59,30 @@ pub fn run(args: &BenchDequantizeArgs, printer: &Printer) -> anyhow::Result<()> 
 }
 
 /// One tile of normally distributed numbers in every type of the list, or in all that can be written.
-fn weights(types: &[GgmlType]) -> anyhow::Result<Vec<BaseWeight>> {
+fn weights(types: &[WeightType]) -> anyhow::Result<Vec<BaseWeight>> {
     let mut values = vec![0.0; ROWS * COLS];
     RngKey { seed: 0, stream: 0 }.fill_normal(&mut values, 0.02);
-    let all: Vec<GgmlType> =
-        GgmlType::ALL.into_iter().filter(|t| t.quantizer() != Quantizer::Never).collect();
+    let ggml = GgmlType::ALL.into_iter().filter(|t| t.quantizer() != Quantizer::Never);
+    let four_bit = |quant_type, double| WeightType::FourBit { quant_type, double };
+    let others = [
+        four_bit(QuantType::Nf4, false),
+        four_bit(QuantType::Nf4, true),
+        four_bit(QuantType::Fp4, false),
+        WeightType::Int8,
+    ];
+    let all: Vec<WeightType> = ggml.map(WeightType::Ggml).chain(others).collect();
     let types = if types.is_empty() { &all } else { types };
-    let ggml = types.iter().map(|&dtype| {
+    let weights = types.iter().map(|&to| {
+        let WeightType::Ggml(dtype) = to else {
+            return Ok(BaseWeight::from_f32(ROWS, COLS, &values)?.quantized(to)?);
+        };
         // All columns alike: some types are not written without importance.
         let importance = (dtype.quantizer() == Quantizer::Required).then_some(&[1.0; COLS][..]);
         let mut bytes = vec![0; ROWS * dtype.row_bytes(COLS)?];
         quantize_rows(dtype, &values, COLS, importance, &mut bytes);
         Ok(BaseWeight::from_ggml(dtype, ROWS, COLS, Bytes::from(bytes))?)
     });
-    ggml.collect()
+    weights.collect()
 }
 
 /// Million elements per second of the fastest call.
