@@ -136,7 +136,8 @@ fn without_generation_tags(source: &str) -> String {
     let mut rest = source;
     while let Some(open) = rest.find("{%") {
         let (text, tag) = rest.split_at(open);
-        let Some(close) = tag.find("%}") else { break };
+        // From behind the opening sign: in `{%}` the two share their middle.
+        let Some(close) = tag[2..].find("%}").map(|at| at + 2) else { break };
         out.push_str(text);
         let inside = &tag[2..close];
         let word = inside.trim_matches(['-', '+']).trim();
@@ -219,6 +220,7 @@ mod tests {
         let e = render("a\n{{ raise_exception('roles must alternate') }}").unwrap_err();
         assert_eq!(e.to_string(), "chat template, line 2: roles must alternate");
         assert!(e.raised && e.hint().unwrap().contains("order of roles"));
+        assert!(render("{%}").is_err() && render("{% generation %}{%}").is_err());
         let e = render("{{ nothing.at.all }}").unwrap_err();
         assert!(!e.raised && e.hint().unwrap().contains("--no-chat-template"), "{e}");
     }

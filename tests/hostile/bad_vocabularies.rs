@@ -103,9 +103,21 @@ fn cases() -> Vec<Case> {
             with(r#""decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 9}"#),
         ),
         (
-            "tokenizer-unknown-id.post-processor.json",
+            "tokenizer-json.post-processor.json",
             with(
                 r#""post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {"a": {"id": "a", "ids": [4294967295], "tokens": ["a"]}}}"#,
+            ),
+        ),
+        (
+            "tokenizer-json.template-token.json",
+            with(
+                r#""post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "b", "type_id": 0}}], "pair": [], "special_tokens": {}}"#,
+            ),
+        ),
+        (
+            "tokenizer-json.template-second.json",
+            with(
+                r#""post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "B", "type_id": 0}}], "pair": [], "special_tokens": {}}"#,
             ),
         ),
         ("tokenizer-merge-token.json", json(abc, r#"["a", "c"]"#)),
@@ -116,6 +128,7 @@ fn cases() -> Vec<Case> {
 /// The variants that no file shows on opening, and why.
 const ELSEWHERE: &[(&str, &str)] = &[
     ("Byte", "of a text: tokenizer/tests.rs and the target `tokenizer_gguf`"),
+    ("UnknownId", "of an id: an_id_outside_of_the_vocabulary_is_refused_when_decoded"),
     ("NoTokenizerJson", "of a folder: a_damaged_or_missing_tokenizer_json_is_refused_with_its_path"),
     ("Io", "of the file system: a_damaged_or_missing_tokenizer_json_is_refused_with_its_path"),
     ("NamedToken", "of two files: a_damaged_or_missing_tokenizer_json_is_refused_with_its_path"),

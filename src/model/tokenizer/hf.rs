@@ -27,12 +27,11 @@ pub(super) struct Parts {
 
 /// Reads `path` and what lies beside it.
 pub(super) fn read(path: &Path) -> Result<Parts> {
-    let bytes = read_file(path)?;
-    let json = parse(path, &bytes)?;
+    let json = parse(path, &read_file(path)?)?;
     parts::check(&json).map_err(|message| TokenizerError::Json { path: path.to_owned(), message })?;
     check_merges(path, &json)?;
-    drop(json);
-    let mut parsing = tokenizers::Tokenizer::from_bytes(&bytes)
+    // The library must see what was checked, and not the first of a key that stands there twice.
+    let mut parsing = tokenizers::Tokenizer::from_bytes(json.to_string())
         .map_err(|e| TokenizerError::Json { path: path.to_owned(), message: e.to_string() })?;
     // Lengths are the data's business, not the vocabulary's.
     parsing.with_padding(None);
@@ -78,7 +77,8 @@ pub(super) fn read(path: &Path) -> Result<Parts> {
     after = switch("add_eos_token", specials.eos).unwrap_or(after);
     // A post-processor names ids of its own.
     if let Some(&id) = before.iter().chain(&after).find(|&&id| id as usize >= vocab_size) {
-        return Err(TokenizerError::UnknownId { id, vocab_size });
+        let message = format!("`post_processor` adds token {id}, outside of the vocabulary of {vocab_size}");
+        return Err(TokenizerError::Json { path: path.to_owned(), message });
     }
     Ok(Parts { engine, specials, before, after })
 }

@@ -67,12 +67,36 @@ fn part(key: &str, value: &Value, known: &[&str], list: &str, depth: usize) -> R
         }
         _ => {}
     }
+    if kind == "TemplateProcessing" {
+        return template(value).map_err(|message| format!("`{key}`: {message}"));
+    }
     // Cutting at both ends of a token cuts past its middle where they meet.
     if key == "decoder" && kind == "Strip" && value["stop"] != 0 {
         return Err(format!(
             "`decoder` strips `stop` = {} characters, supported is 0",
             shown(&value["stop"])
         ));
+    }
+    Ok(())
+}
+
+/// The library looks special tokens up, and takes a second text, without asking whether they are there.
+fn template(value: &Value) -> Result<(), String> {
+    for (list, texts) in [("single", &["A"][..]), ("pair", &["A", "B"])] {
+        for piece in value[list].as_array().into_iter().flatten() {
+            let (text, token) = (&piece["Sequence"]["id"], &piece["SpecialToken"]["id"]);
+            match (text.as_str(), token.as_str()) {
+                (Some(text), None) if texts.contains(&text) => {}
+                (None, Some(token)) if value["special_tokens"][token].is_object() => {}
+                _ => return Err(format!("`{list}` has {}, which is not defined", shown(piece))),
+            }
+        }
+    }
+    for (name, token) in value["special_tokens"].as_object().into_iter().flatten() {
+        let len = |key: &str| token[key].as_array().map(Vec::len);
+        if len("ids") != len("tokens") {
+            return Err(format!("`special_tokens` has `{name}` with other numbers of `ids` and `tokens`"));
+        }
     }
     Ok(())
 }
