@@ -1,7 +1,7 @@
 //! Mixtures: which type each tensor of a file gets when the file as a whole is quantized to `Q4_K_M`.
 //!
-//! The choice is llama-quantize's, tensor for tensor: what is not quantized ([`eligible`]), rules by role
-//! and layer ([`rules`]), a smaller block where a row is not a whole number of blocks, and the user's
+//! The choice is llama-quantize's, tensor for tensor: what is not quantized (`eligible`), rules by role
+//! and layer (`rules`), a smaller block where a row is not a whole number of blocks, and the user's
 //! own choices before all of these.
 
 mod eligible;
