@@ -324,6 +324,8 @@ fn a_model_becomes_a_bitsandbytes_folder_and_that_a_gguf_of_the_same_values() {
     let (folder, file) = (dir.path("nf4"), dir.path("nf4.gguf"));
     let report = json(&["quantize", "--model", DENSE, "--quant", "nf4-dq", "--output", &folder]);
     assert_eq!(report["quantized"], 14, "{report}");
+    let parameters = |path: &str| json(&["inspect", path])["parameters"].as_u64().unwrap();
+    assert_eq!(parameters(&folder), parameters(DENSE));
     json(&["convert", "hf-to-gguf", "--model", &folder, "--output", &file, "--outtype", "f32"]);
     assert_relative(eval_loss(&file, &data, None), eval_loss(&folder, &data, None), 1e-5);
     // The same codes whether the model came as a folder or as a GGUF.

@@ -42,7 +42,7 @@ pub struct Cli {
 pub enum Command {
     /// Train a LoRA, DoRA or PiSSA adapter on a quantized or dense base
     Train(Box<TrainArgs>),
-    /// Turn an adapter into another kind of adapter
+    /// Turn an adapter or a model into another format
     #[command(subcommand)]
     Convert(ConvertCommand),
     /// Merge an adapter into its base and write one model

@@ -18,7 +18,9 @@ use super::args::InspectArgs;
 use super::printer::Printer;
 use super::problems;
 use super::report::Usage;
+use crate::model::base::folder_matrix;
 use crate::model::config::Config;
+use crate::model::save_folder::weights;
 use crate::train::{checkpoint, run_files::RunFile};
 
 /// Longer arrays are shown by their length and first elements.
@@ -218,6 +220,11 @@ fn list_checkpoint(path: &Path) -> anyhow::Result<Listing> {
     let folder = Checkpoint::open(path)?;
     let views: Vec<_> = folder.names().filter_map(|name| folder.tensor(name)).collect();
     let mut listing = Listing::new("model", path, folder.fingerprint()?, described(&views))?;
+    if let Some(parameters) = parameters(&folder).filter(|&parameters| parameters > 0) {
+        listing.parameters = parameters;
+        let bytes: u64 = listing.tensors.iter().map(|tensor| tensor.bytes).sum();
+        listing.bits_per_weight = bytes as f64 * 8.0 / parameters as f64;
+    }
     listing.problems = problems::of_views(&views)?;
     if let Err(e) = Config::from_hf(folder.config(), &folder.config_path().display().to_string()) {
         listing.problems.push(format!("qpeft cannot train on it: {e}"));
@@ -227,6 +234,23 @@ fn list_checkpoint(path: &Path) -> anyhow::Result<Listing> {
     }
     listing.metadata = folder.config().as_object().cloned().unwrap_or_default();
     Ok(listing)
+}
+
+/// Elements of a folder's weights: 4-bit ones hold two in a byte, and scales and code books are none.
+///
+/// `None` if a weight cannot be read; the tensors as they are stored are all that is known then.
+fn parameters(folder: &Checkpoint) -> Option<u64> {
+    let mut parameters = 0;
+    for (name, stored) in weights(folder) {
+        let view = folder.tensor(&name)?;
+        parameters += if stored.len() > 1 && !view.is_fp8() {
+            let weight = folder_matrix(folder, &name).ok()?;
+            (weight.rows() * weight.cols()) as u64
+        } else {
+            view.shape.iter().product::<usize>() as u64
+        };
+    }
+    Some(parameters)
 }
 
 fn list_adapter(path: &Path) -> anyhow::Result<Listing> {

@@ -169,7 +169,8 @@ impl Base {
                 weight.quantized(*to).map_err(|e| {
                     let hint = e.hint();
                     let error = Error::refused(format!("tensor `{name}` cannot be quantized to {to}: {e}"));
-                    hint.into_iter().fold(error, Error::with_hint)
+                    let smaller = || "choose a type of smaller blocks: q8_0, q5_0, q4_0, nf4".to_owned();
+                    error.with_hint(hint.unwrap_or_else(smaller))
                 })
             }
         }
