@@ -17,7 +17,7 @@ use qpeft_kernels::{Device, Tensor};
 use super::config::Config;
 use super::linear::BaseWeight;
 use super::save::slot_of;
-use super::tokenizer::Tokenizer;
+use super::tokenizer::{Tokenizer, TokenizerError};
 use crate::error::{Error, Result};
 
 /// An opened and checked base model.
@@ -120,7 +120,14 @@ impl Base {
     /// There is none, or one that is not supported.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         Ok(match self {
-            Base::Gguf(file) => Tokenizer::from_gguf(file.metadata())?,
+            // A vocabulary knows its keys, not its file.
+            Base::Gguf(file) => Tokenizer::from_gguf(file.metadata()).map_err(|e| {
+                if matches!(e, TokenizerError::Metadata(_)) {
+                    return Error::from(e);
+                }
+                let error = Error::refused(format!("`{}`: {e}", file.path().display()));
+                e.hint().into_iter().fold(error, Error::with_hint)
+            })?,
             Base::Folder(folder) => Tokenizer::from_hf_dir(folder.dir())?,
             Base::Quantized { base, .. } => base.tokenizer()?,
         })
