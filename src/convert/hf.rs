@@ -326,7 +326,7 @@ fn stored(
         let expected = dims.shape(row.shape);
         let is_dense = matches!(view.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64);
         let packs = matches!(row.change, Change::Same | Change::PermuteQ | Change::PermuteK);
-        let shape = if is_dense || view.is_fp8() {
+        let shape = if is_dense || packs && view.is_fp8() {
             view.shape.clone()
         } else if packs && matches!(view.dtype, Dtype::U8 | Dtype::I8) {
             let weight = folder_matrix(folder, name)?;
