@@ -1,0 +1,120 @@
+// What every kernel file starts with: element types, conversions, 16-byte accesses, reductions.
+//
+// NVRTC ships no cuda_bf16.h, so the types live here and a user needs nothing but the driver and NVRTC.
+// Matrices are row-major; a stride counts elements between the starts of two rows.
+
+typedef signed char i8;
+typedef unsigned char u8;
+typedef short i16;
+typedef unsigned short u16;
+typedef int i32;
+typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned long long u64;
+
+// The upper half of an f32.
+struct bf16 {
+    u16 bits;
+};
+
+__device__ __forceinline__ float to_f32(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+__device__ __forceinline__ float to_f32(float x) { return x; }
+
+// Round to nearest, ties to even; NaN stays NaN.
+__device__ __forceinline__ bf16 to_bf16(float x) {
+    bf16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float f16_to_f32(u16 bits) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
+    return y;
+}
+
+// Two bf16 in one word, `low` first in memory.
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
+__device__ __forceinline__ float low_f32(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_f32(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+template <typename T> __device__ __forceinline__ T from_f32(float x);
+template <> __device__ __forceinline__ float from_f32<float>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 from_f32<bf16>(float x) { return to_bf16(x); }
+
+// Eight neighbouring elements in registers.
+struct f32x8 {
+    float v[8];
+};
+
+// `p` is 16-byte aligned.
+__device__ __forceinline__ f32x8 load8(const bf16* p) {
+    const uint4 w = *reinterpret_cast<const uint4*>(p);
+    return {{low_f32(w.x), high_f32(w.x), low_f32(w.y), high_f32(w.y), low_f32(w.z), high_f32(w.z), low_f32(w.w),
+             high_f32(w.w)}};
+}
+
+__device__ __forceinline__ f32x8 load8(const float* p) {
+    const float4 a = *reinterpret_cast<const float4*>(p);
+    const float4 b = *reinterpret_cast<const float4*>(p + 4);
+    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+
+__device__ __forceinline__ void store8(bf16* p, const f32x8& x) {
+    *reinterpret_cast<uint4*>(p) = make_uint4(pack_bf16(x.v[0], x.v[1]), pack_bf16(x.v[2], x.v[3]),
+                                              pack_bf16(x.v[4], x.v[5]), pack_bf16(x.v[6], x.v[7]));
+}
+
+__device__ __forceinline__ void store8(float* p, const f32x8& x) {
+    *reinterpret_cast<float4*>(p) = make_float4(x.v[0], x.v[1], x.v[2], x.v[3]);
+    *reinterpret_cast<float4*>(p + 4) = make_float4(x.v[4], x.v[5], x.v[6], x.v[7]);
+}
+
+// Whether rows that start at `p`, `stride` elements apart, can be read sixteen bytes at a time.
+template <typename T> __device__ __forceinline__ bool aligned16(const T* p, i64 stride) {
+    return ((u64)p & 15) == 0 && (stride * sizeof(T) & 15) == 0;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(0xffffffffu, x, d);
+    return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int d = 16; d > 0; d >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+    return x;
+}
+
+// Sum over a block of THREADS threads, the same bits in every thread; callable repeatedly.
+template <int THREADS> __device__ __forceinline__ float block_sum(float x) {
+    __shared__ float partial[THREADS / 32];
+    x = warp_sum(x);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+    __syncthreads();
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < THREADS / 32; i++) sum += partial[i];
+    return sum;
+}
+
+template <int THREADS> __device__ __forceinline__ float block_max(float x) {
+    __shared__ float partial[THREADS / 32];
+    x = warp_max(x);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+    __syncthreads();
+    float largest = partial[0];
+#pragma unroll
+    for (int i = 1; i < THREADS / 32; i++) largest = fmaxf(largest, partial[i]);
+    return largest;
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
