@@ -47,6 +47,34 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// A library of CUDA is not there, or not usable.
+    #[error("cannot use {library}: {reason}")]
+    CudaLibrary {
+        /// What it is: the driver, NVRTC or cuBLASLt.
+        library: &'static str,
+        /// What was looked for, where, and what was found.
+        reason: String,
+        /// How to get it.
+        hint: &'static str,
+    },
+    /// The driver is older than what this program needs of it.
+    #[error("the NVIDIA driver supports CUDA {found}, expected {expected} or newer")]
+    DriverTooOld {
+        /// The newest CUDA version that the driver supports.
+        found: String,
+        /// The oldest that is enough.
+        expected: String,
+    },
+    /// NVRTC refuses a kernel file.
+    #[error("cannot compile `{file}` for {arch}: {log}")]
+    Compile {
+        /// The kernel file.
+        file: String,
+        /// The architecture, `sm_90`.
+        arch: String,
+        /// What NVRTC says, with file and line.
+        log: String,
+    },
     /// A shared library that cannot be used.
     #[error("cannot use `{path}` as llama.cpp's library: {reason}")]
     Library {
@@ -93,6 +121,13 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Error::Device { .. } | Error::NoKernel { .. } => Some("run with `--device cpu`".to_owned()),
+            Error::CudaLibrary { hint, .. } => Some(format!("{hint}, or run with `--device cpu`")),
+            Error::DriverTooOld { .. } => {
+                Some("install a newer NVIDIA driver, or run with `--device cpu`".to_owned())
+            }
+            Error::Compile { .. } => {
+                Some("the newest NVRTC knows every GPU: `pip install --upgrade nvidia-cuda-nvrtc`".to_owned())
+            }
             Error::Library { .. } => {
                 Some("give the path of llama.cpp's `libggml-base.so` (ggml 0.25.3 or newer)".to_owned())
             }

@@ -4,6 +4,7 @@
 #![deny(clippy::undocumented_unsafe_blocks)]
 
 pub mod cpu;
+pub mod cuda;
 pub mod device;
 pub mod error;
 pub mod ggml_library;
