@@ -47,6 +47,22 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// The device has too little memory left.
+    #[error(
+        "device `{device}` is out of memory: {wanted} bytes wanted, {free} of {total} free ({cause})"
+    )]
+    OutOfMemory {
+        /// The device.
+        device: String,
+        /// Bytes asked for.
+        wanted: usize,
+        /// Bytes that it has left.
+        free: usize,
+        /// Bytes that it has.
+        total: usize,
+        /// What the driver says.
+        cause: String,
+    },
     /// A shared library that cannot be used.
     #[error("cannot use `{path}` as llama.cpp's library: {reason}")]
     Library {
@@ -93,6 +109,11 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Error::Device { .. } | Error::NoKernel { .. } => Some("run with `--device cpu`".to_owned()),
+            Error::OutOfMemory { .. } => Some(
+                "lower `--batch-size` or `--max-seq-length`, set `--gradient-checkpointing`, or stop what else \
+                 uses the device"
+                    .to_owned(),
+            ),
             Error::Library { .. } => {
                 Some("give the path of llama.cpp's `libggml-base.so` (ggml 0.25.3 or newer)".to_owned())
             }
