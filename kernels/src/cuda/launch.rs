@@ -105,7 +105,12 @@ impl Cuda {
     }
 
     /// The kernel, compiled and loaded when it is first asked for.
-    fn function(&self, source: &'static Source, kernel: &'static str, shared: usize) -> Result<sys::CUfunction> {
+    fn function(
+        &self,
+        source: &'static Source,
+        kernel: &'static str,
+        shared: usize,
+    ) -> Result<sys::CUfunction> {
         self.bind()?;
         let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (source.name, kernel);
@@ -123,8 +128,8 @@ impl Cuda {
             };
             let name = CString::new(kernel).expect("kernel names have no NUL");
             // SAFETY: the module stays loaded as long as the device is open.
-            let handle = unsafe { result::module::get_function(module, name) }
-                .map_err(|e| self.error(kernel, e))?;
+            let handle =
+                unsafe { result::module::get_function(module, name) }.map_err(|e| self.error(kernel, e))?;
             modules.functions.insert(key, Function { handle, shared: PLAIN_SHARED });
         }
         let function = modules.functions.get_mut(&key).expect("inserted above");

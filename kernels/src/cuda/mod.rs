@@ -67,11 +67,13 @@ impl Cuda {
         library::driver()?;
         library::nvrtc()?;
         library::cublaslt()?;
-        let count = CudaContext::device_count().map_err(|e| refuse(format!("the driver does not start: {e}")))?;
+        let count =
+            CudaContext::device_count().map_err(|e| refuse(format!("the driver does not start: {e}")))?;
         if ordinal >= usize::try_from(count).unwrap_or(0) {
             return Err(refuse(format!("the driver reports {count} CUDA device(s)")));
         }
-        let context = CudaContext::new(ordinal).map_err(|e| refuse(format!("cannot create a context: {e}")))?;
+        let context =
+            CudaContext::new(ordinal).map_err(|e| refuse(format!("cannot create a context: {e}")))?;
         let ask = |e: DriverError| refuse(format!("the device does not answer: {e}"));
         let (major, minor) = context.compute_capability().map_err(ask)?;
         let arch = Arch { major: major as u32, minor: minor as u32 };
