@@ -47,6 +47,20 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// The device has too little memory left.
+    #[error("device `{device}` is out of memory: {wanted} bytes wanted, {free} of {total} free ({cause})")]
+    OutOfMemory {
+        /// The device.
+        device: String,
+        /// Bytes asked for.
+        wanted: usize,
+        /// Bytes that it has left.
+        free: usize,
+        /// Bytes that it has.
+        total: usize,
+        /// What the driver says.
+        cause: String,
+    },
     /// A library of CUDA is not there, or not usable.
     #[error("cannot use {library}: {reason}")]
     CudaLibrary {
@@ -121,6 +135,11 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Error::Device { .. } | Error::NoKernel { .. } => Some("run with `--device cpu`".to_owned()),
+            Error::OutOfMemory { .. } => Some(
+                "lower `--batch-size` or `--max-seq-length`, set `--gradient-checkpointing`, or stop what else \
+                 uses the device"
+                    .to_owned(),
+            ),
             Error::CudaLibrary { hint, .. } => Some(format!("{hint}, or run with `--device cpu`")),
             Error::DriverTooOld { .. } => {
                 Some("install a newer NVIDIA driver, or run with `--device cpu`".to_owned())
