@@ -16,7 +16,7 @@ use qpeft_kernels::{Device, Tensor, View, ViewMut};
 
 use super::lora::Lora;
 use crate::error::Result;
-use crate::model::linear::{Adapter, BaseWeight, Entry, InputGradient, Pass, Saved, Scratch};
+use crate::model::linear::{Adapter, BaseWeight, Entry, InputGradient, Parameters, Pass, Saved, Scratch};
 
 /// A low-rank pair and a magnitude per output row.
 #[derive(Debug)]
@@ -53,9 +53,10 @@ impl Dora {
         Ok(Dora { lora, magnitude, w_squared, wa, norm: row()?, factor: row()? })
     }
 
-    fn refresh_norm(&mut self, params: View<'_>, weight: &BaseWeight) -> Result<()> {
+    fn refresh_norm(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
+        let Pass { params, factors, .. } = params.pass(None);
+        quant_linear_forward(self.wa.view_mut(), self.lora.a.view(factors), weight, None, None)?;
         let (a, b) = (self.lora.a.view(params), self.lora.b.view(params));
-        quant_linear_forward(self.wa.view_mut(), a, weight, None, None)?;
         Ok(row_norm_forward(
             self.norm.view_mut(),
             self.w_squared.view(),
@@ -85,22 +86,26 @@ impl Adapter for Dora {
         self.lora.drops_out()
     }
 
-    /// A and B as LoRA's; m = ‖W + s B A‖, so that training starts from the base's own output.
+    /// A and B as LoRA's.
     fn init(&mut self, values: &mut [f32], weight: &BaseWeight, seed: u64) -> Result<()> {
-        self.lora.init(values, weight, seed)?;
-        self.init_from_factors(values, weight)
+        self.lora.init(values, weight, seed)
     }
 
-    fn init_from_factors(&mut self, values: &mut [f32], weight: &BaseWeight) -> Result<()> {
-        self.refresh_norm(View::from_slice(values, 1, values.len()), weight)?;
-        values[self.magnitude.range()].copy_from_slice(&self.norm.read()?);
-        Ok(())
-    }
-
-    fn refresh(&mut self, params: View<'_>, weight: &BaseWeight) -> Result<()> {
+    /// m = ‖W + s B A‖, so that training starts from the base's own output.
+    fn derive(
+        &mut self,
+        params: &Parameters,
+        weight: &BaseWeight,
+    ) -> Result<Option<(Range<usize>, Vec<f32>)>> {
         self.refresh_norm(params, weight)?;
+        Ok(Some((self.magnitude.range(), self.norm.read()?)))
+    }
+
+    fn refresh(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
+        self.refresh_norm(params, weight)?;
+        let params = params.values.view();
         fold_row_factor(self.factor.view_mut(), self.magnitude.view(params), self.norm.view())?;
-        self.lora.fold(params, Some(self.factor.view()))
+        self.lora.fold(params, weight, Some(self.factor.view()))
     }
 
     fn forward(
@@ -118,6 +123,7 @@ impl Adapter for Dora {
     fn backward(
         &self,
         dx: Option<InputGradient<'_>>,
+        dh: ViewMut<'_>,
         mut dparams: ViewMut<'_>,
         dy: View<'_>,
         saved: Saved<'_>,
@@ -129,7 +135,7 @@ impl Adapter for Dora {
         let dm = self.magnitude.view_mut(dparams.reborrow());
         row_scale_backward(dm, dy, saved.y, self.magnitude.view(pass.params))?;
         let g = Some(self.factor.view());
-        self.lora.backward_scaled(dx, dparams, dy, saved, weight, g, pass, scratch)
+        self.lora.backward_scaled(dx, dh, dparams, dy, saved, weight, g, pass, scratch)
     }
 
     /// The norm is taken of the merged rows themselves, in f64.

@@ -13,7 +13,7 @@ use qpeft_kernels::rng::RngKey;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
 
 use crate::error::Result;
-use crate::model::linear::{Adapter, BaseWeight, Entry, InputGradient, Pass, Saved, Scratch};
+use crate::model::linear::{Adapter, BaseWeight, Entry, InputGradient, Parameters, Pass, Saved, Scratch};
 
 /// The low-rank pair on one linear.
 #[derive(Debug)]
@@ -50,14 +50,15 @@ impl Lora {
         let key = |matrix: &str| format!("base_model.model.{module}.{matrix}.weight");
         let a = Entry { key: key("lora_A"), shape: vec![rank, weight.cols()], offset };
         let b = Entry { key: key("lora_B"), shape: vec![weight.rows(), rank], offset: offset + a.len() };
-        Ok(Lora { a, b, scaling, dropout, id, folded: Tensor::zeros(device, weight.rows(), rank)? })
+        Ok(Lora { a, b, scaling, dropout, id, folded: Tensor::activations(device, weight.rows(), rank)? })
     }
 
     /// Folds s and the row factor g into B; see [`Adapter::refresh`].
     ///
     /// # Errors
     /// An op refuses.
-    pub fn fold(&mut self, params: View<'_>, g: Option<View<'_>>) -> Result<()> {
+    pub fn fold(&mut self, params: View<'_>, weight: &BaseWeight, g: Option<View<'_>>) -> Result<()> {
+        weight.outdate();
         Ok(fold_branch(self.folded.view_mut(), self.b.view(params), self.scaling, g)?)
     }
 
@@ -76,7 +77,7 @@ impl Lora {
         scratch: &mut Scratch,
     ) -> Result<()> {
         let input = self.drop(x, pass, &mut scratch.dropped)?;
-        low_rank_forward(h.reborrow(), input, self.a.view(pass.params))?;
+        low_rank_forward(h.reborrow(), input, self.a.view(pass.factors))?;
         let branch = Branch { h: h.as_view(), b: self.folded.view() };
         Ok(quant_linear_forward(y, x, weight, g, Some(branch))?)
     }
@@ -88,6 +89,7 @@ impl Lora {
     pub fn backward_scaled(
         &self,
         dx: Option<InputGradient<'_>>,
+        mut dh: ViewMut<'_>,
         dparams: ViewMut<'_>,
         dy: View<'_>,
         saved: Saved<'_>,
@@ -96,10 +98,7 @@ impl Lora {
         pass: &Pass<'_>,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        let rank = self.a.shape[0];
-        let Scratch { dropped, dh } = scratch;
-        let mut dh = dh.top_mut(dy.rows).into_column_range(0, rank);
-        let a = self.a.view(pass.params);
+        let a = self.a.view(pass.factors);
         let scale = OutScale { scaling: self.scaling, rows: g };
         // A and B lie next to each other in the flat buffer, A first.
         let (da, db) =
@@ -124,7 +123,7 @@ impl Lora {
             }
             Some(key) => {
                 let t = saved.x.rows;
-                let mut input = dropped.top_mut(t).into_column_range(0, saved.x.cols);
+                let mut input = scratch.dropped.top_mut(t).into_column_range(0, saved.x.cols);
                 dropout_forward(input.reborrow(), saved.x, self.dropout, key)?;
                 low_rank_backward(None, da, db, dh.as_view(), dy, saved.h, input.as_view(), a, scale)?;
                 if let Some(dx) = &mut dx {
@@ -188,12 +187,16 @@ impl Adapter for Lora {
         Ok(())
     }
 
-    fn init_from_factors(&mut self, _values: &mut [f32], _weight: &BaseWeight) -> Result<()> {
-        Ok(())
+    fn derive(
+        &mut self,
+        _params: &Parameters,
+        _weight: &BaseWeight,
+    ) -> Result<Option<(Range<usize>, Vec<f32>)>> {
+        Ok(None)
     }
 
-    fn refresh(&mut self, params: View<'_>, _weight: &BaseWeight) -> Result<()> {
-        self.fold(params, None)
+    fn refresh(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
+        self.fold(params.values.view(), weight, None)
     }
 
     fn forward(
@@ -211,6 +214,7 @@ impl Adapter for Lora {
     fn backward(
         &self,
         dx: Option<InputGradient<'_>>,
+        dh: ViewMut<'_>,
         dparams: ViewMut<'_>,
         dy: View<'_>,
         saved: Saved<'_>,
@@ -218,7 +222,7 @@ impl Adapter for Lora {
         pass: &Pass<'_>,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        self.backward_scaled(dx, dparams, dy, saved, weight, None, pass, scratch)
+        self.backward_scaled(dx, dh, dparams, dy, saved, weight, None, pass, scratch)
     }
 
     fn merge(&self, rows: Range<usize>, w: &mut [f32], params: &[f32]) {

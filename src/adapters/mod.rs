@@ -9,7 +9,6 @@ pub mod pissa;
 pub mod staged;
 
 use qpeft_formats::peft::{HostTensor, PeftAdapter, PeftConfig, TargetModules};
-use qpeft_kernels::Tensor;
 
 pub use folder::AdapterFolder;
 pub use method::Method;
@@ -45,7 +44,7 @@ pub fn attach(decoder: &mut Decoder, config: &PeftConfig) -> Result<Parameters> 
         offset = entries.last().map_or(0, |e| e.range().end);
         linear.adapter = Some(adapter);
     }
-    Ok(Parameters { entries, values: Tensor::zeros(&device, 1, offset)? })
+    Parameters::new(&device, entries)
 }
 
 fn new_lora(
@@ -100,7 +99,20 @@ pub fn initialize(decoder: &mut Decoder, params: &mut Parameters, seed: u64) -> 
             adapter.init(&mut values, &linear.weight, seed)?;
         }
     }
-    Ok(params.values.write(&values)?)
+    params.write(&values)?;
+    derive(decoder, params, values)
+}
+
+/// Fills in the values that follow from the low-rank factors in `values`, which `params` holds already.
+fn derive(decoder: &mut Decoder, params: &mut Parameters, mut values: Vec<f32>) -> Result<()> {
+    for linear in decoder.linears_mut() {
+        if let Some(adapter) = &mut linear.adapter
+            && let Some((range, derived)) = adapter.derive(params, &linear.weight)?
+        {
+            values[range].copy_from_slice(&derived);
+        }
+    }
+    params.write(&values)
 }
 
 /// Takes the values of a PEFT folder. All that does not fit is listed in one error.
@@ -110,7 +122,7 @@ pub fn initialize(decoder: &mut Decoder, params: &mut Parameters, seed: u64) -> 
 pub fn load(params: &mut Parameters, adapter: &PeftAdapter) -> Result<()> {
     let mut values = params.values.read()?;
     take(&mut values, &params.entries, adapter)?;
-    Ok(params.values.write(&values)?)
+    params.write(&values)
 }
 
 /// Copies the tensors of `entries` into their places.
@@ -156,12 +168,8 @@ pub fn load_factors(decoder: &mut Decoder, params: &mut Parameters, factors: &Pe
     let follows = |entry: &Entry| entry.key.ends_with("lora_magnitude_vector");
     let entries: Vec<Entry> = params.entries.iter().filter(|e| !follows(e)).cloned().collect();
     take(&mut values, &entries, factors)?;
-    for linear in decoder.linears_mut() {
-        if let Some(adapter) = &mut linear.adapter {
-            adapter.init_from_factors(&mut values, &linear.weight)?;
-        }
-    }
-    Ok(params.values.write(&values)?)
+    params.write(&values)?;
+    derive(decoder, params, values)
 }
 
 /// The values as a PEFT folder.
@@ -210,11 +218,11 @@ pub fn split_targets(
             pissa::factorize(&lora, &mut values, &linear.weight, options)?;
         }
         let split = pissa::split(&lora, &values, &linear.weight)?;
-        linear.weight = split.residual;
+        linear.weight = split.residual.to_device(&device)?;
         linear.adapter = None;
         errors.push((linear.module.clone(), split.error));
         progress(errors.len(), targets);
     }
-    params.values.write(&values)?;
+    params.write(&values)?;
     Ok((save(&params, &plain)?, errors))
 }

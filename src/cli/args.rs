@@ -6,7 +6,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use qpeft_formats::GgmlType;
 use qpeft_formats::gguf::split::SplitLimit;
 use qpeft_formats::mixture::{FileType, Mixture, TypeOverride};
@@ -18,6 +18,7 @@ use super::values::{
     packed_type, positive, probability, quant, share, type_override, up_to_2_pow_32, weight_type,
 };
 use crate::convert::hf_to_gguf::OutType;
+use crate::model::synthetic::{BaseType, Shape};
 use crate::train::TrainConfig;
 use crate::train::config::{Method, TargetModules};
 use crate::train::schedule::SchedulerType;
@@ -428,7 +429,7 @@ pub struct PissaToLoraArgs {
 }
 
 /// The container of a merged model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum MergeTarget {
     /// One GGUF file
     Gguf,
@@ -654,8 +655,17 @@ pub struct InspectArgs {
 #[derive(Debug, Clone, Args)]
 pub struct BenchTrainArgs {
     /// GGUF file or Hugging Face folder
-    #[arg(long, short, value_name = "PATH")]
-    pub model: PathBuf,
+    #[arg(long, short, value_name = "PATH", required_unless_present = "shape")]
+    pub model: Option<PathBuf>,
+    /// Random weights in the shape of a known model, in place of a file: llama-3.1-8b, llama-3.2-1b, ...
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "base_quant"], value_parser = str::parse::<Shape>)]
+    pub shape: Option<Shape>,
+    /// Type of the random weights: nf4, nf4-dq, bf16, q4_k, q8_0, ... or q4_k_m
+    #[arg(long, value_name = "TYPE", default_value = "nf4-dq", value_parser = str::parse::<BaseType>)]
+    pub base: BaseType,
+    /// Random tokens and, with --shape, random weights; what this benchmark always uses
+    #[arg(long)]
+    pub synthetic: bool,
     /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
     #[arg(long, value_name = "TYPE", value_parser = weight_type)]
     pub base_quant: Option<WeightType>,
@@ -680,15 +690,27 @@ pub struct BenchTrainArgs {
     /// Steps before the measurement
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_zero::<u64>)]
     pub warmup: u64,
-    /// Compute activations again: less memory, slower
-    #[arg(long)]
-    pub gradient_checkpointing: bool,
+    /// Layers whose activations are computed again in the backward pass: all, none, or auto for what memory allows
+    #[arg(long, value_enum, value_name = "LAYERS", default_value_t)]
+    pub recompute: Recompute,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
     /// Where to compute.
     #[command(flatten)]
     pub compute: ComputeArgs,
+}
+
+/// Layers whose activations are computed again in the backward pass.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Recompute {
+    /// As many as do not fit into memory.
+    #[default]
+    Auto,
+    /// Every layer: least memory.
+    All,
+    /// No layer: fastest.
+    None,
 }
 
 /// `qpeft bench quantize`

@@ -2,6 +2,7 @@
 
 pub mod dequantize;
 pub mod quantize;
+mod floor;
 pub mod train;
 
 use std::time::{Duration, Instant};

@@ -5,7 +5,7 @@ use qpeft_kernels::ops::residual::residual_forward;
 use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_forward};
 use qpeft_kernels::ops::rope::{rope_backward, rope_forward};
 use qpeft_kernels::ops::swiglu::{swiglu_backward, swiglu_forward};
-use qpeft_kernels::{Tensor, View, ViewMut};
+use qpeft_kernels::{Ids, Tensor, View, ViewMut};
 
 use super::buffers::{GradientBuffers, LayerBuffers};
 use super::config::Config;
@@ -87,11 +87,11 @@ pub struct Place<'a> {
     /// Rotary table.
     pub rope: View<'a>,
     /// Position of every token in its sequence.
-    pub positions: &'a [u32],
+    pub positions: Ids<'a>,
     /// Boundaries of the sequences among the queries.
-    pub q_starts: &'a [u32],
+    pub q_starts: Ids<'a>,
     /// Boundaries of the sequences among the keys: the same, unless there is a cache.
-    pub k_starts: &'a [u32],
+    pub k_starts: Ids<'a>,
 }
 
 /// What the backward pass of every linear needs besides activations and gradients.
@@ -173,16 +173,16 @@ impl Layer {
         self.project(Slot::Q, s.q.top_mut(t), &mut s.h, norm, pass, scratch)?;
         self.project(Slot::K, k_all.view_mut().into_row_range(cached, t), &mut s.h, norm, pass, scratch)?;
         self.project(Slot::V, v_all.view_mut().into_row_range(cached, t), &mut s.h, norm, pass, scratch)?;
-        rope_forward(s.q.top_mut(t), place.rope, place.positions, d)?;
-        rope_forward(k_all.view_mut().into_row_range(cached, t), place.rope, place.positions, d)?;
+        rope_forward(s.q.top_mut(t), place.rope, place.positions.host(), d)?;
+        rope_forward(k_all.view_mut().into_row_range(cached, t), place.rope, place.positions.host(), d)?;
         attention_forward(
             s.attn.top_mut(t),
             s.lse.view_mut().into_column_range(0, t),
             s.q.top(t),
             k_all.top(cached + t),
             v_all.top(cached + t),
-            place.q_starts,
-            place.k_starts,
+            place.q_starts.host(),
+            place.k_starts.host(),
             &place.attention(),
         )?;
         let attn_out = if s.attn_out.rows() == 0 { &mut *branch } else { &mut s.attn_out };
@@ -223,6 +223,7 @@ impl Layer {
         &self,
         slot: Slot,
         dx: Option<InputGradient<'_>>,
+        dh: &mut [Tensor; SLOTS],
         dy: View<'_>,
         x: View<'_>,
         y: View<'_>,
@@ -231,7 +232,8 @@ impl Layer {
     ) -> Result<()> {
         let linear = self.linear(slot);
         let h = h[slot as usize].top(x.rows).column_range(0, linear.rank());
-        linear.backward(dx, to.dparams.reborrow(), dy, Saved { x, h, y }, to.pass, to.scratch)
+        let dh = dh[slot as usize].top_mut(x.rows).into_column_range(0, linear.rank());
+        linear.backward(dx, dh, to.dparams.reborrow(), dy, Saved { x, h, y }, to.pass, to.scratch)
     }
 
     /// The mirror of [`Layer::forward`]: `g.stream` holds the gradient of y on entry and that of x on
@@ -256,6 +258,7 @@ impl Layer {
         self.project_backward(
             Slot::Down,
             Some(overwrite(g.act.top_mut(t))),
+            &mut g.h,
             g.stream.top(t),
             s.act.top(t),
             ffn_out,
@@ -265,7 +268,8 @@ impl Layer {
         swiglu_backward(g.gate.top_mut(t), g.up.top_mut(t), g.act.top(t), s.gate.top(t), s.up.top(t))?;
         self.project_backward(
             Slot::Up,
-            Some(overwrite(g.norm.top_mut(t))),
+            Some(overwrite(g.ffn_norm.top_mut(t))),
+            &mut g.h,
             g.up.top(t),
             s.ffn_norm.top(t),
             s.up.top(t),
@@ -274,7 +278,8 @@ impl Layer {
         )?;
         self.project_backward(
             Slot::Gate,
-            Some(accumulate(g.norm.top_mut(t))),
+            Some(accumulate(g.ffn_norm.top_mut(t))),
+            &mut g.h,
             g.gate.top(t),
             s.ffn_norm.top(t),
             s.gate.top(t),
@@ -283,7 +288,7 @@ impl Layer {
         )?;
         rms_norm_backward(
             g.stream.top_mut(t),
-            g.norm.top(t),
+            g.ffn_norm.top(t),
             s.middle.top(t),
             s.ffn_rstd.view().column_range(0, t),
             self.ffn_norm.view(),
@@ -294,6 +299,7 @@ impl Layer {
         self.project_backward(
             Slot::O,
             Some(overwrite(g.attn.top_mut(t))),
+            &mut g.h,
             g.stream.top(t),
             s.attn.top(t),
             attn_out,
@@ -311,23 +317,24 @@ impl Layer {
             s.q.top(t),
             s.k.top(t),
             s.v.top(t),
-            place.q_starts,
+            place.q_starts.host(),
             &place.attention(),
         )?;
-        rope_backward(g.q.top_mut(t), place.rope, place.positions, d)?;
-        rope_backward(g.k.top_mut(t), place.rope, place.positions, d)?;
+        rope_backward(g.q.top_mut(t), place.rope, place.positions.host(), d)?;
+        rope_backward(g.k.top_mut(t), place.rope, place.positions.host(), d)?;
         // An adapter that reads its output wants it as the linear gave it, before the rotation.
         if self.linear(Slot::Q).needs_output() {
-            rope_backward(s.q.top_mut(t), place.rope, place.positions, d)?;
+            rope_backward(s.q.top_mut(t), place.rope, place.positions.host(), d)?;
         }
         if self.linear(Slot::K).needs_output() {
-            rope_backward(s.k.top_mut(t), place.rope, place.positions, d)?;
+            rope_backward(s.k.top_mut(t), place.rope, place.positions.host(), d)?;
         }
         let norm = s.attn_norm.top(t);
         if input_gradient {
             self.project_backward(
                 Slot::Q,
                 Some(overwrite(g.norm.top_mut(t))),
+                &mut g.h,
                 g.q.top(t),
                 norm,
                 s.q.top(t),
@@ -337,6 +344,7 @@ impl Layer {
             self.project_backward(
                 Slot::K,
                 Some(accumulate(g.norm.top_mut(t))),
+                &mut g.h,
                 g.k.top(t),
                 norm,
                 s.k.top(t),
@@ -346,6 +354,7 @@ impl Layer {
             self.project_backward(
                 Slot::V,
                 Some(accumulate(g.norm.top_mut(t))),
+                &mut g.h,
                 g.v.top(t),
                 norm,
                 s.v.top(t),
@@ -360,9 +369,9 @@ impl Layer {
                 self.attn_norm.view(),
             )?;
         } else {
-            self.project_backward(Slot::Q, None, g.q.top(t), norm, s.q.top(t), &s.h, to)?;
-            self.project_backward(Slot::K, None, g.k.top(t), norm, s.k.top(t), &s.h, to)?;
-            self.project_backward(Slot::V, None, g.v.top(t), norm, s.v.top(t), &s.h, to)?;
+            self.project_backward(Slot::Q, None, &mut g.h, g.q.top(t), norm, s.q.top(t), &s.h, to)?;
+            self.project_backward(Slot::K, None, &mut g.h, g.k.top(t), norm, s.k.top(t), &s.h, to)?;
+            self.project_backward(Slot::V, None, &mut g.h, g.v.top(t), norm, s.v.top(t), &s.h, to)?;
         }
         Ok(())
     }

@@ -15,6 +15,7 @@ pub mod residual;
 pub mod sample;
 pub mod save;
 pub mod save_folder;
+pub mod synthetic;
 pub mod tokenizer;
 
 pub use base::Base;

@@ -22,6 +22,8 @@ pub struct Optimizer {
     m: Tensor,
     /// Running mean of their squares.
     v: Tensor,
+    /// Norm of the last step's gradients.
+    norm: f64,
 }
 
 impl Optimizer {
@@ -31,7 +33,15 @@ impl Optimizer {
     /// The device is out of memory.
     pub fn new(device: &Device, count: usize, hyper: AdamW, max_grad_norm: f64) -> Result<Optimizer> {
         let zeros = || Tensor::zeros(device, 1, count);
-        Ok(Optimizer { hyper, max_grad_norm, updates: 0, grads: zeros()?, m: zeros()?, v: zeros()? })
+        Ok(Optimizer {
+            hyper,
+            max_grad_norm,
+            updates: 0,
+            grads: zeros()?,
+            m: zeros()?,
+            v: zeros()?,
+            norm: 0.0,
+        })
     }
 
     /// The flat gradients, to add to.
@@ -39,33 +49,40 @@ impl Optimizer {
         self.grads.view_mut()
     }
 
-    /// The norm of the accumulated gradients, before clipping.
+    /// Clips the accumulated gradients, updates the parameters, and empties the gradients. Gradients that are
+    /// not finite update nothing; [`Optimizer::grad_norm`] tells.
     ///
     /// # Errors
     /// An op refuses.
-    pub fn grad_norm(&self) -> Result<f64> {
-        Ok(global_norm(self.grads.view())?)
+    pub fn step(&mut self, params: &mut Parameters, learning_rate: f64) -> Result<()> {
+        self.norm = global_norm(self.grads.view())?;
+        if self.norm.is_finite() {
+            self.updates += 1;
+            let clip = if self.max_grad_norm > 0.0 {
+                clip_factor(self.norm, self.max_grad_norm as f32)
+            } else {
+                1.0
+            };
+            adamw_update(
+                params.values.view_mut(),
+                self.m.view_mut(),
+                self.v.view_mut(),
+                self.grads.view(),
+                &self.hyper,
+                learning_rate as f32,
+                self.updates,
+                clip,
+            )?;
+        }
+        Ok(self.grads.view_mut().zero("adamw")?)
     }
 
-    /// Clips the gradients to the norm, updates the parameters, and empties the gradients.
+    /// The norm of the gradients of the last step, before clipping.
     ///
     /// # Errors
-    /// An op refuses.
-    pub fn step(&mut self, params: &mut Parameters, learning_rate: f64, grad_norm: f64) -> Result<()> {
-        self.updates += 1;
-        let clip =
-            if self.max_grad_norm > 0.0 { clip_factor(grad_norm, self.max_grad_norm as f32) } else { 1.0 };
-        adamw_update(
-            params.values.view_mut(),
-            self.m.view_mut(),
-            self.v.view_mut(),
-            self.grads.view(),
-            &self.hyper,
-            learning_rate as f32,
-            self.updates,
-            clip,
-        )?;
-        Ok(self.grads.view_mut().zero("adamw")?)
+    /// The device refuses to be read.
+    pub fn grad_norm(&self) -> Result<f64> {
+        Ok(self.norm)
     }
 
     /// The moments (m, v) in host memory, for a checkpoint.

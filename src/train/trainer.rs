@@ -24,7 +24,7 @@ use crate::adapters::staged::{FileId, Manifest};
 use crate::adapters::{self, AdapterFolder, folder};
 use crate::model::chat;
 use crate::model::tokenizer::Tokenizer;
-use crate::model::{Base, Batch, Buffers, Decoder, Keep, Loss, Parameters, Pass};
+use crate::model::{Base, Batch, Buffers, Decoder, Keep, Loss, Parameters};
 
 /// What is about to be trained, said before the first step.
 #[derive(Debug, Clone)]
@@ -199,7 +199,7 @@ impl<'a> Run<'a> {
             restore(&checkpoint, &mut params, &mut optimizer)?;
             state = checkpoint.state;
         }
-        decoder.refresh(params.values.view())?;
+        decoder.refresh(&params)?;
 
         let log = if resume {
             LogWriter::resume(&config.output, state.step)?
@@ -293,18 +293,18 @@ impl<'a> Run<'a> {
         let supervised: usize = batches.iter().map(|b| b.supervised().0.len()).sum();
         // A step whose examples carry no loss would divide by zero; its gradient is zero.
         let scale = 1.0 / supervised.max(1) as f32;
-        let mut loss = Loss::default();
         for (index, batch) in batches.iter().enumerate() {
             let micro = self.state.step * self.config.gradient_accumulation_steps as u64 + index as u64;
-            let pass = Pass {
-                params: self.params.values.view(),
-                dropout: Some(RngKey { seed: self.config.seed, stream: micro + 1 }),
-            };
+            let pass = self.params.pass(Some(RngKey { seed: self.config.seed, stream: micro + 1 }));
             let mut grads = self.optimizer.grads();
-            loss += self.decoder.loss_and_gradients(&mut self.buffers, batch, &mut grads, scale, &pass)?;
+            self.decoder.accumulate(&mut self.buffers, batch, &mut grads, scale, &pass)?;
         }
         let step = self.state.step + 1;
-        let grad_norm = self.optimizer.grad_norm()?;
+        let learning_rate = self.schedule.learning_rate(self.state.step);
+        self.optimizer.step(&mut self.params, learning_rate)?;
+        self.decoder.refresh(&self.params)?;
+        // The only wait for the device in a step, after everything is enqueued.
+        let (loss, grad_norm) = (self.buffers.take_loss()?, self.optimizer.grad_norm()?);
         if !loss.sum.is_finite() || !grad_norm.is_finite() {
             return Err(Error::NotFinite {
                 step,
@@ -313,9 +313,6 @@ impl<'a> Run<'a> {
                 last_checkpoint: checkpoint::before(&self.config.output, self.state.step)?,
             });
         }
-        let learning_rate = self.schedule.learning_rate(self.state.step);
-        self.optimizer.step(&mut self.params, learning_rate, grad_norm)?;
-        self.decoder.refresh(self.params.values.view())?;
 
         self.state.step = step;
         self.state.optimizer_step = self.optimizer.updates;
@@ -399,7 +396,7 @@ pub fn dataset_loss(
     batch_size: usize,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Loss> {
-    let pass = Pass { params: params.values.view(), dropout: None };
+    let pass = params.pass(None);
     let mut loss = Loss::default();
     let indices: Vec<usize> = (0..data.examples.len()).collect();
     for indices in indices.chunks(batch_size) {
@@ -480,7 +477,7 @@ fn restore(checkpoint: &Checkpoint, params: &mut Parameters, optimizer: &mut Opt
         let missing = || crate::Error::refused(format!("the checkpoint has no tensor `{name}`"));
         checkpoint.tensors.get(name).map(|t| t.data.as_slice()).ok_or_else(missing)
     };
-    params.values.write(tensor("parameters")?)?;
+    params.write(tensor("parameters")?)?;
     Ok(optimizer.restore(tensor("adamw.m")?, tensor("adamw.v")?, checkpoint.state.optimizer_step)?)
 }
 

@@ -5,12 +5,14 @@
 //! packed and usually mapped from the file: a clone is a pointer, and only the tile at work is f32.
 //! N rows are output features, K columns are input features. Each storage has a file of its own.
 
+mod copy;
 mod four_bit;
 mod ggml;
 mod int8;
 mod kind;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use qpeft_formats::GgmlType;
 use qpeft_formats::bitsandbytes::{FourBit, Int8};
@@ -18,12 +20,15 @@ use qpeft_formats::file::Bytes;
 use qpeft_formats::safetensors::{Dtype, TensorView};
 use rayon::prelude::*;
 
+pub use copy::Place;
 pub use ggml::dequantize_blocks;
 pub use kind::WeightType;
 
 use crate::cpu::by_isa;
 use crate::cpu::scratch::with_scratch;
 use crate::error::{Error, Result, check};
+use crate::cuda::Cuda;
+use crate::device::Device;
 use crate::tensor::ViewMut;
 
 /// A frozen (N, K) matrix in the type of its checkpoint.
@@ -32,6 +37,14 @@ pub struct BaseWeight {
     rows: usize,
     cols: usize,
     storage: Storage,
+    on_device: Option<Arc<OnDevice>>,
+}
+
+/// The same weight where ops on a device read it.
+#[derive(Debug)]
+struct OnDevice {
+    packed: DeviceWeight,
+    copy: Option<copy::Copy>,
 }
 
 /// How the rows are stored.
@@ -57,7 +70,7 @@ impl BaseWeight {
     pub fn from_ggml(dtype: GgmlType, rows: usize, cols: usize, bytes: Bytes) -> Result<BaseWeight> {
         let expected = dtype.row_bytes(cols)?.saturating_mul(rows);
         check("weight", "size in bytes", expected, bytes.len())?;
-        Ok(BaseWeight { rows, cols, storage: Storage::Ggml { dtype, bytes, factor: 1.0 } })
+        Ok(BaseWeight { rows, cols, storage: Storage::Ggml { dtype, bytes, factor: 1.0 }, on_device: None })
     }
 
     /// The same blocks with every element times `factor`, as a file has it that keeps a factor of the whole
@@ -94,12 +107,12 @@ impl BaseWeight {
     /// A weight in NF4 or FP4.
     pub fn from_four_bit(weight: FourBit) -> BaseWeight {
         let state = *weight.state();
-        BaseWeight { rows: state.rows, cols: state.cols, storage: Storage::FourBit(weight) }
+        BaseWeight { rows: state.rows, cols: state.cols, storage: Storage::FourBit(weight), on_device: None }
     }
 
     /// A weight in LLM.int8.
     pub fn from_int8(weight: Int8) -> BaseWeight {
-        BaseWeight { rows: weight.rows(), cols: weight.cols(), storage: Storage::Int8(weight) }
+        BaseWeight { rows: weight.rows(), cols: weight.cols(), storage: Storage::Int8(weight), on_device: None }
     }
 
     /// Output features, N.
@@ -110,6 +123,61 @@ impl BaseWeight {
     /// Input features, K.
     pub fn cols(&self) -> usize {
         self.cols
+    }
+
+    /// The same weight, packed, where `device` computes. The host keeps its mapped bytes.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn to_device(mut self, device: &Device) -> Result<BaseWeight> {
+        if let Device::Cuda(cuda) = device {
+            let packed = DeviceWeight::upload(cuda, &self)?;
+            self.on_device = Some(Arc::new(OnDevice { packed, copy: None }));
+        }
+        Ok(self)
+    }
+
+    /// The packed weight on the device, if it is there.
+    pub fn device(&self) -> Option<&DeviceWeight> {
+        self.on_device.as_ref().map(|on_device| &on_device.packed)
+    }
+
+    /// Gives a weight on a device room for a bf16 copy with so many columns of padding, so that products do
+    /// not dequantize it each time. `adapted`: for products with a row scale or a branch.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    ///
+    /// # Panics
+    /// The weight is shared already.
+    pub fn keep_copy(&mut self, cuda: &Cuda, padding: usize, adapted: bool) -> Result<()> {
+        if let Some(on_device) = &mut self.on_device {
+            let on_device = Arc::get_mut(on_device).expect("a weight that is not shared yet");
+            on_device.copy = Some(copy::Copy::new(cuda, self.rows, self.cols, padding, adapted)?);
+        }
+        Ok(())
+    }
+
+    /// Whether it has room for a bf16 copy.
+    pub fn is_cached(&self) -> bool {
+        self.on_device.as_ref().is_some_and(|on_device| on_device.copy.is_some())
+    }
+
+    /// Address of the bf16 copy for this use, and whether it is up to date; if not, the caller fills it.
+    pub(crate) fn cached_copy(&self, scaled: bool, place: Option<Place>) -> Option<(u64, bool)> {
+        self.on_device.as_ref()?.copy.as_ref()?.take(self.rows, self.cols, scaled, place)
+    }
+
+    /// Address of the rows on the device, where they are bf16 already and nothing is multiplied in.
+    pub(crate) fn dense_bf16(&self) -> Option<u64> {
+        self.device()?.dense_bf16()
+    }
+
+    /// Says that row scales or adapter columns that were folded into the copy have changed.
+    pub fn outdate(&self) {
+        if let Some(copy) = self.on_device.as_ref().and_then(|on_device| on_device.copy.as_ref()) {
+            copy.outdate();
+        }
     }
 
     /// How the rows are stored.
@@ -253,7 +321,7 @@ impl BaseWeight {
             }
             Storage::Int8(_) => Storage::Int8(Int8::quantize(self.cols, values)),
         };
-        Ok(BaseWeight { storage, ..*self })
+        Ok(BaseWeight { rows: self.rows, cols: self.cols, storage, on_device: None })
     }
 
     /// The same values in another type, rounded to it, in parallel.

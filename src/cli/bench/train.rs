@@ -1,8 +1,10 @@
 //! `qpeft bench train`: tokens per second and peak memory of real training steps on synthetic tokens.
 //!
 //! Every token is supervised, so the head runs over all rows: the most expensive case. With `--compare` the
-//! two methods take turns step by step, so that a noisy machine is noisy to both.
+//! two methods take turns step by step, so that a noisy machine is noisy to both. On a GPU one more step with
+//! events around every launch tells where the time goes, and the floor what no program could beat.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Instant;
 
@@ -12,13 +14,16 @@ use qpeft_kernels::ops::adamw::AdamW;
 use qpeft_kernels::rng::RngKey;
 use serde_json::{Value, json};
 
+use super::floor::{Ceilings, Floor};
 use crate::adapters::{self, Method};
-use crate::cli::args::BenchTrainArgs;
+use crate::cli::args::{BenchTrainArgs, Recompute};
 use crate::cli::printer::Printer;
 use crate::cli::progress::Progress;
 use crate::cli::session::open_device;
-use crate::model::{Base, Batch, Buffers, Decoder, Keep, Parameters, Pass};
+use crate::model::{Base, Batch, Buffers, Decoder, Keep, Parameters};
 use crate::train::optimizer::Optimizer;
+
+const GIB: f64 = (1u64 << 30) as f64;
 
 /// Runs the command.
 ///
@@ -26,10 +31,10 @@ use crate::train::optimizer::Optimizer;
 /// The model is refused or memory runs out.
 pub fn run(args: &BenchTrainArgs, printer: &Printer) -> anyhow::Result<()> {
     let device = open_device(&args.compute)?;
-    let base = Base::open_as(&args.model, args.base_quant)?;
-    let mut subjects = vec![Subject::new(args, args.method, &base, &device)?];
+    let base = args.model.as_deref().map(|path| Base::open_as(path, args.base_quant)).transpose()?;
+    let mut subjects = vec![Subject::new(args, args.method, base.as_ref(), &device)?];
     if let Some(other) = args.compare {
-        subjects.push(Subject::new(args, other, &base, &device)?);
+        subjects.push(Subject::new(args, other, base.as_ref(), &device)?);
     }
     let mut bar = Progress::start(printer, "step", 0, args.warmup + args.steps);
     for step in 0..args.warmup + args.steps {
@@ -43,19 +48,35 @@ pub fn run(args: &BenchTrainArgs, printer: &Printer) -> anyhow::Result<()> {
     }
     bar.finish();
 
-    let peak = peak_rss();
-    let results: Vec<Value> = subjects.iter().map(|s| s.result(args)).collect();
+    let peak = match &device {
+        Device::Cpu => peak_rss(),
+        Device::Cuda(cuda) => Some(cuda.held_bytes().1 as u64),
+    };
     let mut report = json!({
-        "model": base.name(),
-        "base_type": base.main_type(),
+        "model": base.as_ref().map_or_else(|| args.shape.as_ref().map(|s| s.name.to_owned()), |b| Some(b.name())),
+        "base_type": base.as_ref().map_or_else(|| args.base.to_string(), Base::main_type),
         "device": device.to_string(),
         "threads": rayon::current_num_threads(),
         "batch_size": args.batch_size,
         "sequence_length": args.max_seq_length,
-        "gradient_checkpointing": args.gradient_checkpointing,
-        "methods": results,
-        "peak_rss_mib": peak.map(|bytes| bytes as f64 / f64::from(1 << 20)),
+        "recompute": if args.recompute == Recompute::All { "all" } else { "none" },
+        "peak_gib": peak.map(|bytes| bytes as f64 / GIB),
     });
+    let mut splits = Vec::new();
+    if let Device::Cuda(cuda) = &device {
+        report["gpu"] = json!(cuda.model()?);
+        let ceilings = Ceilings::measure(cuda)?;
+        let floor = Floor::of(&subjects[0].decoder, args, ceilings);
+        report["floor"] = json!(floor);
+        for subject in &mut subjects {
+            splits.push(subject.split(cuda)?);
+        }
+    }
+    let mut results: Vec<Value> = subjects.iter().map(|s| s.result(args)).collect();
+    for (result, split) in results.iter_mut().zip(&splits) {
+        result["split_ms"] = json!(split);
+    }
+    report["methods"] = json!(results);
     if let [a, b] = &subjects[..] {
         report["speed_ratio"] = json!(b.median() / a.median());
     }
@@ -63,24 +84,30 @@ pub fn run(args: &BenchTrainArgs, printer: &Printer) -> anyhow::Result<()> {
         return Ok(printer.json(&report)?);
     }
     let mut text = String::new();
-    for subject in &subjects {
-        let tokens = (args.batch_size * args.max_seq_length) as f64;
+    for (i, subject) in subjects.iter().enumerate() {
         writeln!(
             text,
-            "{:<6} {:8.1} tok/s  {:8.3} s per step (median of {}, fastest {:.3})",
+            "{:<6} {:8.1} tok/s  {:8.2} ms per step (median of {}, fastest {:.2})",
             subject.method.name(),
-            tokens / subject.median(),
-            subject.median(),
+            subject.batch.len() as f64 / subject.median(),
+            1e3 * subject.median(),
             subject.seconds.len(),
-            subject.seconds.iter().copied().fold(f64::INFINITY, f64::min)
+            1e3 * subject.seconds.iter().copied().fold(f64::INFINITY, f64::min)
         )?;
+        if let Some(split) = splits.get(i) {
+            let parts: Vec<String> = split.iter().map(|(what, ms)| format!("{what} {ms:.2}")).collect();
+            writeln!(text, "       ms: {}", parts.join(", "))?;
+        }
     }
     if let [a, b] = &subjects[..] {
         let (name, other) = (a.method.name(), b.method.name());
         writeln!(text, "{name} runs at {:.3} x the speed of {other}", b.median() / a.median())?;
     }
+    if let Some(seconds) = report["floor"]["seconds"].as_f64() {
+        writeln!(text, "floor  {:8.2} ms per step from FLOPs and bytes", 1e3 * seconds)?;
+    }
     match peak {
-        Some(bytes) => writeln!(text, "peak memory {:.0} MiB", bytes as f64 / f64::from(1 << 20))?,
+        Some(bytes) => writeln!(text, "peak memory {:.3} GiB", bytes as f64 / GIB)?,
         None => text.push_str("peak memory unknown on this system\n"),
     }
     Ok(printer.data(&text)?)
@@ -98,8 +125,17 @@ struct Subject {
 }
 
 impl Subject {
-    fn new(args: &BenchTrainArgs, method: Method, base: &Base, device: &Device) -> anyhow::Result<Subject> {
-        let mut decoder = Decoder::load(base, device)?;
+    fn new(
+        args: &BenchTrainArgs,
+        method: Method,
+        base: Option<&Base>,
+        device: &Device,
+    ) -> anyhow::Result<Subject> {
+        let mut decoder = match (base, &args.shape) {
+            (Some(base), _) => Decoder::load(base, device)?,
+            (None, Some(shape)) => Decoder::synthetic(shape, args.base, device)?,
+            (None, None) => anyhow::bail!("neither a model nor a shape"),
+        };
         let mut config = PeftConfig::new(args.lora_r, 2.0 * args.lora_r as f64);
         config.target_modules = Some(TargetModules::AllLinear);
         config.use_dora = method.info().magnitude;
@@ -109,10 +145,10 @@ impl Subject {
         }
         let mut params = adapters::attach(&mut decoder, &config)?;
         adapters::initialize(&mut decoder, &mut params, 0)?;
-        decoder.refresh(params.values.view())?;
+        decoder.refresh(&params)?;
         let hyper = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
         let optimizer = Optimizer::new(device, params.count(), hyper, 1.0)?;
-        let keep = if args.gradient_checkpointing { Keep::LayerInputs } else { Keep::Everything };
+        let keep = if args.recompute == Recompute::All { Keep::LayerInputs } else { Keep::Everything };
         let buffers = Buffers::new(&decoder, args.batch_size * args.max_seq_length, keep)?;
         let batch = synthetic(args, decoder.config.vocab_size);
         Ok(Subject { method, decoder, params, optimizer, buffers, batch, seconds: Vec::new() })
@@ -121,15 +157,22 @@ impl Subject {
     /// Seconds of one optimizer step.
     fn step(&mut self, step: u64) -> anyhow::Result<f64> {
         let began = Instant::now();
-        let pass =
-            Pass { params: self.params.values.view(), dropout: Some(RngKey { seed: 0, stream: step }) };
+        let pass = self.params.pass(Some(RngKey { seed: 0, stream: step }));
         let scale = 1.0 / self.batch.supervised().0.len() as f32;
         let mut grads = self.optimizer.grads();
-        self.decoder.loss_and_gradients(&mut self.buffers, &self.batch, &mut grads, scale, &pass)?;
-        let norm = self.optimizer.grad_norm()?;
-        self.optimizer.step(&mut self.params, 1e-4, norm)?;
-        self.decoder.refresh(self.params.values.view())?;
+        self.decoder.accumulate(&mut self.buffers, &self.batch, &mut grads, scale, &pass)?;
+        self.optimizer.step(&mut self.params, 1e-4)?;
+        self.decoder.refresh(&self.params)?;
+        let loss = self.buffers.take_loss()?;
+        anyhow::ensure!(loss.sum.is_finite(), "the loss is not finite");
         Ok(began.elapsed().as_secs_f64())
+    }
+
+    /// Milliseconds of one more step by kernel file.
+    fn split(&mut self, cuda: &qpeft_kernels::cuda::Cuda) -> anyhow::Result<BTreeMap<&'static str, f64>> {
+        cuda.start_profile();
+        self.step(u64::MAX >> 24)?;
+        Ok(cuda.stop_profile()?)
     }
 
     fn median(&self) -> f64 {

@@ -1,0 +1,134 @@
+//! The CUDA twin: the weight is dequantized to bf16 into scratch and goes into one library product.
+//!
+//! The scratch rows carry more than the weight: the row scale is multiplied in, and where the branch's `h`
+//! lies in the padding behind the rows of `x` ([`Tensor::with_padding`](crate::Tensor::with_padding)), the
+//! branch's `b` is appended, so that one product of depth K + padding gives y = x Wᵀ diag(g) + h bᵀ, and one
+//! product backward gives dx and dh side by side. Elsewhere the branch is a product of its own.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::Branch;
+use crate::cuda::gemm::{Matrix, transposed};
+use crate::cuda::{Cuda, Scratch};
+use crate::error::{Error, Result};
+use crate::ops::dequantize::{Columns, dequantize_rows};
+use crate::tensor::{Dtype, View, ViewMut};
+use crate::weight::{BaseWeight, Place};
+
+/// Elements of dequantized weight in scratch at a time: a wide matrix (an output head) goes in pieces.
+const TILE: usize = 128 << 20;
+
+/// The place of `h` in the padding of `x`, if it lies there.
+fn find(x: Matrix, h: Matrix) -> Option<Place> {
+    let size = x.dtype.size() as u64;
+    let bytes = h.ptr.checked_sub(x.ptr + x.cols as u64 * size)?;
+    let (offset, padding) = ((bytes / size) as usize, x.stride - x.cols);
+    let inside = h.stride == x.stride && h.dtype == x.dtype && offset + h.cols <= padding;
+    (inside && bytes.is_multiple_of(size)).then_some(Place { offset, padding })
+}
+
+pub(super) fn forward(
+    op: &'static str,
+    cuda: &Arc<Cuda>,
+    y: &ViewMut<'_>,
+    x: View<'_>,
+    weight: &BaseWeight,
+    row_scale: Option<View<'_>>,
+    branch: Option<Branch<'_>>,
+) -> Result<()> {
+    let (y, x) = (y.matrix(op)?, x.matrix(op)?);
+    let place = match branch {
+        Some(Branch { h, .. }) => find(x, h.matrix(op)?),
+        None => None,
+    };
+    let beside = place.and(branch).zip(place).map(|(branch, place)| (branch.b, place));
+    let depth = weight.cols() + place.map_or(0, |place| place.padding);
+    let x = Matrix { cols: depth, ..x };
+    for rows in tiles(weight, depth) {
+        let w = folded(op, cuda, weight, rows.clone(), row_scale, beside)?;
+        cuda.gemm(columns(y, rows), x, transposed(w), 1.0, 0.0)?;
+    }
+    match branch {
+        Some(Branch { h, b }) if place.is_none() => {
+            cuda.gemm(y, h.matrix(op)?, transposed(b.matrix(op)?), 1.0, 1.0)
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn backward(
+    op: &'static str,
+    cuda: &Arc<Cuda>,
+    dx: &ViewMut<'_>,
+    dh: Option<ViewMut<'_>>,
+    dy: View<'_>,
+    weight: &BaseWeight,
+    row_scale: Option<View<'_>>,
+    b: Option<View<'_>>,
+    accumulate: bool,
+) -> Result<()> {
+    let (dx, dy) = (dx.matrix(op)?, dy.matrix(op)?);
+    let branch = dh.zip(b);
+    let place = match &branch {
+        Some((dh, _)) => find(dx, dh.matrix(op)?),
+        None => None,
+    };
+    let beside = branch.as_ref().zip(place).map(|((_, b), place)| (*b, place));
+    let depth = weight.cols() + place.map_or(0, |place| place.padding);
+    let dx = Matrix { cols: depth, ..dx };
+    if let Some((dh, b)) = branch {
+        if place.is_none() {
+            cuda.gemm(dh.matrix(op)?, dy, b.matrix(op)?, 1.0, 0.0)?;
+        } else if accumulate {
+            // The product adds to the padding, too.
+            dh.zero(op)?;
+        }
+    }
+    for (i, rows) in tiles(weight, depth).enumerate() {
+        let w = folded(op, cuda, weight, rows.clone(), row_scale, beside)?;
+        let beta = if accumulate || i > 0 { 1.0 } else { 0.0 };
+        cuda.gemm(dx, columns(dy, rows), w, 1.0, beta)?;
+    }
+    Ok(())
+}
+
+/// The rows of the weight in pieces that fit scratch.
+fn tiles(weight: &BaseWeight, depth: usize) -> impl Iterator<Item = Range<usize>> {
+    let (rows, at_once) = (weight.rows(), (TILE / depth.max(1)).max(1));
+    let at_once = if weight.is_cached() { rows.max(1) } else { at_once };
+    (0..rows).step_by(at_once).map(move |start| start..(start + at_once).min(rows))
+}
+
+fn columns(matrix: Matrix, range: Range<usize>) -> Matrix {
+    let ptr = matrix.ptr + (range.start * matrix.dtype.size()) as u64;
+    Matrix { ptr, cols: range.len(), ..matrix }
+}
+
+/// Rows of diag(g) W in bf16, the branch in their padding.
+fn folded(
+    op: &'static str,
+    cuda: &Arc<Cuda>,
+    weight: &BaseWeight,
+    rows: Range<usize>,
+    row_scale: Option<View<'_>>,
+    beside: Option<(View<'_>, Place)>,
+) -> Result<Matrix> {
+    let place = beside.map(|(_, place)| place);
+    let stride = weight.cols() + place.map_or(0, |place| place.padding);
+    if row_scale.is_none() && beside.is_none() && let Some(dense) = weight.dense_bf16() {
+        let ptr = dense + (rows.start * weight.cols() * Dtype::Bf16.size()) as u64;
+        return Ok(Matrix { ptr, rows: rows.len(), cols: stride, stride, dtype: Dtype::Bf16 });
+    }
+    let (ptr, fresh) = match weight.cached_copy(row_scale.is_some(), place) {
+        Some(cached) => cached,
+        None => (cuda.scratch(Scratch::Weight, rows.len() * stride * Dtype::Bf16.size())?, false),
+    };
+    let matrix = Matrix { ptr, rows: rows.len(), cols: stride, stride, dtype: Dtype::Bf16 };
+    if !fresh {
+        let packed = weight.device().ok_or_else(|| Error::NoKernel { op, device: "a weight on the cpu".into() })?;
+        let columns = beside.map(|(b, place)| Columns { b, offset: place.offset });
+        dequantize_rows(ViewMut::on_cuda(cuda, matrix), packed, rows, row_scale, columns)?;
+    }
+    Ok(matrix)
+}

@@ -1,0 +1,63 @@
+//! A weight's own bf16 copy on a device, for runs with memory to spare: no dequantization per product.
+//!
+//! The copy holds what products read: rows scaled, adapter columns in their padding. Both change with every
+//! optimizer step, so the copy knows whether it is up to date.
+
+use std::sync::{Mutex, PoisonError};
+
+use crate::cuda::{Buffer, Cuda};
+use crate::error::Result;
+use crate::tensor::Dtype;
+
+/// Where a low-rank branch lies in the padding of the rows beside it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// First column of the branch, counted from the end of the row.
+    pub offset: usize,
+    /// Columns of padding.
+    pub padding: usize,
+}
+
+/// What a copy holds beside the weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Contents {
+    scaled: bool,
+    place: Option<Place>,
+}
+
+/// Room for rows of bf16 and what is in it.
+#[derive(Debug)]
+pub(super) struct Copy {
+    buffer: Buffer,
+    /// Whether it is for products with an adapter; products without one use scratch then.
+    adapted: bool,
+    contents: Mutex<Option<Contents>>,
+}
+
+impl Copy {
+    /// Room for (rows, cols + padding).
+    pub(super) fn new(cuda: &Cuda, rows: usize, cols: usize, padding: usize, adapted: bool) -> Result<Copy> {
+        let buffer = cuda.alloc(rows * (cols + padding) * Dtype::Bf16.size())?;
+        Ok(Copy { buffer, adapted, contents: Mutex::new(None) })
+    }
+
+    /// The address, and whether it holds this already; if not, the caller fills it. `None`: not here.
+    pub(super) fn take(&self, rows: usize, cols: usize, scaled: bool, place: Option<Place>) -> Option<(u64, bool)> {
+        let wanted = Contents { scaled, place };
+        let stride = cols + place.map_or(0, |place| place.padding);
+        if self.adapted != (scaled || place.is_some()) || rows * stride * Dtype::Bf16.size() > self.buffer.bytes() {
+            return None;
+        }
+        let mut contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+        let fresh = *contents == Some(wanted);
+        *contents = Some(wanted);
+        Some((self.buffer.ptr(), fresh))
+    }
+
+    /// Forgets what it holds.
+    pub(super) fn outdate(&self) {
+        if self.adapted {
+            *self.contents.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+    }
+}
