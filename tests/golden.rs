@@ -152,7 +152,7 @@ fn a_base_of_bitsandbytes_gives_the_logits_of_transformers_also_when_we_quantize
 #[test]
 fn the_initial_loss_and_every_gradient_are_those_of_peft() {
     for run_of @ (base, method) in RUNS {
-        for keep in [Keep::Everything, Keep::LayerInputs] {
+        for keep in [Keep::EVERYTHING, Keep::LAYER_INPUTS] {
             let mut run = Run::new(run_of, keep);
             let mut grads = Tensor::zeros(&Device::Cpu, 1, run.params.count()).unwrap();
             let loss = run.loss_and_gradients(&mut grads);
@@ -183,7 +183,7 @@ fn the_initial_loss_and_every_gradient_are_those_of_peft() {
 
 /// Ten steps; the learning rate of each and the largest gradient norm as given.
 fn ten_steps(run_of: (&str, &str), which: &str, max_grad_norm: f64, schedule: &Schedule) {
-    let mut run = Run::new(run_of, Keep::Everything);
+    let mut run = Run::new(run_of, Keep::EVERYTHING);
     let hyper = &run.golden["adamw"];
     let number = |value: &Value| value.as_f64().unwrap() as f32;
     let hyper = AdamW {
@@ -221,7 +221,7 @@ fn ten_steps(run_of: (&str, &str), which: &str, max_grad_norm: f64, schedule: &S
 }
 
 fn learning_rate(run: (&str, &str)) -> f64 {
-    Run::new(run, Keep::Everything).golden["adamw"]["lr"].as_f64().unwrap()
+    Run::new(run, Keep::EVERYTHING).golden["adamw"]["lr"].as_f64().unwrap()
 }
 
 #[test]

@@ -5,6 +5,7 @@
 //! ([`crate::Error::NoKernel`]) until their kernels exist.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::cuda::Cuda;
 use crate::error::{Error, Result};
@@ -18,6 +19,27 @@ pub enum Device {
     Cpu,
     /// One CUDA device, with the stream on which all its work is enqueued.
     Cuda(Arc<Cuda>),
+    /// No device: what is allocated there is only counted, as a CUDA device would allocate it. What a run will
+    /// take is found by building it here.
+    Meta(Arc<Meter>),
+}
+
+/// Counts what would be allocated.
+#[derive(Debug, Default)]
+pub struct Meter {
+    bytes: AtomicUsize,
+}
+
+impl Meter {
+    /// Counts one allocation.
+    pub fn add(&self, bytes: usize) {
+        self.bytes.fetch_add(crate::cuda::memory::rounded(bytes), Ordering::Relaxed);
+    }
+
+    /// Everything so far.
+    pub fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
 }
 
 impl Device {
@@ -48,16 +70,26 @@ impl Device {
     pub const fn activation_dtype(&self) -> Dtype {
         match self {
             Device::Cpu => Dtype::F32,
-            Device::Cuda(_) => Dtype::Bf16,
+            Device::Cuda(_) | Device::Meta(_) => Dtype::Bf16,
         }
     }
 
     /// The CUDA device, if it is one.
     pub const fn cuda(&self) -> Option<&Arc<Cuda>> {
         match self {
-            Device::Cpu => None,
+            Device::Cpu | Device::Meta(_) => None,
             Device::Cuda(cuda) => Some(cuda),
         }
+    }
+
+    /// Whether activations have another type than parameters.
+    pub const fn rounds(&self) -> bool {
+        !matches!(self, Device::Cpu)
+    }
+
+    /// Whether nothing is stored here.
+    pub const fn is_meta(&self) -> bool {
+        matches!(self, Device::Meta(_))
     }
 }
 
@@ -66,6 +98,7 @@ impl std::fmt::Display for Device {
         match self {
             Device::Cpu => f.write_str("cpu"),
             Device::Cuda(cuda) => f.write_str(&cuda.name()),
+            Device::Meta(_) => f.write_str("meta"),
         }
     }
 }

@@ -15,12 +15,18 @@ use crate::error::{Error, Result};
 /// What the forward pass keeps for the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Keep {
-    /// All activations of all layers: the fastest backward pass.
-    Everything,
-    /// Only what enters each layer; the backward pass runs each layer's forward again.
-    LayerInputs,
+    /// All activations of the topmost so many layers, and what enters each of the others, whose forward the
+    /// backward pass runs again.
+    Layers(usize),
     /// Nothing: evaluation and generation.
     Nothing,
+}
+
+impl Keep {
+    /// All activations of all layers: the fastest backward pass.
+    pub const EVERYTHING: Keep = Keep::Layers(usize::MAX);
+    /// Only what enters each layer: the smallest memory of a training run.
+    pub const LAYER_INPUTS: Keep = Keep::Layers(0);
 }
 
 /// Logits held at a time: 32 Mi floats (128 MiB), so that a large vocabulary is walked in chunks of
@@ -159,10 +165,11 @@ impl BatchIds {
 pub struct Buffers {
     /// Tokens that fit.
     pub capacity: usize,
-    /// What is kept.
-    pub keep: Keep,
+    /// So many of the lowest layers share one set of activations and are computed again.
+    pub recomputed: usize,
     /// (T, C) each: the residual stream entering layer l, and leaving the last one.
     streams: Vec<Tensor>,
+    /// The shared activations first, if there are any, then those of the layers that keep theirs.
     layers: Vec<LayerBuffers>,
     /// (T, C): output of a residual branch that nobody reads later.
     pub branch: Tensor,
@@ -218,12 +225,17 @@ impl Buffers {
             rank: needs.iter().map(|n| n[i].rank).max().unwrap_or(0),
             output: needs.iter().any(|n| n[i].output),
         });
-        let layers = match keep {
-            Keep::Everything => {
-                needs.iter().map(|n| LayerBuffers::new(model, t, n, &largest)).collect::<Result<_>>()?
-            }
-            Keep::LayerInputs | Keep::Nothing => vec![LayerBuffers::new(model, t, &largest, &largest)?],
+        let kept = match keep {
+            Keep::Layers(kept) => kept.min(c.n_layers),
+            Keep::Nothing => 0,
         };
+        let recomputed = c.n_layers - kept;
+        let layers = (recomputed > 0)
+            .then_some(&largest)
+            .into_iter()
+            .chain(&needs[recomputed..])
+            .map(|needs| LayerBuffers::new(model, t, needs, &largest))
+            .collect::<Result<_>>()?;
         let streams = if keep == Keep::Nothing { 2 } else { c.n_layers + 1 };
         let drops_out = keep != Keep::Nothing
             && model.linears().any(|l| l.adapter.as_ref().is_some_and(|adapter| adapter.drops_out()));
@@ -232,7 +244,7 @@ impl Buffers {
             if keep == Keep::Nothing { None } else { Some(GradientBuffers::new(model, t, chunk, &largest)?) };
         Ok(Buffers {
             capacity,
-            keep,
+            recomputed,
             streams: (0..streams).map(|_| zeros(t, c.hidden_size)).collect::<Result<_, _>>()?,
             layers,
             branch: zeros(t, c.hidden_size)?,
@@ -304,11 +316,10 @@ impl Buffers {
 
     /// What one layer's forward pass borrows, and the indices.
     pub fn layer_forward(&mut self, layer: usize, rows: usize) -> (LayerForward<'_>, &BatchIds) {
-        let n = self.streams.len();
+        let (n, index) = (self.streams.len(), self.activations_of(layer));
         let (enter, leave) = (layer % n, (layer + 1) % n);
         let [enter, leave] =
             self.streams.get_disjoint_mut([enter, leave]).expect("two neighbouring streams are distinct");
-        let index = layer % self.layers.len();
         let borrowed = LayerForward {
             y: leave.top_mut(rows),
             x: enter.top(rows),
@@ -325,7 +336,7 @@ impl Buffers {
     /// The buffers were made for evaluation; see [`Buffers::training`].
     pub fn layer_backward(&mut self, layer: usize, rows: usize) -> (LayerBackward<'_>, &BatchIds) {
         let enter = layer % self.streams.len();
-        let index = layer % self.layers.len();
+        let index = self.activations_of(layer);
         let borrowed = LayerBackward {
             x: self.streams[enter].top(rows),
             s: &mut self.layers[index],
@@ -333,6 +344,10 @@ impl Buffers {
             scratch: &mut self.scratch,
         };
         (borrowed, &self.ids)
+    }
+
+    fn activations_of(&self, layer: usize) -> usize {
+        if self.recomputed == 0 { layer } else { (layer + 1).saturating_sub(self.recomputed) }
     }
 
     /// The normalized output and its statistics, to write to, and the stream that leaves the last layer.

@@ -10,7 +10,7 @@ use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_forward};
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
 
 use super::batch::Batch;
-use super::buffers::{BatchIds, Buffers, Keep, LayerBackward, LayerForward};
+use super::buffers::{BatchIds, Buffers, LayerBackward, LayerForward};
 use super::config::Config;
 use super::layer::{Backward, Layer, LayerCache, Place};
 use super::linear::{BaseWeight, Linear, Parameters, Pass};
@@ -245,7 +245,8 @@ impl Decoder {
         rms_norm_backward(g.stream.top_mut(t), g.norm.top(t), x, rstd, self.final_norm.view())?;
 
         for (index, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
-            if buffers.keep == Keep::LayerInputs {
+            // Of the layers that share activations, the topmost has just left its own there.
+            if index + 1 < buffers.recomputed {
                 let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
                 layer.forward(y, x, s, branch, &self.place(ids), None, pass, scratch)?;
             }

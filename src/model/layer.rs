@@ -45,6 +45,16 @@ impl Slot {
         }
     }
 
+    /// The slots that read the same input, itself among them.
+    pub const fn siblings(self) -> &'static [Slot] {
+        match self {
+            Slot::Q | Slot::K | Slot::V => &[Slot::Q, Slot::K, Slot::V],
+            Slot::O => &[Slot::O],
+            Slot::Gate | Slot::Up => &[Slot::Gate, Slot::Up],
+            Slot::Down => &[Slot::Down],
+        }
+    }
+
     /// (out, in) features.
     pub const fn shape(self, config: &Config) -> (usize, usize) {
         let (c, f) = (config.hidden_size, config.intermediate_size);

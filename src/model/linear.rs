@@ -82,7 +82,7 @@ impl Parameters {
     pub fn new(device: &Device, entries: Vec<Entry>) -> Result<Parameters> {
         let count = entries.last().map_or(0, |e| e.range().end);
         let values = Tensor::zeros(device, 1, count)?;
-        let rounded = device.cuda().is_some().then(|| Tensor::activations(device, 1, count)).transpose()?;
+        let rounded = device.rounds().then(|| Tensor::activations(device, 1, count)).transpose()?;
         Ok(Parameters { entries, values, rounded })
     }
 

@@ -11,6 +11,7 @@ pub mod decoder;
 pub mod layer;
 pub mod linear;
 pub mod load;
+pub mod memory;
 pub mod residual;
 pub mod sample;
 pub mod save;

@@ -165,7 +165,7 @@ impl<'a> Run<'a> {
         };
         let mut optimizer = Optimizer::new(device, params.count(), hyper, config.max_grad_norm)?;
         let capacity = config.batch_size * longest;
-        let keep = if config.gradient_checkpointing { Keep::LayerInputs } else { Keep::Everything };
+        let keep = if config.gradient_checkpointing { Keep::LAYER_INPUTS } else { Keep::EVERYTHING };
         let mut decoder = decoder;
         let buffers = Buffers::new(&decoder, capacity, keep)?;
 

@@ -16,6 +16,11 @@ use crate::error::{Error, Result};
 /// Starts of buffers: what the widest vector load and cuBLASLt's fastest kernels want.
 const ALIGNMENT: usize = 256;
 
+/// What an allocation of `bytes` takes.
+pub(crate) fn rounded(bytes: usize) -> usize {
+    bytes.max(1).next_multiple_of(ALIGNMENT)
+}
+
 /// Bytes obtained from the driver at once.
 #[derive(Debug)]
 struct Block {
@@ -109,7 +114,7 @@ impl Cuda {
     /// # Errors
     /// The device has not so much memory left.
     pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
-        let size = bytes.max(1).next_multiple_of(ALIGNMENT);
+        let size = rounded(bytes);
         let mut arena = self.memory.arena.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((block, used)) = &mut *arena
             && block.bytes - *used >= size

@@ -7,7 +7,7 @@ use crate::cpu::gemm::{Mat, MatMut, gemm};
 use crate::cpu::scratch::with_scratch;
 use crate::cuda::gemm::{Matrix, transposed};
 use crate::cuda::{Arg, Cuda, Grid, Scratch, Source};
-use crate::error::{Result, check};
+use crate::error::{Error, Result, check};
 use crate::tensor::{Dtype, View, ViewMut};
 
 const FORWARD: &str = "low_rank_forward";
@@ -92,7 +92,7 @@ pub fn low_rank_backward(
     if let Some(cuda) = x.cuda() {
         return backward_cuda(cuda, dx, &da, &db, [dh, dy, h, x, a], out_scale);
     }
-    let row_scale = out_scale.rows.map(|rows| Ok(rows.mat(BACKWARD)?.row(0))).transpose()?;
+    let row_scale = out_scale.rows.map(|rows| Ok::<_, Error>(rows.mat(BACKWARD)?.row(0))).transpose()?;
     let (dh, x) = (dh.mat(BACKWARD)?, x.mat(BACKWARD)?);
     if let Some(dx) = dx {
         dx_fast(dx.mat(BACKWARD)?, dh, a.mat(BACKWARD)?);

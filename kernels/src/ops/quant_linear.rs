@@ -6,6 +6,8 @@
 
 mod cuda;
 
+pub use cuda::weight_scratch;
+
 use crate::cpu::gemm::{Mat, MatMut, gemm};
 use crate::cpu::scratch::with_scratch;
 use crate::cpu::{by_isa, math};

@@ -5,8 +5,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use crate::cuda::{Buffer, Cuda};
-use crate::error::Result;
+use crate::cuda::Buffer;
 use crate::tensor::Dtype;
 
 /// Where a low-rank branch lies in the padding of the rows beside it.
@@ -35,10 +34,9 @@ pub(super) struct Copy {
 }
 
 impl Copy {
-    /// Room for (rows, cols + padding).
-    pub(super) fn new(cuda: &Cuda, rows: usize, cols: usize, padding: usize, adapted: bool) -> Result<Copy> {
-        let buffer = cuda.alloc(rows * (cols + padding) * Dtype::Bf16.size())?;
-        Ok(Copy { buffer, adapted, contents: Mutex::new(None) })
+    /// An empty copy in `buffer`.
+    pub(super) fn new(buffer: Buffer, adapted: bool) -> Copy {
+        Copy { buffer, adapted, contents: Mutex::new(None) }
     }
 
     /// The address, and whether it holds this already; if not, the caller fills it. `None`: not here.

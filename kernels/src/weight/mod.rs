@@ -6,6 +6,7 @@
 //! N rows are output features, K columns are input features. Each storage has a file of its own.
 
 mod copy;
+pub mod device;
 mod four_bit;
 mod ggml;
 mod int8;
@@ -21,13 +22,13 @@ use qpeft_formats::safetensors::{Dtype, TensorView};
 use rayon::prelude::*;
 
 pub use copy::Place;
+pub use device::DeviceWeight;
 pub use ggml::dequantize_blocks;
 pub use kind::WeightType;
 
 use crate::cpu::by_isa;
 use crate::cpu::scratch::with_scratch;
 use crate::error::{Error, Result, check};
-use crate::cuda::Cuda;
 use crate::device::Device;
 use crate::tensor::ViewMut;
 
@@ -130,9 +131,13 @@ impl BaseWeight {
     /// # Errors
     /// The device is out of memory.
     pub fn to_device(mut self, device: &Device) -> Result<BaseWeight> {
-        if let Device::Cuda(cuda) = device {
-            let packed = DeviceWeight::upload(cuda, &self)?;
-            self.on_device = Some(Arc::new(OnDevice { packed, copy: None }));
+        match device {
+            Device::Cpu => {}
+            Device::Cuda(cuda) => {
+                let packed = DeviceWeight::upload(cuda, &self)?;
+                self.on_device = Some(Arc::new(OnDevice { packed, copy: None }));
+            }
+            Device::Meta(meter) => meter.add(DeviceWeight::bytes_of(&self)),
         }
         Ok(self)
     }
@@ -150,12 +155,22 @@ impl BaseWeight {
     ///
     /// # Panics
     /// The weight is shared already.
-    pub fn keep_copy(&mut self, cuda: &Cuda, padding: usize, adapted: bool) -> Result<()> {
-        if let Some(on_device) = &mut self.on_device {
-            let on_device = Arc::get_mut(on_device).expect("a weight that is not shared yet");
-            on_device.copy = Some(copy::Copy::new(cuda, self.rows, self.cols, padding, adapted)?);
+    pub fn keep_copy(&mut self, device: &Device, padding: usize, adapted: bool) -> Result<()> {
+        let bytes = self.rows * (self.cols + padding) * crate::tensor::Dtype::Bf16.size();
+        match (device, &mut self.on_device) {
+            (Device::Cuda(cuda), Some(on_device)) => {
+                let on_device = Arc::get_mut(on_device).expect("a weight that is not shared yet");
+                on_device.copy = Some(copy::Copy::new(cuda.alloc(bytes)?, adapted));
+            }
+            (Device::Meta(meter), _) => meter.add(bytes),
+            _ => {}
         }
         Ok(())
+    }
+
+    /// Bytes that it takes, or would take, on a device.
+    pub fn device_bytes(&self) -> usize {
+        DeviceWeight::bytes_of(self)
     }
 
     /// Whether it has room for a bf16 copy.
@@ -170,7 +185,9 @@ impl BaseWeight {
 
     /// Address of the rows on the device, where they are bf16 already and nothing is multiplied in.
     pub(crate) fn dense_bf16(&self) -> Option<u64> {
-        self.device()?.dense_bf16()
+        let device = self.device()?;
+        let plain = device.weight_type() == WeightType::Ggml(GgmlType::BF16) && device.factor() == 1.0;
+        (plain && self.cols.is_multiple_of(device::GROUP)).then(|| device.address(device.layout().planes[0]))
     }
 
     /// Says that row scales or adapter columns that were folded into the copy have changed.

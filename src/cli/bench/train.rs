@@ -49,7 +49,7 @@ pub fn run(args: &BenchTrainArgs, printer: &Printer) -> anyhow::Result<()> {
     bar.finish();
 
     let peak = match &device {
-        Device::Cpu => peak_rss(),
+        Device::Cpu | Device::Meta(_) => peak_rss(),
         Device::Cuda(cuda) => Some(cuda.held_bytes().1 as u64),
     };
     let mut report = json!({
@@ -148,7 +148,7 @@ impl Subject {
         decoder.refresh(&params)?;
         let hyper = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
         let optimizer = Optimizer::new(device, params.count(), hyper, 1.0)?;
-        let keep = if args.recompute == Recompute::All { Keep::LayerInputs } else { Keep::Everything };
+        let keep = if args.recompute == Recompute::All { Keep::LAYER_INPUTS } else { Keep::EVERYTHING };
         let buffers = Buffers::new(&decoder, args.batch_size * args.max_seq_length, keep)?;
         let batch = synthetic(args, decoder.config.vocab_size);
         Ok(Subject { method, decoder, params, optimizer, buffers, batch, seconds: Vec::new() })

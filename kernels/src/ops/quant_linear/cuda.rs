@@ -8,13 +8,15 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use qpeft_formats::GgmlType;
+
 use super::Branch;
 use crate::cuda::gemm::{Matrix, transposed};
 use crate::cuda::{Cuda, Scratch};
 use crate::error::{Error, Result};
 use crate::ops::dequantize::{Columns, dequantize_rows};
 use crate::tensor::{Dtype, View, ViewMut};
-use crate::weight::{BaseWeight, Place};
+use crate::weight::{BaseWeight, Place, WeightType};
 
 /// Elements of dequantized weight in scratch at a time: a wide matrix (an output head) goes in pieces.
 const TILE: usize = 128 << 20;
@@ -91,6 +93,13 @@ pub(super) fn backward(
         cuda.gemm(dx, columns(dy, rows), w, 1.0, beta)?;
     }
     Ok(())
+}
+
+/// Bytes of scratch that products with a weight take: its bf16 rows with this padding, unless it has a copy or is bf16.
+pub fn weight_scratch(weight: &BaseWeight, padding: usize, copied: bool) -> usize {
+    let depth = weight.cols() + padding;
+    let dense = padding == 0 && weight.weight_type() == WeightType::Ggml(GgmlType::BF16);
+    if copied || dense { 0 } else { weight.rows().min((TILE / depth.max(1)).max(1)) * depth * Dtype::Bf16.size() }
 }
 
 /// The rows of the weight in pieces that fit scratch.
