@@ -25,7 +25,7 @@ use crate::train::optimizer::Optimizer;
 /// # Errors
 /// The model is refused or memory runs out.
 pub fn run(args: &BenchTrainArgs, printer: &Printer) -> anyhow::Result<()> {
-    let device = open_device(&args.compute)?;
+    let device = open_device(&args.compute, printer)?;
     let base = Base::open_as(&args.model, args.base_quant)?;
     let mut subjects = vec![Subject::new(args, args.method, &base, &device)?];
     if let Some(other) = args.compare {
