@@ -88,7 +88,7 @@ pub enum BenchCommand {
 /// Where and on how many threads a command computes.
 #[derive(Debug, Clone, Args)]
 pub struct ComputeArgs {
-    /// Device: auto, cpu, cuda or cuda:N
+    /// Device: auto (a GPU if one can be used), cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", help_heading = "Compute")]
     pub device: String,
     /// CPU threads [default: all cores]

@@ -18,7 +18,7 @@ use crate::train::data::{self, Dataset};
 /// # Errors
 /// A file is refused, the adapter belongs to other weights, or the logits cannot be written.
 pub fn run(args: &EvalArgs, printer: &Printer) -> anyhow::Result<()> {
-    let device = open_device(&args.compute)?;
+    let device = open_device(&args.compute, printer)?;
     let session = Session::open(&args.model, &device)?;
     let template = session.tokenizer.template()?;
     let data = data::load(

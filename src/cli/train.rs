@@ -20,7 +20,7 @@ use crate::train::trainer::{Observer, Plan, train};
 pub fn run(args: &TrainArgs, printer: &Printer) -> anyhow::Result<()> {
     let config = args.resolve()?;
     refuse_mixing(args)?;
-    let device = open_device(&args.compute)?;
+    let device = open_device(&args.compute, printer)?;
     let mut terminal = Terminal::new(printer);
     let outcome = train(&config, &device, args.resume, &mut terminal)?;
     drop(terminal);

@@ -59,7 +59,7 @@ pub struct Plan {
     pub examples_per_step: usize,
     /// First step of this process, if resumed: one more than the steps done.
     pub resumed_at: Option<u64>,
-    /// Threads or device.
+    /// The device and the libraries it works with.
     pub device: String,
     /// The staged init, if there is one.
     pub staged: Option<Manifest>,
@@ -230,7 +230,7 @@ impl<'a> Run<'a> {
             total_steps,
             examples_per_step: per_step,
             resumed_at: resume.then_some(state.step + 1),
-            device: device.to_string(),
+            device: device.describe(),
             staged: manifest,
         });
         Ok(Run {

@@ -30,7 +30,7 @@ const GIB: f64 = (1u64 << 30) as f64;
 /// # Errors
 /// The model is refused or memory runs out.
 pub fn run(args: &BenchTrainArgs, printer: &Printer) -> anyhow::Result<()> {
-    let device = open_device(&args.compute)?;
+    let device = open_device(&args.compute, printer)?;
     let base = args.model.as_deref().map(|path| Base::open_as(path, args.base_quant)).transpose()?;
     let mut subjects = vec![Subject::new(args, args.method, base.as_ref(), &device)?];
     if let Some(other) = args.compare {
