@@ -178,7 +178,7 @@ mod tests {
                     obstacle.is_none() && Device::Cuda(cuda.clone()).describe().starts_with(&cuda.name())
                 );
             }
-            (Device::Cpu, obstacle) => {
+            (Device::Cpu | Device::Meta(_), obstacle) => {
                 assert_eq!(obstacle.is_some(), Cuda::count().is_ok_and(|count| count > 0), "{obstacle:?}");
                 assert_eq!(Device::Cpu.describe(), "cpu");
             }

@@ -58,7 +58,7 @@ impl Lora {
     /// # Errors
     /// An op refuses.
     pub fn fold(&mut self, params: View<'_>, weight: &BaseWeight, g: Option<View<'_>>) -> Result<()> {
-        weight.outdate();
+        weight.set_fresh(false);
         Ok(fold_branch(self.folded.view_mut(), self.b.view(params), self.scaling, g)?)
     }
 

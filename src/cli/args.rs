@@ -256,6 +256,9 @@ pub struct TrainArgs {
     /// Compute activations again: less memory, slower
     #[arg(long, help_heading = "Compute", aliases = ["grad-checkpoint", "use-gradient-checkpointing"])]
     pub gradient_checkpointing: bool,
+    /// Device memory that the run may take, as 8GiB [default: what is free]
+    #[arg(long, value_name = "SIZE", value_parser = bytes, help_heading = "Compute")]
+    pub memory_limit: Option<u64>,
     /// Where to compute.
     #[command(flatten)]
     pub compute: ComputeArgs,
@@ -352,6 +355,7 @@ impl TrainArgs {
             adam_epsilon: self.adam_epsilon,
             seed: self.seed,
             gradient_checkpointing: self.gradient_checkpointing,
+            memory_limit: self.memory_limit,
             eval_data: self.eval_data.clone(),
             eval_split: self.eval_split,
             eval_steps: self.eval_steps,

@@ -1,8 +1,8 @@
 //! `qpeft bench ...`: speed and memory on this machine, one file per command.
 
 pub mod dequantize;
-pub mod quantize;
 mod floor;
+pub mod quantize;
 pub mod train;
 
 use std::time::{Duration, Instant};

@@ -172,6 +172,7 @@ fn settings(args: &DemoArgs, model: &Path, data: &Path, held_out: &Path, run: &P
         adam_epsilon: 1e-8,
         seed: 42,
         gradient_checkpointing: false,
+        memory_limit: None,
         eval_data: Some(held_out.to_owned()),
         eval_split: 0.0,
         eval_steps: 0,

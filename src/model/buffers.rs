@@ -10,6 +10,7 @@ use super::batch::Batch;
 use super::decoder::{Decoder, Loss};
 use super::layer::SLOTS;
 use super::linear::Scratch;
+use super::replay::Replays;
 use crate::error::{Error, Result};
 
 /// What the forward pass keeps for the backward pass.
@@ -187,6 +188,8 @@ pub struct Buffers {
     nll_rows: Vec<usize>,
     /// The indices of the micro-batch.
     pub ids: BatchIds,
+    /// Passes over these buffers that were recorded.
+    replays: Replays,
     /// Only while training.
     pub grads: Option<GradientBuffers>,
     /// Shared by all adapters.
@@ -255,6 +258,7 @@ impl Buffers {
             nll: Vec::new(),
             nll_rows: Vec::new(),
             ids: BatchIds::new(device, t)?,
+            replays: Replays::default(),
             grads,
             scratch: Scratch { dropped: zeros(if drops_out { t } else { 0 }, max_in)? },
         })
@@ -280,6 +284,22 @@ impl Buffers {
         let layers = self.layers.iter().flat_map(LayerBuffers::tensors);
         let grads = self.grads.iter().flat_map(GradientBuffers::tensors);
         all.chain(layers).chain(grads).map(Tensor::bytes).sum()
+    }
+
+    /// Runs `pass` over these buffers with their recordings.
+    pub fn with_replays(
+        &mut self,
+        pass: impl FnOnce(&mut Buffers, &mut Replays) -> Result<()>,
+    ) -> Result<()> {
+        let mut replays = std::mem::take(&mut self.replays);
+        let done = pass(self, &mut replays);
+        self.replays = replays;
+        done
+    }
+
+    /// Micro-batches whose loss is not read yet.
+    pub fn unread(&self) -> usize {
+        self.nll_rows.len()
     }
 
     /// Begins a micro-batch of so many supervised rows: where their negative log-likelihoods go, (1, T).

@@ -14,6 +14,7 @@ use super::buffers::{BatchIds, Buffers, LayerBackward, LayerForward};
 use super::config::Config;
 use super::layer::{Backward, Layer, LayerCache, Place};
 use super::linear::{BaseWeight, Linear, Parameters, Pass};
+use super::replay::Key;
 use crate::error::{Error, Result};
 
 /// A llama decoder with frozen, packed weights.
@@ -200,7 +201,23 @@ impl Decoder {
         buffers.training()?;
         buffers.ids.set(batch)?;
         buffers.next_nll(buffers.ids.rows.ids().len())?;
-        self.forward_backward(buffers, dparams, scale, pass)
+        // Dropout draws other numbers every time, and a profile wants every launch.
+        let Some(cuda) = self.device.cuda().filter(|cuda| pass.dropout.is_none() && !cuda.is_profiling())
+        else {
+            return self.forward_backward(buffers, dparams, scale, pass);
+        };
+        let key = Key {
+            sizes: [batch.len(), batch.starts.len() - 1, buffers.ids.rows.ids().len()],
+            slot: buffers.unread(),
+            scale: scale.to_bits(),
+            fresh: self.linears().all(|l| l.weight.is_fresh()),
+            scratch: cuda.scratch_moves(),
+        };
+        buffers.with_replays(|buffers, replays| {
+            replays.run(cuda, key, || self.forward_backward(buffers, dparams, scale, pass))
+        })?;
+        self.linears().for_each(|l| l.weight.set_fresh(true));
+        Ok(())
     }
 
     /// Everything between the indices of a micro-batch and its gradients: enqueued, never waited for.

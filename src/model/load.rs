@@ -21,10 +21,19 @@ impl Decoder {
     /// # Errors
     /// A tensor is missing, has another shape, or a type that is not supported.
     pub fn load(base: &Base, device: &Device) -> Result<Decoder> {
+        Decoder::load_placed(base, device, false)
+    }
+
+    /// As [`Decoder::load`], with the embedding table in pinned host memory if asked for.
+    ///
+    /// # Errors
+    /// See [`Decoder::load`].
+    pub fn load_placed(base: &Base, device: &Device, embedding_on_host: bool) -> Result<Decoder> {
         let config = base.config()?;
         let embedding =
-            base.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size, None)?
-                .to_device(device)?;
+            base.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size, None)?;
+        let embedding =
+            if embedding_on_host { embedding.to_pinned(device)? } else { embedding.to_device(device)? };
         let head = base
             .has("lm_head.weight")
             .then(|| {

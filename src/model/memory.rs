@@ -14,7 +14,7 @@ use qpeft_kernels::tensor::padding;
 use super::buffers::{Buffers, Keep};
 use super::decoder::Decoder;
 use super::layer::Slot;
-use super::linear::{Linear, Parameters};
+use super::linear::Linear;
 use crate::error::{Error, Result};
 
 /// What can be traded for memory.
@@ -28,6 +28,20 @@ pub struct Settings {
     pub embedding_on_host: bool,
     /// Sequences of a micro-batch that go through the model at once.
     pub batch: usize,
+}
+
+impl std::fmt::Display for Settings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (self.copies, self.recomputed) {
+            (true, _) => f.write_str("bf16 copies of the linears")?,
+            (false, 0) => f.write_str("linears dequantized in every pass")?,
+            (false, n) => write!(f, "linears dequantized in every pass, {n} layers computed again")?,
+        }
+        if self.embedding_on_host {
+            f.write_str(", embedding table in host memory")?;
+        }
+        write!(f, ", {} sequence{} at once", self.batch, if self.batch == 1 { "" } else { "s" })
+    }
 }
 
 /// Bytes on the device, by what they are for.
@@ -46,6 +60,17 @@ pub struct Need {
 }
 
 impl Need {
+    /// The parts by name.
+    pub fn parts(&self) -> [(&'static str, usize); 5] {
+        [
+            ("packed base", self.weights),
+            ("bf16 copies", self.copies),
+            ("activations and gradients", self.activations),
+            ("adapter and optimizer", self.adapter),
+            ("kernels", self.scratch),
+        ]
+    }
+
     /// Everything.
     pub fn total(&self) -> usize {
         self.weights + self.copies + self.activations + self.adapter + self.scratch
@@ -56,14 +81,14 @@ impl Need {
 pub struct DryRun<'a> {
     /// On [`Device::Meta`], with its adapters.
     pub decoder: &'a mut Decoder,
-    /// The adapters' values.
-    pub params: &'a Parameters,
     /// The device's.
     pub meter: &'a Meter,
-    /// Bytes per trained scalar beside the parameters: gradients and moments.
-    pub optimizer_bytes: usize,
+    /// Bytes of parameters, of what follows from them, and of the optimizer.
+    pub adapter_bytes: usize,
     /// Tokens of one sequence.
     pub length: usize,
+    /// Whether every layer is to be computed again in any case.
+    pub recompute: bool,
 }
 
 impl DryRun<'_> {
@@ -86,14 +111,9 @@ impl DryRun<'_> {
             weights: self.decoder.device_bytes() - embedding,
             copies,
             activations: activations + capacity * size_of::<f32>(),
-            adapter: self.adapter_bytes(),
+            adapter: self.adapter_bytes,
             scratch: WORKSPACE + weight.max().unwrap_or(0) + attention,
         })
-    }
-
-    fn adapter_bytes(&self) -> usize {
-        let values = self.params.values.bytes() + self.params.rounded.as_ref().map_or(0, |r| r.bytes());
-        values + self.optimizer_bytes
     }
 
     /// Bytes that `build` allocates.
@@ -109,7 +129,8 @@ impl DryRun<'_> {
     /// None does; the error says what the smallest would take.
     pub fn fit(&mut self, batch: usize, limit: usize) -> Result<(Settings, Need)> {
         let layers = self.decoder.layers.len();
-        let mut settings = Settings { copies: true, recomputed: 0, embedding_on_host: false, batch };
+        let lowest = if self.recompute { layers } else { 0 };
+        let mut settings = Settings { copies: true, recomputed: lowest, embedding_on_host: false, batch };
         let mut smallest;
         for copies in [true, false] {
             settings.copies = copies;
@@ -118,11 +139,12 @@ impl DryRun<'_> {
                 return Ok((settings, need));
             }
         }
-        settings.embedding_on_host = true;
+        // A tied table is the output head, too, which every token reads whole.
+        settings.embedding_on_host = self.decoder.head.is_some();
         loop {
             let mut fits = None;
             // The need falls with every layer that is computed again, so the first that fits can be searched for.
-            let (mut low, mut high) = (0, layers + 1);
+            let (mut low, mut high) = (lowest, layers + 1);
             while low < high {
                 let recomputed = usize::midpoint(low, high).min(layers);
                 let candidate = Settings { recomputed, ..settings };

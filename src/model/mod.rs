@@ -12,6 +12,7 @@ pub mod layer;
 pub mod linear;
 pub mod load;
 pub mod memory;
+pub mod replay;
 pub mod residual;
 pub mod sample;
 pub mod save;

@@ -54,8 +54,11 @@ impl std::str::FromStr for Shape {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Shape> {
-        let Some(&(name, [vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim], tied)) =
-            SHAPES.iter().find(|(known, ..)| known.eq_ignore_ascii_case(name))
+        let Some(&(
+            name,
+            [vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim],
+            tied,
+        )) = SHAPES.iter().find(|(known, ..)| known.eq_ignore_ascii_case(name))
         else {
             let known: Vec<&str> = Shape::names().collect();
             return Err(Error::refused(format!("no shape `{name}`; the shapes are {}", known.join(", "))));
@@ -174,7 +177,11 @@ impl Decoder {
             let linear = |slot: Slot| -> Result<Linear> {
                 let (rows, cols) = slot.shape(c);
                 let weight = weights.get(base.linear(layer, c.n_layers, slot), rows, cols)?;
-                Ok(Linear { module: module_path(layer, slot), weight: weight.to_device(device)?, adapter: None })
+                Ok(Linear {
+                    module: module_path(layer, slot),
+                    weight: weight.to_device(device)?,
+                    adapter: None,
+                })
             };
             let linears: Vec<Linear> = Slot::ALL.into_iter().map(linear).collect::<Result<_>>()?;
             let linears = <[Linear; SLOTS]>::try_from(linears).expect("one linear per slot");

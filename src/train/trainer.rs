@@ -15,6 +15,7 @@ use super::checkpoint::{self, Checkpoint, State};
 use super::config::TrainConfig;
 use super::data::{self, Dataset, EvalSize, Sampler};
 use super::error::{Error, Result};
+use super::fit::{Fit, fit, limit_of};
 use super::log::{EvalRecord, LogWriter, StepRecord};
 use super::optimizer::Optimizer;
 use super::run_files::RunFile;
@@ -44,7 +45,9 @@ pub struct Plan {
     /// Scalars of base and adapter.
     pub total: usize,
     /// Bytes of the packed base, of activations and gradients, of the optimizer.
-    pub memory: [(&'static str, usize); 3],
+    pub memory: Vec<(&'static str, usize)>,
+    /// How it was fitted into a device's memory.
+    pub fit: Option<Fit>,
     /// Training and evaluation examples.
     pub examples: (usize, usize),
     /// Examples cut at the maximum length, and examples left out.
@@ -117,6 +120,8 @@ struct Run<'a> {
     peft: PeftConfig,
     optimizer: Optimizer,
     buffers: Buffers,
+    /// Sequences that go through the model at once.
+    batch_size: usize,
     data: Dataset,
     eval_data: Option<Dataset>,
     sampler: Sampler,
@@ -152,7 +157,14 @@ impl<'a> Run<'a> {
 
         let init = config.init_adapter.as_deref().map(AdapterFolder::open).transpose()?;
         let start = Start { config, device, model, init: init.as_ref(), resume };
-        let (decoder, mut params, peft, manifest, base) = start.adapt(observer)?;
+        let fit = match limit_of(device, config.memory_limit.map(|bytes| bytes as usize))? {
+            Some(limit) => {
+                let (peft, shape) = (start.peft_config(), (config.batch_size, longest));
+                Some(fit(&start.model, &peft, shape, config.gradient_checkpointing, limit)?)
+            }
+            None => None,
+        };
+        let (decoder, mut params, peft, manifest, base) = start.adapt(fit.as_ref(), observer)?;
         if let Some(warning) = overridden(config, &peft) {
             observer.warn(&warning);
         }
@@ -164,10 +176,18 @@ impl<'a> Run<'a> {
             weight_decay: config.weight_decay as f32,
         };
         let mut optimizer = Optimizer::new(device, params.count(), hyper, config.max_grad_norm)?;
-        let capacity = config.batch_size * longest;
-        let keep = if config.gradient_checkpointing { Keep::LAYER_INPUTS } else { Keep::EVERYTHING };
         let mut decoder = decoder;
-        let buffers = Buffers::new(&decoder, capacity, keep)?;
+        let (batch_size, keep) = match &fit {
+            Some(Fit { settings, .. }) => {
+                if settings.copies {
+                    decoder.keep_copies()?;
+                }
+                (settings.batch, Keep::Layers(decoder.layers.len() - settings.recomputed))
+            }
+            None if config.gradient_checkpointing => (config.batch_size, Keep::LAYER_INPUTS),
+            None => (config.batch_size, Keep::EVERYTHING),
+        };
+        let buffers = Buffers::new(&decoder, batch_size * longest, keep)?;
 
         let per_step = config.batch_size * config.gradient_accumulation_steps;
         let examples = (config.num_train_epochs * data.examples.len() as f64).round().max(1.0) as u64;
@@ -218,11 +238,15 @@ impl<'a> Run<'a> {
             target_names: target_names(&decoder),
             trainable: params.count(),
             total: decoder.parameter_count() + params.count(),
-            memory: [
-                ("packed base", decoder.weight_bytes()),
-                ("activations and gradients", buffers.bytes()),
-                ("adapter and optimizer", optimizer.bytes() + params.count() * size_of::<f32>()),
-            ],
+            memory: match &fit {
+                Some(fit) => fit.need.parts().into_iter().filter(|(_, bytes)| *bytes > 0).collect(),
+                None => vec![
+                    ("packed base", decoder.weight_bytes()),
+                    ("activations and gradients", buffers.bytes()),
+                    ("adapter and optimizer", optimizer.bytes() + params.count() * size_of::<f32>()),
+                ],
+            },
+            fit,
             examples: (data.examples.len(), eval_data.as_ref().map_or(0, |d| d.examples.len())),
             cut: (data.truncated, data.skipped.len()),
             masked_share: data::masked_share(&data.examples[0]),
@@ -240,6 +264,7 @@ impl<'a> Run<'a> {
             peft,
             optimizer,
             buffers,
+            batch_size,
             data,
             eval_data,
             sampler,
@@ -294,8 +319,11 @@ impl<'a> Run<'a> {
         // A step whose examples carry no loss would divide by zero; its gradient is zero.
         let scale = 1.0 / supervised.max(1) as f32;
         for (index, batch) in batches.iter().enumerate() {
-            let micro = self.state.step * self.config.gradient_accumulation_steps as u64 + index as u64;
-            let pass = self.params.pass(Some(RngKey { seed: self.config.seed, stream: micro + 1 }));
+            // A step has at most as many micro-batches as examples.
+            let per_step = self.config.batch_size * self.config.gradient_accumulation_steps;
+            let micro = self.state.step * per_step as u64 + index as u64;
+            let key = RngKey { seed: self.config.seed, stream: micro + 1 };
+            let pass = self.params.pass((self.peft.lora_dropout > 0.0).then_some(key));
             let mut grads = self.optimizer.grads();
             self.decoder.accumulate(&mut self.buffers, batch, &mut grads, scale, &pass)?;
         }
@@ -344,12 +372,12 @@ impl<'a> Run<'a> {
         let wanted = self.config.batch_size * self.config.gradient_accumulation_steps;
         let count = left.min(wanted as u64) as usize;
         let picked: Vec<usize> = (0..count).map(|_| self.sampler.next_index()).collect();
-        picked.chunks(self.config.batch_size).map(|indices| self.data.batch(indices)).collect()
+        picked.chunks(self.batch_size).map(|indices| self.data.batch(indices)).collect()
     }
 
     fn evaluate(&mut self, start: &Instant, observer: &mut dyn Observer) -> Result<f64> {
         let data = self.eval_data.as_ref().expect("called only with evaluation data");
-        let (buffers, batch_size) = (&mut self.buffers, self.config.batch_size);
+        let (buffers, batch_size) = (&mut self.buffers, self.batch_size);
         let loss = dataset_loss(&self.decoder, buffers, &self.params, data, batch_size, &mut |_| {})?;
         let record = EvalRecord {
             step: self.state.step,

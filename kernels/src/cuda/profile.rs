@@ -45,10 +45,14 @@ impl Cuda {
         Ok(sums)
     }
 
+    /// Whether launches are timed.
+    pub fn is_profiling(&self) -> bool {
+        self.profile.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// An event before a launch, if launches are timed.
     pub(super) fn profile_begin(&self) -> Result<Option<sys::CUevent>> {
-        let on = self.profile.lock().unwrap_or_else(PoisonError::into_inner).is_some();
-        if on { self.record().map(Some) } else { Ok(None) }
+        if self.is_profiling() { self.record().map(Some) } else { Ok(None) }
     }
 
     /// The event after it.

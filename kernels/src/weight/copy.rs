@@ -3,6 +3,7 @@
 //! The copy holds what products read: rows scaled, adapter columns in their padding. Both change with every
 //! optimizer step, so the copy knows whether it is up to date.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::cuda::Buffer;
@@ -31,31 +32,45 @@ pub(super) struct Copy {
     /// Whether it is for products with an adapter; products without one use scratch then.
     adapted: bool,
     contents: Mutex<Option<Contents>>,
+    fresh: AtomicBool,
 }
 
 impl Copy {
     /// An empty copy in `buffer`.
     pub(super) fn new(buffer: Buffer, adapted: bool) -> Copy {
-        Copy { buffer, adapted, contents: Mutex::new(None) }
+        Copy { buffer, adapted, contents: Mutex::new(None), fresh: AtomicBool::new(false) }
     }
 
     /// The address, and whether it holds this already; if not, the caller fills it. `None`: not here.
-    pub(super) fn take(&self, rows: usize, cols: usize, scaled: bool, place: Option<Place>) -> Option<(u64, bool)> {
+    pub(super) fn take(
+        &self,
+        rows: usize,
+        cols: usize,
+        scaled: bool,
+        place: Option<Place>,
+    ) -> Option<(u64, bool)> {
         let wanted = Contents { scaled, place };
         let stride = cols + place.map_or(0, |place| place.padding);
-        if self.adapted != (scaled || place.is_some()) || rows * stride * Dtype::Bf16.size() > self.buffer.bytes() {
+        if self.adapted != (scaled || place.is_some())
+            || rows * stride * Dtype::Bf16.size() > self.buffer.bytes()
+        {
             return None;
         }
         let mut contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
-        let fresh = *contents == Some(wanted);
+        let fresh = self.fresh.swap(true, Ordering::Relaxed) && *contents == Some(wanted);
         *contents = Some(wanted);
         Some((self.buffer.ptr(), fresh))
     }
 
-    /// Forgets what it holds.
-    pub(super) fn outdate(&self) {
+    /// Whether it holds what was last asked for.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.fresh.load(Ordering::Relaxed)
+    }
+
+    /// Says whether it holds what was last asked for: a replayed recording fills it without asking.
+    pub(super) fn set_fresh(&self, fresh: bool) {
         if self.adapted {
-            *self.contents.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            self.fresh.store(fresh, Ordering::Relaxed);
         }
     }
 }

@@ -28,8 +28,8 @@ pub use kind::WeightType;
 
 use crate::cpu::by_isa;
 use crate::cpu::scratch::with_scratch;
-use crate::error::{Error, Result, check};
 use crate::device::Device;
+use crate::error::{Error, Result, check};
 use crate::tensor::ViewMut;
 
 /// A frozen (N, K) matrix in the type of its checkpoint.
@@ -113,7 +113,12 @@ impl BaseWeight {
 
     /// A weight in LLM.int8.
     pub fn from_int8(weight: Int8) -> BaseWeight {
-        BaseWeight { rows: weight.rows(), cols: weight.cols(), storage: Storage::Int8(weight), on_device: None }
+        BaseWeight {
+            rows: weight.rows(),
+            cols: weight.cols(),
+            storage: Storage::Int8(weight),
+            on_device: None,
+        }
     }
 
     /// Output features, N.
@@ -138,6 +143,19 @@ impl BaseWeight {
                 self.on_device = Some(Arc::new(OnDevice { packed, copy: None }));
             }
             Device::Meta(meter) => meter.add(DeviceWeight::bytes_of(&self)),
+        }
+        Ok(self)
+    }
+
+    /// As [`BaseWeight::to_device`], but in pinned host memory, which kernels read over the bus: for a table of
+    /// which a step needs some rows.
+    ///
+    /// # Errors
+    /// The host has not so much memory to pin.
+    pub fn to_pinned(mut self, device: &Device) -> Result<BaseWeight> {
+        if let Device::Cuda(cuda) = device {
+            let packed = DeviceWeight::pin(cuda, &self)?;
+            self.on_device = Some(Arc::new(OnDevice { packed, copy: None }));
         }
         Ok(self)
     }
@@ -190,11 +208,17 @@ impl BaseWeight {
         (plain && self.cols.is_multiple_of(device::GROUP)).then(|| device.address(device.layout().planes[0]))
     }
 
-    /// Says that row scales or adapter columns that were folded into the copy have changed.
-    pub fn outdate(&self) {
+    /// Says whether row scales and adapter columns that were folded into the copy are those of now.
+    pub fn set_fresh(&self, fresh: bool) {
         if let Some(copy) = self.on_device.as_ref().and_then(|on_device| on_device.copy.as_ref()) {
-            copy.outdate();
+            copy.set_fresh(fresh);
         }
+    }
+
+    /// Whether there is no copy, or one that is up to date.
+    pub fn is_fresh(&self) -> bool {
+        let copy = self.on_device.as_ref().and_then(|on_device| on_device.copy.as_ref());
+        copy.is_none_or(copy::Copy::is_fresh)
     }
 
     /// How the rows are stored.

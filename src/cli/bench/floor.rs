@@ -1,9 +1,9 @@
 //! What no program could beat on this GPU: the operations and bytes of a step over measured ceilings.
 
-use qpeft_kernels::cuda::gemm::{Matrix, transposed};
 use qpeft_kernels::cuda::Cuda;
-use qpeft_kernels::{Device, Dtype, Tensor};
+use qpeft_kernels::cuda::gemm::{Matrix, transposed};
 use qpeft_kernels::rng::RngKey;
+use qpeft_kernels::{Device, Dtype, Tensor};
 use serde::Serialize;
 
 use crate::cli::args::{BenchTrainArgs, Recompute};

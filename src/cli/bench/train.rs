@@ -39,7 +39,7 @@ pub fn run(args: &BenchTrainArgs, printer: &Printer) -> anyhow::Result<()> {
     let mut bar = Progress::start(printer, "step", 0, args.warmup + args.steps);
     for step in 0..args.warmup + args.steps {
         for subject in &mut subjects {
-            let seconds = subject.step(step)?;
+            let seconds = subject.step()?;
             if step >= args.warmup {
                 subject.seconds.push(seconds);
             }
@@ -155,9 +155,9 @@ impl Subject {
     }
 
     /// Seconds of one optimizer step.
-    fn step(&mut self, step: u64) -> anyhow::Result<f64> {
+    fn step(&mut self) -> anyhow::Result<f64> {
         let began = Instant::now();
-        let pass = self.params.pass(Some(RngKey { seed: 0, stream: step }));
+        let pass = self.params.pass(None);
         let scale = 1.0 / self.batch.supervised().0.len() as f32;
         let mut grads = self.optimizer.grads();
         self.decoder.accumulate(&mut self.buffers, &self.batch, &mut grads, scale, &pass)?;
@@ -171,7 +171,7 @@ impl Subject {
     /// Milliseconds of one more step by kernel file.
     fn split(&mut self, cuda: &qpeft_kernels::cuda::Cuda) -> anyhow::Result<BTreeMap<&'static str, f64>> {
         cuda.start_profile();
-        self.step(u64::MAX >> 24)?;
+        self.step()?;
         Ok(cuda.stop_profile()?)
     }
 

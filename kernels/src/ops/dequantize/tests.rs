@@ -28,7 +28,14 @@ fn random_blocks(dtype: GgmlType, rows: usize, cols: usize) -> BaseWeight {
     BaseWeight::from_ggml(dtype, rows, cols, Bytes::from(bytes)).unwrap()
 }
 
-fn four_bit(quant_type: QuantType, double: bool, dtype: Element, blocksize: usize, rows: usize, cols: usize) -> BaseWeight {
+fn four_bit(
+    quant_type: QuantType,
+    double: bool,
+    dtype: Element,
+    blocksize: usize,
+    rows: usize,
+    cols: usize,
+) -> BaseWeight {
     let state = QuantState { quant_type, blocksize, rows, cols, dtype };
     let values = Mat::random(blocksize as u64, rows, cols, 0.03).values();
     BaseWeight::from_four_bit(FourBit::quantize(state, &values, double))
@@ -52,8 +59,11 @@ fn weights() -> Vec<(String, BaseWeight)> {
     for quant_type in QuantType::ALL {
         for double in [false, true] {
             for dtype in [Element::F32, Element::F16, Element::BF16] {
-                for (blocksize, rows, cols) in [(64, 37, 576), (64, 9, 131), (128, 50, 72), (32, 3, 13), (4096, 70, 250)] {
-                    let name = format!("{} {double} {dtype:?} {blocksize}: {rows} x {cols}", quant_type.name());
+                for (blocksize, rows, cols) in
+                    [(64, 37, 576), (64, 9, 131), (128, 50, 72), (32, 3, 13), (4096, 70, 250)]
+                {
+                    let name =
+                        format!("{} {double} {dtype:?} {blocksize}: {rows} x {cols}", quant_type.name());
                     add(name, four_bit(quant_type, double, dtype, blocksize, rows, cols));
                 }
             }
@@ -114,7 +124,8 @@ fn operands_that_do_not_belong_together_are_refused() {
 
 #[test]
 fn quotients_by_multiplication_are_exact() {
-    let divisors = (2..70).chain([72, 127, 128, 129, 511, 512, 513, 1792, 16383, 65537, (1 << 28) - 1, 1 << 28]);
+    let divisors =
+        (2..70).chain([72, 127, 128, 129, 511, 512, 513, 1792, 16383, 65537, (1 << 28) - 1, 1 << 28]);
     for by in divisors {
         let (mul, shift) = divisor(by);
         let by = by as u64;
@@ -144,7 +155,12 @@ fn assert_same_bits(what: &str, found: &[f32], expected: &[f32]) {
     let differ = found.iter().zip(expected).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
     let first = found.iter().zip(expected).position(|(a, b)| a.to_bits() != b.to_bits());
     if let Some(i) = first {
-        panic!("{what}: {differ} of {} differ, element {i} is {:e}, expected {:e}", found.len(), found[i], expected[i]);
+        panic!(
+            "{what}: {differ} of {} differ, element {i} is {:e}, expected {:e}",
+            found.len(),
+            found[i],
+            expected[i]
+        );
     }
 }
 
@@ -171,7 +187,8 @@ fn cuda_rows_of_every_type_have_the_bits_of_the_codec_rounded_once() {
             // A gap of eight keeps rows aligned, one of three does not.
             for gap in [0, 8, 3] {
                 let mut out = poisoned(cuda, dtype, n, k + gap);
-                dequantize_rows(out.view_mut().into_column_range(0, k), &on_device, 0..n, None, None).unwrap();
+                dequantize_rows(out.view_mut().into_column_range(0, k), &on_device, 0..n, None, None)
+                    .unwrap();
                 let what = format!("{name} to {dtype:?}, gap {gap}");
                 assert_same_bits(&what, &out.view().column_range(0, k).read().unwrap(), &expected);
                 let beyond = out.view().column_range(k, gap).read().unwrap();
@@ -284,20 +301,51 @@ fn dump_cases() {
     for (i, (name, w)) in all.iter().enumerate() {
         let layout = crate::weight::device::Layout::of(w);
         let mut bytes = vec![0u8; layout.bytes];
-        layout.write(w, |at, p| { bytes[at..at + p.len()].copy_from_slice(p); Ok(()) }).unwrap();
+        layout
+            .write(w, |at, p| {
+                bytes[at..at + p.len()].copy_from_slice(p);
+                Ok(())
+            })
+            .unwrap();
         let ragged = !w.cols().is_multiple_of(8);
         let kernel = match w.weight_type() {
-            WeightType::FourBit { double, .. } => format!("four_bit{}{}", if double { "_double" } else { "" }, if ragged { "_ragged" } else { "" }),
+            WeightType::FourBit { double, .. } => format!(
+                "four_bit{}{}",
+                if double { "_double" } else { "" },
+                if ragged { "_ragged" } else { "" }
+            ),
             WeightType::Int8 => "int8".into(),
             WeightType::Ggml(GgmlType::Q8_1) => "q8_0".into(),
             WeightType::Ggml(d) => d.name().to_lowercase(),
         };
-        let rounding = match layout.rounding { Element::F16 => 1, Element::BF16 => 2, _ => 0 };
+        let rounding = match layout.rounding {
+            Element::F16 => 1,
+            Element::BF16 => 2,
+            _ => 0,
+        };
         let mut f = std::fs::File::create(format!("/tmp/x/deq/cases/{i:03}.bin")).unwrap();
-        writeln!(f, "{kernel}|{name}|{} {} {} {} {} {} {} {} {} {} {} {} {}", w.rows(), w.cols(), layout.bytes, layout.planes[0], layout.planes[1], layout.planes[2], layout.planes[3], layout.table,
-            layout.offset.to_bits(), layout.block_shift, layout.nested_shift, rounding, w.factor().to_bits()).unwrap();
+        writeln!(
+            f,
+            "{kernel}|{name}|{} {} {} {} {} {} {} {} {} {} {} {} {}",
+            w.rows(),
+            w.cols(),
+            layout.bytes,
+            layout.planes[0],
+            layout.planes[1],
+            layout.planes[2],
+            layout.planes[3],
+            layout.table,
+            layout.offset.to_bits(),
+            layout.block_shift,
+            layout.nested_shift,
+            rounding,
+            w.factor().to_bits()
+        )
+        .unwrap();
         f.write_all(&bytes).unwrap();
-        for x in w.dequantize() { f.write_all(&x.to_le_bytes()).unwrap(); }
+        for x in w.dequantize() {
+            f.write_all(&x.to_le_bytes()).unwrap();
+        }
     }
 }
 // DUMP-END

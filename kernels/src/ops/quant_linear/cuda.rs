@@ -99,7 +99,11 @@ pub(super) fn backward(
 pub fn weight_scratch(weight: &BaseWeight, padding: usize, copied: bool) -> usize {
     let depth = weight.cols() + padding;
     let dense = padding == 0 && weight.weight_type() == WeightType::Ggml(GgmlType::BF16);
-    if copied || dense { 0 } else { weight.rows().min((TILE / depth.max(1)).max(1)) * depth * Dtype::Bf16.size() }
+    if copied || dense {
+        0
+    } else {
+        weight.rows().min((TILE / depth.max(1)).max(1)) * depth * Dtype::Bf16.size()
+    }
 }
 
 /// The rows of the weight in pieces that fit scratch.
@@ -125,7 +129,10 @@ fn folded(
 ) -> Result<Matrix> {
     let place = beside.map(|(_, place)| place);
     let stride = weight.cols() + place.map_or(0, |place| place.padding);
-    if row_scale.is_none() && beside.is_none() && let Some(dense) = weight.dense_bf16() {
+    if row_scale.is_none()
+        && beside.is_none()
+        && let Some(dense) = weight.dense_bf16()
+    {
         let ptr = dense + (rows.start * weight.cols() * Dtype::Bf16.size()) as u64;
         return Ok(Matrix { ptr, rows: rows.len(), cols: stride, stride, dtype: Dtype::Bf16 });
     }
@@ -135,7 +142,8 @@ fn folded(
     };
     let matrix = Matrix { ptr, rows: rows.len(), cols: stride, stride, dtype: Dtype::Bf16 };
     if !fresh {
-        let packed = weight.device().ok_or_else(|| Error::NoKernel { op, device: "a weight on the cpu".into() })?;
+        let packed =
+            weight.device().ok_or_else(|| Error::NoKernel { op, device: "a weight on the cpu".into() })?;
         let columns = beside.map(|(b, place)| Columns { b, offset: place.offset });
         dequantize_rows(ViewMut::on_cuda(cuda, matrix), packed, rows, row_scale, columns)?;
     }

@@ -104,7 +104,8 @@ impl Plane {
     pub(super) fn pack(&self, dtype: GgmlType, blocks: &[u8]) -> Vec<u8> {
         let (from, to) = (dtype.block_bytes(), self.bytes_per_block(dtype));
         let mut packed = vec![0; blocks.len() / from * to];
-        let tasks = blocks.par_chunks(BLOCKS_PER_TASK * from).zip(packed.par_chunks_mut(BLOCKS_PER_TASK * to));
+        let tasks =
+            blocks.par_chunks(BLOCKS_PER_TASK * from).zip(packed.par_chunks_mut(BLOCKS_PER_TASK * to));
         match self {
             Bytes { from: start, len } => tasks.for_each(|(blocks, packed)| {
                 for (block, packed) in blocks.chunks_exact(from).zip(packed.chunks_exact_mut(to)) {
