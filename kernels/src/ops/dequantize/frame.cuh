@@ -1,0 +1,245 @@
+// The frame around the decoders of all packed types: which eight elements a thread decodes, and where they go.
+//
+// A group is eight neighbouring elements of a row, 16 bytes of bf16, so that a warp stores 512 neighbouring bytes.
+// A decoder is a struct: `Raw` is what it reads for a group, `load` reads it, `decode` makes eight f32 of it. All
+// loads of a thread are issued before the first is waited for. The bytes of a weight come in planes, which
+// weight/device.rs lays out; every field of a plane that `load` reads at once is aligned to its size.
+//
+// Where the CPU codec rounds after each operation, so do decoders: products and sums are written with __fmul_rn and
+// __fadd_rn, which the compiler never fuses, except where a product is exact and fusing changes nothing.
+
+constexpr int THREADS = 256;
+
+// Planes and numbers of a packed weight.
+struct Packed {
+    const u8* plane[4];
+    const u8* table;   // what the codes stand for; copied to shared memory
+    float offset;      // 4-bit, double quantization: mean of the scales
+    i32 shift;         // 4-bit: log2 of the block size
+    i32 nested_shift;  // 4-bit, double quantization: log2 of the blocks that share a scale
+    i32 rounding;      // 4-bit: the type that elements are rounded to first
+    u32 cols;
+    u32 groups;        // of a row; the last may be partly beyond it
+};
+
+// What the values of a row are multiplied by.
+struct Scaling {
+    float factor;      // of the whole weight
+    const float* row;  // g, or null
+};
+
+// What stands in the columns beyond the weight: zeros, and b from column `at` of them on.
+struct Branch {
+    const bf16* b;  // or null
+    i64 stride;
+    u32 rank, at;
+};
+
+// Quotients by a divisor that the host knows: n / d = (n * mul) >> (32 + shift) for n < 2^31.
+struct Divisor {
+    u32 by, mul, shift;
+
+    __device__ __forceinline__ u32 of(u32 n) const { return by == 1 ? n : __umulhi(n, mul) >> shift; }
+};
+
+// Bytes that are read once.
+template <typename T> __device__ __forceinline__ T stream(const u8* p) { return __ldcs(reinterpret_cast<const T*>(p)); }
+
+// Bytes that neighbours read too.
+template <typename T> __device__ __forceinline__ T neighbour(const u8* p) { return __ldg(reinterpret_cast<const T*>(p)); }
+
+// Eight codes of up to eight bits, a byte each: those of the even elements, and those of the odd.
+struct Codes {
+    u32 even, odd;
+};
+
+// Eight codes of four bits in the order of their elements.
+__device__ __forceinline__ Codes nibbles(u32 x) { return {x & 0x0f0f0f0fu, x >> 4 & 0x0f0f0f0fu}; }
+
+// Eight codes of two bits.
+__device__ __forceinline__ Codes crumbs(u32 x) {
+    x = (x | x << 8) & 0x00ff00ffu;
+    x = (x | x << 4) & 0x0f0f0f0fu;
+    return {x & 0x03030303u, x >> 2 & 0x03030303u};
+}
+
+// Eight codes of one bit.
+__device__ __forceinline__ Codes bits(u32 x) {
+    x = (x | x << 12) & 0x000f000fu;
+    x = (x | x << 6) & 0x03030303u;
+    return {x & 0x01010101u, x >> 1 & 0x01010101u};
+}
+
+// Codes of which `high` holds the bits from bit `at` on.
+__device__ __forceinline__ Codes join(Codes low, Codes high, int at) {
+    return {low.even | high.even << at, low.odd | high.odd << at};
+}
+
+// Byte j of x as f32, less `zero`: the byte becomes the mantissa of 2^23 + byte, which is exact, and so is the difference.
+__device__ __forceinline__ float byte_value(u32 x, u32 j, float zero) {
+    return __fsub_rn(__uint_as_float(__byte_perm(x, 0x4b000000u, 0x7540u | j)), 8388608.0f + zero);
+}
+
+__device__ __forceinline__ f32x8 values(Codes codes, float zero) {
+    f32x8 x;
+#pragma unroll
+    for (u32 j = 0; j < 4; j++) {
+        x.v[2 * j] = byte_value(codes.even, j, zero);
+        x.v[2 * j + 1] = byte_value(codes.odd, j, zero);
+    }
+    return x;
+}
+
+// Eight bytes in two's complement.
+__device__ __forceinline__ f32x8 signed_bytes(uint2 x) {
+    f32x8 y;
+#pragma unroll
+    for (u32 j = 0; j < 4; j++) {
+        y.v[j] = byte_value(x.x ^ 0x80808080u, j, 128.0f);
+        y.v[j + 4] = byte_value(x.y ^ 0x80808080u, j, 128.0f);
+    }
+    return y;
+}
+
+__device__ __forceinline__ f32x8 times(f32x8 x, float by) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) x.v[j] = __fmul_rn(x.v[j], by);
+    return x;
+}
+
+__device__ __forceinline__ f32x8 plus(f32x8 x, float by) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) x.v[j] = __fadd_rn(x.v[j], by);
+    return x;
+}
+
+// scale * x - min. The products of the K-quants have at most 22 bits and are exact, so fusing changes no bit.
+__device__ __forceinline__ f32x8 affine(f32x8 x, float scale, float min) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) x.v[j] = __fmaf_rn(scale, x.v[j], -min);
+    return x;
+}
+
+template <class D> __device__ __forceinline__ void fill(u32* table, const Packed& p) {
+    for (u32 i = threadIdx.x; i < D::TABLE; i += THREADS) table[i] = reinterpret_cast<const u32*>(p.table)[i];
+    __syncthreads();
+}
+
+template <class D>
+__device__ __forceinline__ f32x8 value(const typename D::Raw& raw, const u32* table, const Packed& p,
+                                       const Scaling& scaling, u32 row, u32 col, bool rounds_anyway) {
+    f32x8 x = D::decode(raw, table, p, row, col);
+    const bool scaled = scaling.factor != 1.0f || scaling.row != nullptr;
+    D::round(x, p, rounds_anyway && !scaled);
+    if (scaling.factor != 1.0f) x = times(x, scaling.factor);
+    if (scaling.row != nullptr) x = times(x, __ldg(scaling.row + row));
+    return x;
+}
+
+__device__ __forceinline__ float branch_value(const Branch& branch, u32 row, u32 col) {
+    const u32 r = col - branch.at;
+    return branch.b != nullptr && r < branch.rank ? to_f32(branch.b[row * branch.stride + r]) : 0.0f;
+}
+
+// out[i, k] = g[first + i] * (factor * w[first + i, k]) for k < K, then zeros and b up to `width` columns.
+//
+// Whole groups first, where rows are aligned; then what is left, each element by itself.
+template <class D, typename Out>
+__device__ __forceinline__ void dequantize(Out* out, i64 stride, const Packed& p, u32 first_row, u32 rows, u32 width,
+                                           const Divisor& whole_groups, const Scaling& scaling, const Branch& branch) {
+    constexpr int N = D::IN_FLIGHT;
+    __shared__ u32 table[D::TABLE > 0 ? D::TABLE : 1];
+    bool filled = D::TABLE == 0;
+    const bool wide = aligned16(out, stride);
+    const u32 total = wide ? rows * whole_groups.by : 0;
+    for (u32 tile = blockIdx.x * (THREADS * N); tile < total; tile += gridDim.x * (THREADS * N)) {
+        typename D::Raw raw[N];
+        u32 row[N], group[N];
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            const u32 i = tile + n * THREADS + threadIdx.x;
+            row[n] = whole_groups.of(i);
+            group[n] = i - row[n] * whole_groups.by;
+            if (i < total) raw[n] = D::load(p, first_row + row[n], group[n]);
+        }
+        // After the first loads, so that they travel meanwhile.
+        if (!filled) fill<D>(table, p);
+        filled = true;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            if (tile + n * THREADS + threadIdx.x < total) {
+                const f32x8 x = value<D>(raw[n], table, p, scaling, first_row + row[n], group[n], sizeof(Out) == 2);
+                store8(out + row[n] * stride + 8 * group[n], x);
+            }
+        }
+    }
+    const u32 first_group = wide ? whole_groups.by : 0, edge = (width + 7) / 8 - first_group;
+    if (edge == 0) return;
+    if (!filled) fill<D>(table, p);
+    for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < rows * edge; i += gridDim.x * THREADS) {
+        const u32 row = first_row + i / edge, group = first_group + i % edge;
+        f32x8 x;
+        if (group < p.groups) x = value<D>(D::load(p, row, group), table, p, scaling, row, group, sizeof(Out) == 2);
+        Out* to = out + (i / edge) * stride + 8 * group;
+#pragma unroll
+        for (u32 j = 0; j < 8; j++) {
+            const u32 col = 8 * group + j;
+            if (col < width) to[j] = from_f32<Out>(col < p.cols ? x.v[j] : branch_value(branch, row, col - p.cols));
+        }
+    }
+}
+
+// out[n] = sum over k of (factor * w[n, k])^2, a block per row: each thread sums its groups, then the block its threads.
+template <class D>
+__device__ __forceinline__ void row_norms_squared(float* out, const Packed& p, u32 rows, const Scaling& scaling) {
+    __shared__ u32 table[D::TABLE > 0 ? D::TABLE : 1];
+    if (D::TABLE > 0) fill<D>(table, p);
+    for (u32 row = blockIdx.x; row < rows; row += gridDim.x) {
+        float sum = 0.0f;
+        for (u32 group = threadIdx.x; group < p.groups; group += THREADS) {
+            const f32x8 x = value<D>(D::load(p, row, group), table, p, scaling, row, group, false);
+            float part = 0.0f;
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                if (8 * group + j < p.cols) part += x.v[j] * x.v[j];
+            }
+            sum += part;
+        }
+        sum = block_sum<THREADS>(sum);
+        if (threadIdx.x == 0) out[row] = sum;
+    }
+}
+
+// Most types have no rounding of their own and no table.
+template <int LOADS, int TABLE_WORDS = 0> struct Decoder {
+    static constexpr int IN_FLIGHT = LOADS;
+    static constexpr u32 TABLE = TABLE_WORDS;
+
+    static __device__ __forceinline__ void round(f32x8&, const Packed&, bool) {}
+};
+
+#define PACKED_PARAMETERS                                                                                          \
+    const u8 *plane0, const u8 *plane1, const u8 *plane2, const u8 *plane3, const u8 *table, float offset, i32 shift, \
+        i32 nested_shift, i32 rounding, i32 cols
+#define PACKED                                                                                             \
+    {                                                                                                      \
+        {plane0, plane1, plane2, plane3}, table, offset, shift, nested_shift, rounding, (u32)cols, ((u32)cols + 7) / 8 \
+    }
+
+#define DEQUANTIZE(name, D, Out)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
+        name(Out* out, i64 stride, PACKED_PARAMETERS, i32 first_row, i32 rows, i32 width, i32 mul,      \
+             i32 quotient_shift, float factor, const float* g, const bf16* b, i64 b_stride, i32 rank, i32 at) {     \
+        dequantize<D, Out>(out, stride, PACKED, first_row, rows, width,                                            \
+                           {(u32)cols / 8, (u32)mul, (u32)quotient_shift}, {factor, g},                              \
+                           {b, b_stride, (u32)rank, (u32)at});                                                     \
+    }
+
+// The three kernels of a type: to bf16, to f32, and the squared lengths of the rows.
+#define KERNELS(name, D)                                                                                            \
+    DEQUANTIZE(dequantize_##name, D, bf16)                                                                          \
+    DEQUANTIZE(dequantize_##name##_f32, D, float)                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
+        row_norms_squared_##name(float* out, PACKED_PARAMETERS, i32 rows, float factor) {                           \
+        row_norms_squared<D>(out, PACKED, rows, {factor, nullptr});                                                \
+    }
