@@ -47,6 +47,48 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
+    /// The device has too little memory left.
+    #[error("device `{device}` is out of memory: {wanted} bytes wanted, {free} of {total} free ({cause})")]
+    OutOfMemory {
+        /// The device.
+        device: String,
+        /// Bytes asked for.
+        wanted: usize,
+        /// Bytes that it has left.
+        free: usize,
+        /// Bytes that it has.
+        total: usize,
+        /// What the driver says.
+        cause: String,
+    },
+    /// A library of CUDA is not there, or not usable.
+    #[error("cannot use {library}: {reason}")]
+    CudaLibrary {
+        /// What it is: the driver, NVRTC or cuBLASLt.
+        library: &'static str,
+        /// What was looked for, where, and what was found.
+        reason: String,
+        /// How to get it.
+        hint: &'static str,
+    },
+    /// The driver is older than what this program needs of it.
+    #[error("the NVIDIA driver supports CUDA {found}, expected {expected} or newer")]
+    DriverTooOld {
+        /// The newest CUDA version that the driver supports.
+        found: String,
+        /// The oldest that is enough.
+        expected: String,
+    },
+    /// NVRTC refuses a kernel file.
+    #[error("cannot compile `{file}` for {arch}: {log}")]
+    Compile {
+        /// The kernel file.
+        file: String,
+        /// The architecture, `sm_90`.
+        arch: String,
+        /// What NVRTC says, with file and line.
+        log: String,
+    },
     /// A shared library that cannot be used.
     #[error("cannot use `{path}` as llama.cpp's library: {reason}")]
     Library {
@@ -93,6 +135,18 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Error::Device { .. } | Error::NoKernel { .. } => Some("run with `--device cpu`".to_owned()),
+            Error::OutOfMemory { .. } => Some(
+                "lower `--batch-size` or `--max-seq-length`, set `--gradient-checkpointing`, or stop what else \
+                 uses the device"
+                    .to_owned(),
+            ),
+            Error::CudaLibrary { hint, .. } => Some(format!("{hint}, or run with `--device cpu`")),
+            Error::DriverTooOld { .. } => {
+                Some("install a newer NVIDIA driver, or run with `--device cpu`".to_owned())
+            }
+            Error::Compile { .. } => {
+                Some("the newest NVRTC knows every GPU: `pip install --upgrade nvidia-cuda-nvrtc`".to_owned())
+            }
             Error::Library { .. } => {
                 Some("give the path of llama.cpp's `libggml-base.so` (ggml 0.25.3 or newer)".to_owned())
             }

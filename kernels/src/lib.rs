@@ -4,9 +4,11 @@
 #![deny(clippy::undocumented_unsafe_blocks)]
 
 pub mod cpu;
+pub mod cuda;
 pub mod device;
 pub mod error;
 pub mod ggml_library;
+pub mod ids;
 pub mod ops;
 pub mod rng;
 pub mod svd;
@@ -17,5 +19,6 @@ pub mod weight;
 
 pub use device::Device;
 pub use error::{Error, Result};
-pub use tensor::{Tensor, View, ViewMut};
+pub use ids::{IdBuffer, Ids};
+pub use tensor::{Dtype, Tensor, View, ViewMut};
 pub use weight::BaseWeight;

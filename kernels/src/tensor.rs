@@ -1,21 +1,58 @@
-//! Tensors: a matrix of f32 on a device, and borrowed row-strided views of it.
+//! Tensors: a matrix on a device, and borrowed row-strided views of it.
 //!
 //! Two dimensions are enough for a decoder: activations are (tokens, channels) with the sequences of
 //! a batch laid end to end, weights are (out, in), vectors are one row. Ops take [`View`]s, so that a
 //! buffer allocated once for the largest batch serves every smaller one ([`Tensor::top`]), one flat
 //! parameter buffer serves every adapter matrix ([`View::reshaped`]), and a padded row (the CUDA
 //! linear appends adapter columns to its operands) is only a larger `stride`.
+//!
+//! The CPU computes in f32. On CUDA activations are bf16 ([`Tensor::activations`]); statistics, parameters
+//! and their gradients stay f32 ([`Tensor::zeros`]).
 
-use cudarc::driver::CudaSlice;
+use std::sync::Arc;
 
+use cudarc::cublaslt::sys::cudaDataType_t;
+
+use crate::cuda::gemm::Matrix;
+use crate::cuda::{Buffer, Cuda};
 use crate::device::Device;
 use crate::error::{Error, Result};
+
+/// The type of a tensor's elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// Everything on the CPU; statistics and parameters on CUDA.
+    F32,
+    /// Activations on CUDA: the upper half of an f32.
+    Bf16,
+}
+
+impl Dtype {
+    /// Bytes of an element.
+    pub const fn size(self) -> usize {
+        match self {
+            Dtype::F32 => 4,
+            Dtype::Bf16 => 2,
+        }
+    }
+
+    /// What cuBLASLt calls it.
+    pub(crate) const fn cuda(self) -> cudaDataType_t {
+        match self {
+            Dtype::F32 => cudaDataType_t::CUDA_R_32F,
+            Dtype::Bf16 => cudaDataType_t::CUDA_R_16BF,
+        }
+    }
+}
 
 /// An owned row-major matrix. Allocated once; the step loop only borrows it.
 #[derive(Debug)]
 pub struct Tensor {
     rows: usize,
     cols: usize,
+    /// Elements between the starts of two rows.
+    stride: usize,
+    dtype: Dtype,
     device: Device,
     storage: Storage,
 }
@@ -23,7 +60,8 @@ pub struct Tensor {
 #[derive(Debug)]
 enum Storage {
     Cpu(Vec<f32>),
-    Cuda(CudaSlice<f32>),
+    /// The buffer, and the byte in it at which the first row starts.
+    Cuda(Buffer, usize),
 }
 
 /// A borrowed matrix: element (i, j) is `data[i * stride + j]`.
@@ -53,34 +91,106 @@ pub struct ViewMut<'a> {
 #[derive(Debug, Clone, Copy)]
 enum Data<'a> {
     Cpu(&'a [f32]),
-    Cuda(&'a Device),
+    Cuda(OnCuda<'a>),
 }
 
 #[derive(Debug)]
 enum DataMut<'a> {
     Cpu(&'a mut [f32]),
-    Cuda(&'a Device),
+    Cuda(OnCuda<'a>),
+}
+
+/// Where a view on a device starts.
+#[derive(Debug, Clone, Copy)]
+struct OnCuda<'a> {
+    cuda: &'a Arc<Cuda>,
+    ptr: u64,
+    dtype: Dtype,
+}
+
+impl<'a> OnCuda<'a> {
+    fn at(self, elements: usize) -> OnCuda<'a> {
+        OnCuda { ptr: self.ptr + (elements * self.dtype.size()) as u64, ..self }
+    }
+
+    fn expect(self, op: &'static str, dtype: Dtype) -> Result<u64> {
+        if self.dtype == dtype {
+            return Ok(self.ptr);
+        }
+        Err(Error::NoKernel { op, device: format!("{} with {:?} elements", self.cuda.name(), self.dtype) })
+    }
 }
 
 impl Tensor {
-    /// A (rows, cols) matrix of zeros on `device`.
+    /// A (rows, cols) matrix of f32 zeros on `device`.
     ///
     /// # Errors
     /// The size overflows or the device is out of memory.
     pub fn zeros(device: &Device, rows: usize, cols: usize) -> Result<Tensor> {
-        let refuse = |reason| Error::Device { device: device.to_string(), reason };
-        let len =
-            rows.checked_mul(cols).ok_or_else(|| refuse(format!("a {rows} x {cols} tensor overflows")))?;
-        let storage = match device {
-            Device::Cpu => Storage::Cpu(vec![0.0; len]),
-            Device::Cuda(stream) => Storage::Cuda(
-                stream.alloc_zeros(len).map_err(|e| refuse(format!("allocating {len} f32: {e}")))?,
-            ),
-        };
-        Ok(Tensor { rows, cols, device: device.clone(), storage })
+        Tensor::of(device, Dtype::F32, rows, cols, 0)
     }
 
-    /// A (rows, cols) matrix with these values, row by row.
+    /// A (rows, cols) matrix of zeros of the type that activations have on `device`.
+    ///
+    /// # Errors
+    /// The size overflows or the device is out of memory.
+    pub fn activations(device: &Device, rows: usize, cols: usize) -> Result<Tensor> {
+        Tensor::of(device, device.activation_dtype(), rows, cols, 0)
+    }
+
+    /// Activations (rows, cols), and further ones with as many rows and these widths.
+    ///
+    /// On CUDA the further ones lie side by side in the padding behind the rows of the first, so that one matrix
+    /// product reads them together ([`quant_linear`](crate::ops::quant_linear)); the padding is a multiple of
+    /// [`PADDING`] columns and zero where nothing lies. On the CPU they are separate.
+    ///
+    /// # Errors
+    /// The size overflows or the device is out of memory.
+    pub fn with_padding(
+        device: &Device,
+        rows: usize,
+        cols: usize,
+        widths: &[usize],
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        let dtype = device.activation_dtype();
+        if let Device::Cpu = device {
+            let more = widths.iter().map(|&width| Tensor::of(device, dtype, rows, width, 0));
+            return Ok((Tensor::of(device, dtype, rows, cols, 0)?, more.collect::<Result<_>>()?));
+        }
+        // The next row starts aligned, too.
+        let used = cols + widths.iter().sum::<usize>();
+        let padding = if used == cols { 0 } else { used.next_multiple_of(PADDING) - cols };
+        let first = Tensor::of(device, dtype, rows, cols, padding)?;
+        let mut at = cols;
+        let mut more = Vec::new();
+        for &width in widths {
+            let storage = match &first.storage {
+                Storage::Cuda(buffer, start) => Storage::Cuda(buffer.clone(), start + at * dtype.size()),
+                Storage::Cpu(_) => unreachable!("the device is not the CPU"),
+            };
+            more.push(Tensor { rows, cols: width, device: device.clone(), storage, ..first });
+            at += width;
+        }
+        Ok((first, more))
+    }
+
+    fn of(device: &Device, dtype: Dtype, rows: usize, cols: usize, padding: usize) -> Result<Tensor> {
+        let refuse = |reason| Error::Device { device: device.to_string(), reason };
+        let stride = cols + padding;
+        let len =
+            rows.checked_mul(stride).ok_or_else(|| refuse(format!("a {rows} x {cols} tensor overflows")))?;
+        let storage = match device {
+            Device::Cpu => Storage::Cpu(vec![0.0; len]),
+            Device::Cuda(cuda) => {
+                let buffer = cuda.alloc(len * dtype.size())?;
+                cuda.zero(buffer.ptr(), buffer.bytes())?;
+                Storage::Cuda(buffer, 0)
+            }
+        };
+        Ok(Tensor { rows, cols, stride, dtype, device: device.clone(), storage })
+    }
+
+    /// A (rows, cols) matrix of f32 with these values, row by row.
     ///
     /// # Errors
     /// `values` does not hold rows x cols elements, or the device refuses.
@@ -91,7 +201,7 @@ impl Tensor {
         Ok(tensor)
     }
 
-    /// Overwrites all elements from host memory.
+    /// Overwrites all elements from host memory, rounded to the tensor's type.
     ///
     /// # Errors
     /// The length differs, or the device refuses.
@@ -99,26 +209,28 @@ impl Tensor {
         crate::error::check("tensor write", "values", self.len(), values.len())?;
         match (&mut self.storage, &self.device) {
             (Storage::Cpu(data), _) => data.copy_from_slice(values),
-            (Storage::Cuda(data), Device::Cuda(stream)) => stream
-                .memcpy_htod(values, data)
-                .map_err(|e| Error::Device { device: self.device.to_string(), reason: e.to_string() })?,
-            (Storage::Cuda(_), Device::Cpu) => unreachable!("storage and device are set together"),
+            (Storage::Cuda(buffer, start), Device::Cuda(cuda)) => {
+                let start = buffer.ptr() + *start as u64;
+                let bytes = encode(values, self.dtype);
+                if self.stride == self.cols {
+                    return cuda.write(start, &bytes);
+                }
+                let (row, pitch) = (self.cols * self.dtype.size(), self.stride * self.dtype.size());
+                for (i, row) in bytes.chunks_exact(row.max(1)).enumerate() {
+                    cuda.write(start + (i * pitch) as u64, row)?;
+                }
+            }
+            (Storage::Cuda(..), Device::Cpu) => unreachable!("storage and device are set together"),
         }
         Ok(())
     }
 
-    /// Copies all elements to host memory. On CUDA this waits for the stream.
+    /// Copies all elements to host memory as f32. On CUDA this waits for the stream.
     ///
     /// # Errors
     /// The device refuses.
     pub fn read(&self) -> Result<Vec<f32>> {
-        match (&self.storage, &self.device) {
-            (Storage::Cpu(data), _) => Ok(data.clone()),
-            (Storage::Cuda(data), Device::Cuda(stream)) => stream
-                .clone_dtoh(data)
-                .map_err(|e| Error::Device { device: self.device.to_string(), reason: e.to_string() }),
-            (Storage::Cuda(_), Device::Cpu) => unreachable!("storage and device are set together"),
-        }
+        self.view().read()
     }
 
     /// Rows allocated.
@@ -141,6 +253,11 @@ impl Tensor {
         self.len() == 0
     }
 
+    /// Bytes of all elements.
+    pub fn bytes(&self) -> usize {
+        self.len() * self.dtype.size()
+    }
+
     /// Where the elements live.
     pub fn device(&self) -> &Device {
         &self.device
@@ -150,18 +267,28 @@ impl Tensor {
     pub fn view(&self) -> View<'_> {
         let data = match &self.storage {
             Storage::Cpu(data) => Data::Cpu(data),
-            Storage::Cuda(_) => Data::Cuda(&self.device),
+            Storage::Cuda(..) => Data::Cuda(self.on_cuda()),
         };
-        View { rows: self.rows, cols: self.cols, stride: self.cols, data }
+        View { rows: self.rows, cols: self.cols, stride: self.stride, data }
     }
 
     /// The whole matrix, to write to.
     pub fn view_mut(&mut self) -> ViewMut<'_> {
-        let data = match &mut self.storage {
-            Storage::Cpu(data) => DataMut::Cpu(data),
-            Storage::Cuda(_) => DataMut::Cuda(&self.device),
+        let (rows, cols, stride) = (self.rows, self.cols, self.stride);
+        let data = match self.storage {
+            Storage::Cuda(..) => DataMut::Cuda(self.on_cuda()),
+            Storage::Cpu(ref mut data) => DataMut::Cpu(data),
         };
-        ViewMut { rows: self.rows, cols: self.cols, stride: self.cols, data }
+        ViewMut { rows, cols, stride, data }
+    }
+
+    fn on_cuda(&self) -> OnCuda<'_> {
+        match (&self.storage, &self.device) {
+            (Storage::Cuda(buffer, start), Device::Cuda(cuda)) => {
+                OnCuda { cuda, ptr: buffer.ptr() + *start as u64, dtype: self.dtype }
+            }
+            _ => unreachable!("called for tensors on CUDA only"),
+        }
     }
 
     /// The first `rows` rows: a batch smaller than the buffer.
@@ -172,6 +299,26 @@ impl Tensor {
     /// The first `rows` rows, to write to.
     pub fn top_mut(&mut self, rows: usize) -> ViewMut<'_> {
         self.view_mut().into_row_range(0, rows)
+    }
+}
+
+/// Columns of padding that a product is fastest with: the depth of its tiles.
+pub const PADDING: usize = 64;
+
+/// The bytes of `values` in another type, rounded to nearest.
+fn encode(values: &[f32], dtype: Dtype) -> Vec<u8> {
+    match dtype {
+        Dtype::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        Dtype::Bf16 => values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+    }
+}
+
+fn decode(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
+    match dtype {
+        Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        Dtype::Bf16 => {
+            bytes.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect()
+        }
     }
 }
 
@@ -194,7 +341,7 @@ impl<'a> View<'a> {
         assert!(start + rows <= self.rows, "rows {start}..{} of {}", start + rows, self.rows);
         let data = match self.data {
             Data::Cpu(data) => Data::Cpu(&data[span(start, rows, self.cols, self.stride)]),
-            cuda @ Data::Cuda(_) => cuda,
+            Data::Cuda(data) => Data::Cuda(data.at(start * self.stride)),
         };
         View { rows, data, ..self }
     }
@@ -237,7 +384,8 @@ impl<'a> View<'a> {
             Data::Cpu(data) if self.rows > 0 => {
                 Data::Cpu(&data[start..start + (self.rows - 1) * self.stride + cols])
             }
-            other => other,
+            Data::Cuda(data) => Data::Cuda(data.at(start)),
+            other @ Data::Cpu(_) => other,
         };
         View { cols, data, ..self }
     }
@@ -249,8 +397,74 @@ impl<'a> View<'a> {
     pub fn cpu(self, op: &'static str) -> Result<&'a [f32]> {
         match self.data {
             Data::Cpu(data) => Ok(data),
-            Data::Cuda(device) => Err(Error::NoKernel { op, device: device.to_string() }),
+            Data::Cuda(data) => Err(Error::NoKernel { op, device: data.cuda.name() }),
         }
+    }
+
+    /// The device, if the elements are on one.
+    pub fn cuda(&self) -> Option<&'a Arc<Cuda>> {
+        match self.data {
+            Data::Cpu(_) => None,
+            Data::Cuda(data) => Some(data.cuda),
+        }
+    }
+
+    /// Address of the first element, a bf16 on a device.
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`]: `op` serves no other elements and no other place.
+    pub fn bf16(&self, op: &'static str) -> Result<u64> {
+        self.address(op, Dtype::Bf16)
+    }
+
+    /// Address of the first element, an f32 on a device.
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`]: `op` serves no other elements and no other place.
+    pub fn f32(&self, op: &'static str) -> Result<u64> {
+        self.address(op, Dtype::F32)
+    }
+
+    fn address(&self, op: &'static str, dtype: Dtype) -> Result<u64> {
+        match self.data {
+            Data::Cpu(_) => Err(Error::NoKernel { op, device: "cpu beside operands on CUDA".to_owned() }),
+            Data::Cuda(data) => data.expect(op, dtype),
+        }
+    }
+
+    /// As an operand of a matrix product on a device.
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`]: the elements are in host memory.
+    pub fn matrix(&self, op: &'static str) -> Result<Matrix> {
+        match self.data {
+            Data::Cpu(_) => Err(Error::NoKernel { op, device: "cpu beside operands on CUDA".to_owned() }),
+            Data::Cuda(OnCuda { ptr, dtype, .. }) => {
+                Ok(Matrix { ptr, rows: self.rows, cols: self.cols, stride: self.stride, dtype })
+            }
+        }
+    }
+
+    /// Copies the elements to host memory as f32, row by row. On CUDA this waits for the stream.
+    ///
+    /// # Errors
+    /// The device refuses.
+    pub fn read(&self) -> Result<Vec<f32>> {
+        if self.rows == 0 || self.cols == 0 {
+            return Ok(Vec::new());
+        }
+        let spanned = (self.rows - 1) * self.stride + self.cols;
+        let copied;
+        let elements = match self.data {
+            Data::Cpu(data) => data,
+            Data::Cuda(data) => {
+                let mut bytes = vec![0; spanned * data.dtype.size()];
+                data.cuda.read(data.ptr, &mut bytes)?;
+                copied = decode(&bytes, data.dtype);
+                &copied
+            }
+        };
+        Ok(elements.chunks(self.stride).flat_map(|row| &row[..self.cols]).copied().collect())
     }
 }
 
@@ -264,11 +478,17 @@ impl<'a> ViewMut<'a> {
         ViewMut { rows, cols, stride: cols, data: DataMut::Cpu(data) }
     }
 
+    /// A matrix in scratch memory of a device.
+    pub(crate) fn on_cuda(cuda: &'a Arc<Cuda>, matrix: Matrix) -> ViewMut<'a> {
+        let Matrix { ptr, rows, cols, stride, dtype } = matrix;
+        ViewMut { rows, cols, stride, data: DataMut::Cuda(OnCuda { cuda, ptr, dtype }) }
+    }
+
     /// The same view for a shorter time, so that it can be passed on and used again.
     pub fn reborrow(&mut self) -> ViewMut<'_> {
         let data = match &mut self.data {
             DataMut::Cpu(data) => DataMut::Cpu(data),
-            DataMut::Cuda(device) => DataMut::Cuda(device),
+            DataMut::Cuda(data) => DataMut::Cuda(*data),
         };
         ViewMut { rows: self.rows, cols: self.cols, stride: self.stride, data }
     }
@@ -277,7 +497,7 @@ impl<'a> ViewMut<'a> {
     pub fn as_view(&self) -> View<'_> {
         let data = match &self.data {
             DataMut::Cpu(data) => Data::Cpu(data),
-            DataMut::Cuda(device) => Data::Cuda(device),
+            DataMut::Cuda(data) => Data::Cuda(*data),
         };
         View { rows: self.rows, cols: self.cols, stride: self.stride, data }
     }
@@ -285,9 +505,13 @@ impl<'a> ViewMut<'a> {
     /// Sets every element to zero.
     ///
     /// # Errors
-    /// [`Error::NoKernel`]: the view is on another device, which `op` does not serve.
+    /// The device refuses.
     pub fn zero(self, op: &'static str) -> Result<()> {
         let (cols, stride) = (self.cols, self.stride.max(1));
+        if let DataMut::Cuda(data) = &self.data {
+            let size = data.dtype.size();
+            return data.cuda.zero_rows(data.ptr, stride * size, cols * size, self.rows);
+        }
         self.cpu(op)?.chunks_mut(stride).for_each(|row| row[..cols].fill(0.0));
         Ok(())
     }
@@ -301,7 +525,7 @@ impl<'a> ViewMut<'a> {
         assert!(start + rows <= self.rows, "rows {start}..{} of {}", start + rows, self.rows);
         let data = match self.data {
             DataMut::Cpu(data) => DataMut::Cpu(&mut data[span(start, rows, self.cols, self.stride)]),
-            cuda @ DataMut::Cuda(_) => cuda,
+            DataMut::Cuda(data) => DataMut::Cuda(data.at(start * self.stride)),
         };
         ViewMut { rows, cols: self.cols, stride: self.stride, data }
     }
@@ -317,7 +541,8 @@ impl<'a> ViewMut<'a> {
             DataMut::Cpu(data) if self.rows > 0 => {
                 DataMut::Cpu(&mut data[start..start + (self.rows - 1) * self.stride + cols])
             }
-            other => other,
+            DataMut::Cuda(data) => DataMut::Cuda(data.at(start)),
+            other @ DataMut::Cpu(_) => other,
         };
         ViewMut { rows: self.rows, cols, stride: self.stride, data }
     }
@@ -334,7 +559,7 @@ impl<'a> ViewMut<'a> {
                 let (left, right) = data.split_at_mut(at);
                 (DataMut::Cpu(left), DataMut::Cpu(right))
             }
-            DataMut::Cuda(device) => (DataMut::Cuda(device), DataMut::Cuda(device)),
+            DataMut::Cuda(data) => (DataMut::Cuda(data), DataMut::Cuda(data.at(at))),
         };
         (
             ViewMut { rows: 1, cols: at, stride: at, data: left },
@@ -352,7 +577,7 @@ impl<'a> ViewMut<'a> {
         assert!(start + rows * cols <= self.rows * self.cols, "a slice outside of the view");
         let data = match self.data {
             DataMut::Cpu(data) => DataMut::Cpu(&mut data[start..start + rows * cols]),
-            cuda @ DataMut::Cuda(_) => cuda,
+            DataMut::Cuda(data) => DataMut::Cuda(data.at(start)),
         };
         ViewMut { rows, cols, stride: cols, data }
     }
@@ -364,8 +589,37 @@ impl<'a> ViewMut<'a> {
     pub fn cpu(self, op: &'static str) -> Result<&'a mut [f32]> {
         match self.data {
             DataMut::Cpu(data) => Ok(data),
-            DataMut::Cuda(device) => Err(Error::NoKernel { op, device: device.to_string() }),
+            DataMut::Cuda(data) => Err(Error::NoKernel { op, device: data.cuda.name() }),
         }
+    }
+
+    /// The device, if the elements are on one.
+    pub fn cuda(&self) -> Option<Arc<Cuda>> {
+        self.as_view().cuda().cloned()
+    }
+
+    /// Address of the first element, a bf16 on a device; see [`View::bf16`].
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`]: `op` serves no other elements and no other place.
+    pub fn bf16(&self, op: &'static str) -> Result<u64> {
+        self.as_view().bf16(op)
+    }
+
+    /// Address of the first element, an f32 on a device; see [`View::f32`].
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`]: `op` serves no other elements and no other place.
+    pub fn f32(&self, op: &'static str) -> Result<u64> {
+        self.as_view().f32(op)
+    }
+
+    /// As the result of a matrix product on a device; see [`View::matrix`].
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`]: the elements are in host memory.
+    pub fn matrix(&self, op: &'static str) -> Result<Matrix> {
+        self.as_view().matrix(op)
     }
 }
 

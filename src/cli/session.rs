@@ -15,7 +15,7 @@ use crate::train::data::DataOptions;
 /// Sets the number of threads and opens the device.
 ///
 /// # Errors
-/// The device is not there, or has no ops in this version.
+/// The device is not there, or cannot be used.
 pub fn open_device(args: &ComputeArgs) -> anyhow::Result<Device> {
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new()
@@ -23,16 +23,7 @@ pub fn open_device(args: &ComputeArgs) -> anyhow::Result<Device> {
             .build_global()
             .with_context(|| format!("cannot start {threads} threads"))?;
     }
-    let device = Device::open(&args.device)?;
-    if !device.has_ops() {
-        return Err(Usage::new(format!(
-            "`--device {}`: the ops of this version run on the CPU only",
-            args.device
-        ))
-        .hint("run with `--device cpu`")
-        .into());
-    }
-    Ok(device)
+    Ok(Device::open(&args.device)?)
 }
 
 /// A model in memory, ready to run.

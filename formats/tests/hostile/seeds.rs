@@ -71,7 +71,7 @@ fn zeros(tensors: &[(&str, &[usize])]) -> Vec<u8> {
 fn eight_bits() -> Vec<u8> {
     let dir = scratch();
     let path = dir.path().join("a.safetensors");
-    let codes: Vec<u8> = (0..8).map(|i| i * 37).collect();
+    let codes: Vec<u8> = (0..8u8).map(|i| i.wrapping_mul(37)).collect();
     let scales: Vec<u8> = [0.5_f32, 2.0, 1.0, 0.0].iter().flat_map(|x| x.to_le_bytes()).collect();
     let tensors: [(&str, Dtype, &[usize], &[u8]); 5] = [
         ("a", Dtype::F8_E4M3, &[2, 4], &codes),

@@ -1,0 +1,274 @@
+//! Matrix products through cuBLASLt, with the plan of every shape kept.
+//!
+//! cuBLASLt thinks in columns: a row-major matrix is the transpose of a column-major one with the same leading
+//! dimension, so C = A B is asked for as C^T = B^T A^T, with the operands swapped.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::PoisonError;
+
+use cudarc::cublaslt::result::{self, CublasError};
+use cudarc::cublaslt::sys;
+
+use super::{Cuda, Scratch};
+use crate::error::{Error, Result, check};
+use crate::tensor::Dtype;
+
+const OP: &str = "gemm";
+
+/// What cuBLASLt may use beside the operands; the size that NVIDIA recommends for Hopper.
+const WORKSPACE: usize = 32 << 20;
+
+/// A row-major matrix in device memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Matrix {
+    /// Address of the first element.
+    pub ptr: u64,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Elements between the starts of two rows.
+    pub stride: usize,
+    /// Element type.
+    pub dtype: Dtype,
+}
+
+impl Matrix {
+    /// The alignment that a plan may rely on.
+    fn alignment(self) -> u32 {
+        let bits = self.ptr | (self.stride * self.dtype.size()) as u64;
+        1 << bits.trailing_zeros().min(8)
+    }
+}
+
+/// A matrix as it enters a product.
+#[derive(Debug, Clone, Copy)]
+pub struct Operand {
+    matrix: Matrix,
+    transposed: bool,
+}
+
+impl Operand {
+    /// (rows, cols) as they enter the product.
+    fn shape(self) -> (usize, usize) {
+        let Matrix { rows, cols, .. } = self.matrix;
+        if self.transposed { (cols, rows) } else { (rows, cols) }
+    }
+}
+
+impl From<Matrix> for Operand {
+    fn from(matrix: Matrix) -> Operand {
+        Operand { matrix, transposed: false }
+    }
+}
+
+/// The transpose of a matrix, without moving it.
+pub fn transposed(matrix: Matrix) -> Operand {
+    Operand { matrix, transposed: true }
+}
+
+/// Everything that a plan depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Shape {
+    m: usize,
+    n: usize,
+    k: usize,
+    transposed: [bool; 2],
+    strides: [usize; 3],
+    dtypes: [Dtype; 3],
+    alignments: [u32; 3],
+}
+
+#[derive(Debug)]
+struct Plan {
+    desc: sys::cublasLtMatmulDesc_t,
+    layouts: [sys::cublasLtMatrixLayout_t; 3],
+    algo: sys::cublasLtMatmulAlgo_t,
+}
+
+/// The handle and the plans of all shapes so far.
+#[derive(Debug)]
+pub(super) struct Plans {
+    handle: sys::cublasLtHandle_t,
+    plans: HashMap<Shape, Plan>,
+}
+
+// SAFETY: a handle may be used from any thread; it lives behind a mutex.
+unsafe impl Send for Plans {}
+
+impl Drop for Plans {
+    fn drop(&mut self) {
+        for plan in self.plans.values() {
+            // SAFETY: created by `plan`, used nowhere else.
+            unsafe {
+                let _ = result::destroy_matmul_desc(plan.desc);
+                for layout in plan.layouts {
+                    let _ = result::destroy_matrix_layout(layout);
+                }
+            }
+        }
+        // SAFETY: created by `new`; its plans are gone.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+impl Plans {
+    /// A handle on the current device.
+    pub(super) fn new() -> Result<Plans, CublasError> {
+        Ok(Plans { handle: result::create_handle()?, plans: HashMap::new() })
+    }
+
+    fn plan(&mut self, shape: Shape) -> Result<&Plan, CublasError> {
+        if !self.plans.contains_key(&shape) {
+            let plan = self.build(shape)?;
+            self.plans.insert(shape, plan);
+        }
+        Ok(&self.plans[&shape])
+    }
+
+    fn build(&self, shape: Shape) -> Result<Plan, CublasError> {
+        let f32_type = sys::cudaDataType_t::CUDA_R_32F;
+        let desc = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, f32_type)?;
+        let [a_transposed, b_transposed] = shape.transposed;
+        let op = |transposed: bool| -> i32 { i32::from(transposed) };
+        // The operands are swapped: ours second is theirs first.
+        for (attribute, value) in [
+            (sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, op(b_transposed)),
+            (sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB, op(a_transposed)),
+        ] {
+            // SAFETY: the descriptor is alive and the attribute is an i32.
+            unsafe {
+                result::set_matmul_desc_attribute(desc, attribute, std::ptr::from_ref(&value).cast(), 4)?;
+            }
+        }
+        // A row-major (rows, cols) matrix is a column-major (cols, rows) one.
+        let layout = |dtype: Dtype, rows: usize, cols: usize, stride: usize| {
+            result::create_matrix_layout(dtype.cuda(), cols as u64, rows as u64, stride as i64)
+        };
+        let (m, n, k) = (shape.m, shape.n, shape.k);
+        let stored = |transposed: bool, rows: usize, cols: usize| {
+            if transposed { (cols, rows) } else { (rows, cols) }
+        };
+        let (b_rows, b_cols) = stored(b_transposed, k, n);
+        let (a_rows, a_cols) = stored(a_transposed, m, k);
+        let layouts = [
+            layout(shape.dtypes[1], b_rows, b_cols, shape.strides[1])?,
+            layout(shape.dtypes[0], a_rows, a_cols, shape.strides[0])?,
+            layout(shape.dtypes[2], m, n, shape.strides[2])?,
+        ];
+        let preference = result::create_matmul_pref()?;
+        let attributes = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+        let [a, b, c] = shape.alignments;
+        // SAFETY: the preference is alive; the workspace limit is a u64, alignments are u32.
+        let algo = unsafe {
+            result::set_matmul_pref_attribute(
+                preference,
+                attributes,
+                std::ptr::from_ref(&(WORKSPACE as u64)).cast(),
+                8,
+            )?;
+            use sys::cublasLtMatmulPreferenceAttributes_t as P;
+            for (attribute, bytes) in [
+                (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, b),
+                (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, a),
+                (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c),
+                (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, c),
+            ] {
+                result::set_matmul_pref_attribute(
+                    preference,
+                    attribute,
+                    std::ptr::from_ref(&bytes).cast(),
+                    4,
+                )?;
+            }
+            let found = result::get_matmul_algo_heuristic(
+                self.handle,
+                desc,
+                layouts[0],
+                layouts[1],
+                layouts[2],
+                layouts[2],
+                preference,
+            );
+            let _ = result::destroy_matmul_pref(preference);
+            found?.algo
+        };
+        Ok(Plan { desc, layouts, algo })
+    }
+}
+
+impl Cuda {
+    /// c = alpha a b + beta c.
+    ///
+    /// Shapes: `c` (M, N), `a` (M, K), `b` (K, N), as they enter the product. `a` and `b` are bf16 or both f32;
+    /// `c` is bf16 or f32. Precision: products and sums in f32 (no TF32), rounded once to the type of `c`.
+    ///
+    /// # Errors
+    /// Shapes that do not belong together, or cuBLASLt refuses.
+    pub fn gemm(
+        &self,
+        c: Matrix,
+        a: impl Into<Operand>,
+        b: impl Into<Operand>,
+        alpha: f32,
+        beta: f32,
+    ) -> Result<()> {
+        let (a, b) = (a.into(), b.into());
+        let ((m, k), (b_k, n)) = (a.shape(), b.shape());
+        check(OP, "rows of b", k, b_k)?;
+        check(OP, "rows of c", m, c.rows)?;
+        check(OP, "columns of c", n, c.cols)?;
+        if m == 0 || n == 0 {
+            return Ok(());
+        }
+        if k == 0 {
+            let size = c.dtype.size();
+            return if beta == 0.0 { self.zero_rows(c.ptr, c.stride * size, n * size, m) } else { Ok(()) };
+        }
+        let workspace = self.scratch(Scratch::Gemm, WORKSPACE)?;
+        self.bind()?;
+        let shape = Shape {
+            m,
+            n,
+            k,
+            transposed: [a.transposed, b.transposed],
+            strides: [a.matrix.stride, b.matrix.stride, c.stride],
+            dtypes: [a.matrix.dtype, b.matrix.dtype, c.dtype],
+            alignments: [a.matrix.alignment(), b.matrix.alignment(), c.alignment()],
+        };
+        let refuse = |e: CublasError| Error::Device {
+            device: self.name(),
+            reason: format!("cuBLASLt refuses {shape:?}: {e}"),
+        };
+        let mut plans = self.gemm.lock().unwrap_or_else(PoisonError::into_inner);
+        let handle = plans.handle;
+        let plan = plans.plan(shape).map_err(refuse)?;
+        let began = self.profile_begin()?;
+        // SAFETY: the plan was made for these shapes, strides and alignments; the matrices are alive until the
+        // stream has passed this point, because their buffers are freed by calls that wait for the device.
+        unsafe {
+            result::matmul(
+                handle,
+                plan.desc,
+                std::ptr::from_ref(&alpha).cast(),
+                std::ptr::from_ref(&beta).cast(),
+                b.matrix.ptr as *const c_void,
+                plan.layouts[0],
+                a.matrix.ptr as *const c_void,
+                plan.layouts[1],
+                c.ptr as *const c_void,
+                plan.layouts[2],
+                c.ptr as *mut c_void,
+                plan.layouts[2],
+                &raw const plan.algo,
+                workspace as *mut c_void,
+                WORKSPACE,
+                self.stream().cast(),
+            )
+        }
+        .map_err(refuse)?;
+        drop(plans);
+        self.profile_end(OP, began)
+    }
+}

@@ -1,0 +1,246 @@
+//! Device memory: blocks from the driver, buffers inside of them, scratch that outlives a call.
+//!
+//! A run reserves one block for all its tensors ([`Cuda::reserve`]) and carves them out of it; what is
+//! allocated without a reservation, or beyond it, gets a block of its own. A block goes back to the driver
+//! with the last buffer in it.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::{CudaContext, result};
+
+use super::Cuda;
+use crate::error::{Error, Result};
+
+/// Starts of buffers: what the widest vector load and cuBLASLt's fastest kernels want.
+const ALIGNMENT: usize = 256;
+
+/// Bytes obtained from the driver at once.
+#[derive(Debug)]
+struct Block {
+    context: Arc<CudaContext>,
+    counters: Arc<Counters>,
+    ptr: u64,
+    bytes: usize,
+}
+
+/// Bytes held now, and the most that were held.
+#[derive(Debug, Default)]
+struct Counters {
+    now: AtomicUsize,
+    peak: AtomicUsize,
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        if self.context.bind_to_thread().is_ok() {
+            // SAFETY: `ptr` came from `malloc_sync` and nobody holds a buffer in the block any more. A device
+            // that vanished has no memory to give back, so its error says nothing new.
+            let _ = unsafe { result::free_sync(self.ptr) };
+        }
+        self.counters.now.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// A piece of device memory.
+#[derive(Debug, Clone)]
+pub struct Buffer {
+    _block: Arc<Block>,
+    ptr: u64,
+    bytes: usize,
+}
+
+impl Buffer {
+    /// Device address of the first byte; a multiple of 256.
+    pub fn ptr(&self) -> u64 {
+        self.ptr
+    }
+
+    /// Size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+/// What a scratch buffer is for: two of one purpose are never needed at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Scratch {
+    /// A dequantized weight on its way into a matrix product.
+    Weight,
+    /// cuBLASLt's workspace.
+    Gemm,
+    /// What the attention kernels pass to each other.
+    Attention,
+    /// Partial sums of reductions.
+    Partials,
+    /// Weights being unpacked into planes.
+    Upload,
+}
+
+/// All memory of one device.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    counters: Arc<Counters>,
+    /// The reserved block and the bytes of it that are taken.
+    arena: Mutex<Option<(Arc<Block>, usize)>>,
+    scratch: Mutex<HashMap<Scratch, Buffer>>,
+}
+
+impl Cuda {
+    /// Obtains one block from which later allocations are carved; an earlier reservation gives up its rest.
+    ///
+    /// # Errors
+    /// The device has not so much memory left.
+    pub fn reserve(&self, bytes: usize) -> Result<()> {
+        let block = Arc::new(self.block(bytes)?);
+        *self.memory.arena.lock().unwrap_or_else(PoisonError::into_inner) = Some((block, 0));
+        Ok(())
+    }
+
+    /// Gives up what is left of the reservation, so that its block can go when its tensors go.
+    pub fn release(&self) {
+        *self.memory.arena.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.memory.scratch.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// `bytes` of memory with any contents.
+    ///
+    /// # Errors
+    /// The device has not so much memory left.
+    pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        let size = bytes.max(1).next_multiple_of(ALIGNMENT);
+        let mut arena = self.memory.arena.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((block, used)) = &mut *arena
+            && block.bytes - *used >= size
+        {
+            let ptr = block.ptr + *used as u64;
+            *used += size;
+            return Ok(Buffer { _block: Arc::clone(block), ptr, bytes });
+        }
+        drop(arena);
+        let block = self.block(size)?;
+        Ok(Buffer { ptr: block.ptr, _block: Arc::new(block), bytes })
+    }
+
+    fn block(&self, bytes: usize) -> Result<Block> {
+        self.bind()?;
+        // SAFETY: the context is current; the block frees what it holds exactly once.
+        let ptr = unsafe { result::malloc_sync(bytes) }.map_err(|e| {
+            let (free, total) = self.free_memory().unwrap_or((0, 0));
+            Error::OutOfMemory { device: self.name(), wanted: bytes, free, total, cause: e.to_string() }
+        })?;
+        let counters = Arc::clone(&self.memory.counters);
+        let now = counters.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        counters.peak.fetch_max(now, Ordering::Relaxed);
+        Ok(Block { context: Arc::clone(&self.context), counters, ptr, bytes })
+    }
+
+    /// Address of a scratch buffer of at least `bytes`, which keeps its place until a larger one is asked for.
+    ///
+    /// Growing waits for the device, so it belongs into the first step of a run, never into a capture.
+    ///
+    /// # Errors
+    /// The device has not so much memory left.
+    pub fn scratch(&self, purpose: Scratch, bytes: usize) -> Result<u64> {
+        let mut all = self.memory.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(buffer) = all.get(&purpose)
+            && buffer.bytes >= bytes
+        {
+            return Ok(buffer.ptr);
+        }
+        if all.remove(&purpose).is_some() {
+            // What is enqueued may still use the old one.
+            self.synchronize()?;
+        }
+        let buffer = self.alloc(bytes)?;
+        let ptr = buffer.ptr;
+        all.insert(purpose, buffer);
+        Ok(ptr)
+    }
+
+    /// Bytes held from the driver now, and the most that were held at once.
+    pub fn held_bytes(&self) -> (usize, usize) {
+        let counters = &self.memory.counters;
+        (counters.now.load(Ordering::Relaxed), counters.peak.load(Ordering::Relaxed))
+    }
+
+    /// Bytes free on the device and its size, as the driver says.
+    ///
+    /// # Errors
+    /// The device does not answer.
+    pub fn free_memory(&self) -> Result<(usize, usize)> {
+        self.bind()?;
+        result::mem_get_info().map_err(|e| self.error("asking for free memory", e))
+    }
+
+    /// Sets `bytes` bytes at `ptr` to zero, in stream order.
+    ///
+    /// # Errors
+    /// The device refuses.
+    pub(crate) fn zero(&self, ptr: u64, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: callers pass ranges of buffers that they hold.
+        unsafe { result::memset_d8_async(ptr, 0, bytes, self.stream()) }
+            .map_err(|e| self.error("clearing memory", e))
+    }
+
+    /// Zeroes `rows` rows of `width` bytes that start `pitch` bytes apart, in stream order.
+    ///
+    /// # Errors
+    /// The device refuses.
+    pub(crate) fn zero_rows(&self, ptr: u64, pitch: usize, width: usize, rows: usize) -> Result<()> {
+        if width == pitch || rows <= 1 {
+            return self.zero(ptr, width * rows);
+        }
+        self.bind()?;
+        // SAFETY: callers pass ranges of buffers that they hold.
+        unsafe { cudarc::driver::sys::cuMemsetD2D8Async(ptr, pitch, 0, width, rows, self.stream()) }
+            .result()
+            .map_err(|e| self.error("clearing memory", e))
+    }
+
+    /// Copies host memory to the device in stream order; the host memory may be reused on return.
+    ///
+    /// # Errors
+    /// The device refuses.
+    pub fn write(&self, ptr: u64, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: callers pass a range of a buffer that they hold. Pageable host memory is staged by the driver
+        // before the call returns.
+        unsafe { result::memcpy_htod_async(ptr, bytes, self.stream()) }
+            .map_err(|e| self.error("copying to the device", e))
+    }
+
+    /// Copies device memory to the host; waits for everything enqueued before.
+    ///
+    /// # Errors
+    /// The device refuses.
+    pub fn read(&self, ptr: u64, bytes: &mut [u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: callers pass a range of a buffer that they hold; the stream is awaited before `bytes` is used.
+        unsafe { result::memcpy_dtoh_async(bytes, ptr, self.stream()) }
+            .map_err(|e| self.error("copying from the device", e))?;
+        self.synchronize()
+    }
+
+    /// Copies between device addresses in stream order.
+    ///
+    /// # Errors
+    /// The device refuses.
+    pub fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: callers pass ranges of buffers that they hold.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream()) }
+            .map_err(|e| self.error("copying on the device", e))
+    }
+}
