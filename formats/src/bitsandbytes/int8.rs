@@ -18,9 +18,6 @@ use crate::error::{Error, Kind, Place, Result};
 use crate::file::Bytes;
 use crate::safetensors::{Dtype, TensorView};
 
-/// 1/127 as bitsandbytes spells it.
-const INVERSE: f32 = 0.007_874_016;
-
 /// A matrix in LLM.int8.
 #[derive(Debug, Clone)]
 pub struct Int8 {
@@ -88,6 +85,19 @@ impl Int8 {
         self.cols
     }
 
+    /// One signed byte per element, row by row.
+    pub fn codes(&self) -> &Bytes {
+        &self.codes
+    }
+
+    /// The scale of every row, SCB: `x = (q * SCB) * INVERSE`.
+    pub fn scales(&self) -> &[f32] {
+        &self.scales
+    }
+
+    /// 1/127 as bitsandbytes spells it.
+    pub const INVERSE: f32 = 0.007_874_016;
+
     /// Bytes of codes and scales.
     pub fn size_bytes(&self) -> usize {
         self.codes.len() + size_of_val(&self.scales[..])
@@ -103,7 +113,7 @@ impl Int8 {
         let scale = self.scales[row];
         let codes = &self.codes[row * self.cols..][cols];
         for (out, &code) in out.iter_mut().zip(codes) {
-            *out = f32::from(code as i8) * scale * INVERSE;
+            *out = f32::from(code as i8) * scale * Self::INVERSE;
         }
     }
 

@@ -114,6 +114,26 @@ enum Scales {
     Nested(nested::Nested),
 }
 
+/// The scales of the blocks as they are stored.
+#[derive(Debug, Clone, Copy)]
+pub enum StoredScales<'a> {
+    /// f32, little-endian, one per block.
+    Plain(&'a Bytes),
+    /// Double quantization: the scale of block i is `map[codes[i]] * absmax[i / blocksize] + offset`.
+    Double {
+        /// One code per block.
+        codes: &'a Bytes,
+        /// The scales of the codes.
+        absmax: &'a [f32],
+        /// Codes that share a scale, a power of two.
+        blocksize: usize,
+        /// The value of every code.
+        map: &'a [f32; 256],
+        /// The mean of the scales.
+        offset: f32,
+    },
+}
+
 /// A matrix in NF4 or FP4.
 #[derive(Debug, Clone)]
 pub struct FourBit {
@@ -136,6 +156,16 @@ impl FourBit {
     /// The packed codes, two per byte.
     pub fn codes(&self) -> &Bytes {
         &self.codes
+    }
+
+    /// The scales of the blocks as they are stored.
+    pub fn scales(&self) -> StoredScales<'_> {
+        match &self.scales {
+            Scales::Plain(absmax) => StoredScales::Plain(absmax),
+            Scales::Nested(nested::Nested { codes, absmax, blocksize, map, offset }) => {
+                StoredScales::Double { codes, absmax, blocksize: *blocksize, map, offset: *offset }
+            }
+        }
     }
 
     /// Bytes of codes and scales.

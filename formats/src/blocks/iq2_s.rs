@@ -29,7 +29,7 @@ const D_FACTOR: f32 = 0.9875;
 
 static BOOK: LazyLock<Codebook<8, 3>> = LazyLock::new(|| Codebook::new(&iq_grids::IQ2_S, 1));
 
-static Q: [[i8; 8]; 1024] = iq_grids::levels(&iq_grids::IQ2_S, [8, 25, 43]);
+pub(super) static Q: [[i8; 8]; 1024] = iq_grids::levels(&iq_grids::IQ2_S, [8, 25, 43]);
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
 pub(super) struct IQ2_S;

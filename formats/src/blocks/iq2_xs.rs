@@ -28,7 +28,7 @@ pub(super) const SEARCH: Search = Search { reach: 9, step: 0.1, refit: Refit::Mo
 
 static BOOK: LazyLock<Codebook<8, 3>> = LazyLock::new(|| Codebook::new(&iq_grids::IQ2_XS, 2));
 
-static Q: [[i8; 8]; 512] = iq_grids::levels(&iq_grids::IQ2_XS, [8, 25, 43]);
+pub(super) static Q: [[i8; 8]; 512] = iq_grids::levels(&iq_grids::IQ2_XS, [8, 25, 43]);
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
 pub(super) struct IQ2_XS;

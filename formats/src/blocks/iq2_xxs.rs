@@ -29,7 +29,7 @@ const SEARCH: Search = Search { reach: 6, step: 0.1, refit: Refit::Every };
 
 static BOOK: LazyLock<Codebook<8, 3>> = LazyLock::new(|| Codebook::new(&iq_grids::IQ2_XXS, 2));
 
-static Q: [[i8; 8]; 256] = iq_grids::levels(&iq_grids::IQ2_XXS, [8, 25, 43]);
+pub(super) static Q: [[i8; 8]; 256] = iq_grids::levels(&iq_grids::IQ2_XXS, [8, 25, 43]);
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
 pub(super) struct IQ2_XXS;

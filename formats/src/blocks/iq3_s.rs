@@ -29,7 +29,7 @@ const SEARCH: Search = Search { reach: 9, step: 0.2, refit: Refit::EveryIfOneMov
 
 static BOOK: LazyLock<Codebook<4, 8>> = LazyLock::new(|| Codebook::new(&iq_grids::IQ3_S, 3));
 
-static Q: [[i8; 4]; 512] = iq_grids::levels(&iq_grids::IQ3_S, [1, 3, 5, 7, 9, 11, 13, 15]);
+pub(super) static Q: [[i8; 4]; 512] = iq_grids::levels(&iq_grids::IQ3_S, [1, 3, 5, 7, 9, 11, 13, 15]);
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
 pub(super) struct IQ3_S;

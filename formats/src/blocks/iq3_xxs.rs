@@ -30,7 +30,7 @@ const SEARCH: Search = Search { reach: 15, step: 0.2, refit: Refit::Moved };
 
 static BOOK: LazyLock<Codebook<4, 8>> = LazyLock::new(|| Codebook::new(&iq_grids::IQ3_XXS, 2));
 
-static Q: [[i8; 4]; 256] = iq_grids::levels(&iq_grids::IQ3_XXS, [4, 12, 20, 28, 36, 44, 52, 62]);
+pub(super) static Q: [[i8; 4]; 256] = iq_grids::levels(&iq_grids::IQ3_XXS, [4, 12, 20, 28, 36, 44, 52, 62]);
 
 #[allow(non_camel_case_types, reason = "ggml's name")]
 pub(super) struct IQ3_XXS;

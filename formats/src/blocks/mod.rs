@@ -210,6 +210,22 @@ pub fn quantize_row(dtype: GgmlType, row: &[f32], importance: Option<&[f32]>, by
     with_quantizer!(dtype, quantize_blocks(row, importance, bytes));
 }
 
+/// What the codes of a type stand for, if they are numbers of a table: one number per 4-bit code, or the 8 or 4
+/// numbers of each point of an IQ type's code book, one point after another.
+pub fn code_book(dtype: GgmlType) -> Option<Vec<i8>> {
+    Some(match dtype {
+        GgmlType::IQ1_S | GgmlType::IQ1_M => iq1_s::Q.as_flattened().to_vec(),
+        GgmlType::IQ2_XXS => iq2_xxs::Q.as_flattened().to_vec(),
+        GgmlType::IQ2_XS => iq2_xs::Q.as_flattened().to_vec(),
+        GgmlType::IQ2_S => iq2_s::Q.as_flattened().to_vec(),
+        GgmlType::IQ3_XXS => iq3_xxs::Q.as_flattened().to_vec(),
+        GgmlType::IQ3_S => iq3_s::Q.as_flattened().to_vec(),
+        GgmlType::IQ4_NL | GgmlType::IQ4_XS => iq4_nl::VALUES.map(|value| value as i8).to_vec(),
+        GgmlType::MXFP4 | GgmlType::NVFP4 => (0..16).map(fp4::value).collect(),
+        _ => return None,
+    })
+}
+
 /// Looks for NaN and infinities before quantizing.
 ///
 /// # Errors

@@ -10,6 +10,7 @@
 pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
+pub mod dequantize;
 pub mod dropout;
 pub mod embedding;
 pub mod fold;

@@ -5,6 +5,7 @@
 //! packed and usually mapped from the file: a clone is a pointer, and only the tile at work is f32.
 //! N rows are output features, K columns are input features. Each storage has a file of its own.
 
+pub mod device;
 mod four_bit;
 mod ggml;
 mod int8;
@@ -18,6 +19,7 @@ use qpeft_formats::file::Bytes;
 use qpeft_formats::safetensors::{Dtype, TensorView};
 use rayon::prelude::*;
 
+pub use device::DeviceWeight;
 pub use ggml::dequantize_blocks;
 pub use kind::WeightType;
 

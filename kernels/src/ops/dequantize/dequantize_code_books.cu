@@ -117,7 +117,7 @@ __device__ __forceinline__ float lattice_scale(u16 d, u32 sc, float by) {
 }
 
 // 256 points of eight. Planes: of each sub-block of 32 the four points, seven signs of each and the scale; d.
-struct IQ2_XXS : Decoder<4, 2 * 256> {
+struct IQ2_XXS : Decoder<2, 2 * 256> {
     struct Raw {
         u32 signs;
         u16 d;
@@ -157,7 +157,7 @@ struct IQ2_XS : Decoder<4, 2 * 512> {
 
 // 1024 points of eight. Planes: of each block the low bytes of its points and their signs; d; of each block the high
 // bits of the points and the scales of its sub-blocks of 16.
-struct IQ2_S : Decoder<4, 2 * 1024> {
+struct IQ2_S : Decoder<2, 2 * 1024> {
     struct Raw {
         u16 d;
         u8 point, signs, high, sc;
@@ -250,7 +250,7 @@ struct IQ1_S : Decoder<4, 2 * 2048> {
 };
 
 // 2048 points of eight. Planes: low bytes of the points; high bits and shift of a sub-block of 16; scales and d.
-struct IQ1_M : Decoder<4, 2 * 2048> {
+struct IQ1_M : Decoder<2, 2 * 2048> {
     struct Raw {
         uint2 scales;
         u8 point, high;
