@@ -8,6 +8,7 @@
 
 use std::ops::Range;
 
+use qpeft_kernels::ops::dequantize::row_norms_squared;
 use qpeft_kernels::ops::fold::fold_row_factor;
 use qpeft_kernels::ops::quant_linear::quant_linear_forward;
 use qpeft_kernels::ops::row_norm::row_norm_forward;
@@ -48,7 +49,9 @@ impl Dora {
         };
         let row = || Tensor::zeros(device, 1, out);
         let mut w_squared = row()?;
-        weight.row_norms_squared(w_squared.view_mut())?;
+        if !device.is_meta() {
+            row_norms_squared(w_squared.view_mut(), weight)?;
+        }
         let wa = Tensor::zeros(device, lora.a.shape[0], out)?;
         Ok(Dora { lora, magnitude, w_squared, wa, norm: row()?, factor: row()? })
     }

@@ -30,8 +30,9 @@ pub enum Packed<'a> {
 }
 
 impl<'a> From<&'a BaseWeight> for Packed<'a> {
+    /// Where its kernels read it: on the device, if it is there.
     fn from(weight: &'a BaseWeight) -> Packed<'a> {
-        Packed::Host(weight)
+        weight.device().map_or(Packed::Host(weight), Packed::Device)
     }
 }
 
@@ -150,7 +151,9 @@ fn rows_cpu(
         let (values, padding) = out[..cols].split_at_mut(k);
         weight.dequantize_rows(n..n + 1, values);
         if let Some(g) = g {
-            values.iter_mut().for_each(|x| *x *= g[n]);
+            for x in values {
+                *x *= g[n];
+            }
         }
         padding.fill(0.0);
         if let Some((b, stride, at)) = &columns {

@@ -13,7 +13,7 @@ use qpeft_formats::GgmlType;
 use super::Branch;
 use crate::cuda::gemm::{Matrix, transposed};
 use crate::cuda::{Cuda, Scratch};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::dequantize::{Columns, dequantize_rows};
 use crate::tensor::{Dtype, View, ViewMut};
 use crate::weight::{BaseWeight, Place, WeightType};
@@ -48,7 +48,7 @@ pub(super) fn forward(
     let depth = weight.cols() + place.map_or(0, |place| place.padding);
     let x = Matrix { cols: depth, ..x };
     for rows in tiles(weight, depth) {
-        let w = folded(op, cuda, weight, rows.clone(), row_scale, beside)?;
+        let w = folded(cuda, weight, rows.clone(), row_scale, beside)?;
         cuda.gemm(columns(y, rows), x, transposed(w), 1.0, 0.0)?;
     }
     match branch {
@@ -88,7 +88,7 @@ pub(super) fn backward(
         }
     }
     for (i, rows) in tiles(weight, depth).enumerate() {
-        let w = folded(op, cuda, weight, rows.clone(), row_scale, beside)?;
+        let w = folded(cuda, weight, rows.clone(), row_scale, beside)?;
         let beta = if accumulate || i > 0 { 1.0 } else { 0.0 };
         cuda.gemm(dx, columns(dy, rows), w, 1.0, beta)?;
     }
@@ -120,7 +120,6 @@ fn columns(matrix: Matrix, range: Range<usize>) -> Matrix {
 
 /// Rows of diag(g) W in bf16, the branch in their padding.
 fn folded(
-    op: &'static str,
     cuda: &Arc<Cuda>,
     weight: &BaseWeight,
     rows: Range<usize>,
@@ -142,10 +141,8 @@ fn folded(
     };
     let matrix = Matrix { ptr, rows: rows.len(), cols: stride, stride, dtype: Dtype::Bf16 };
     if !fresh {
-        let packed =
-            weight.device().ok_or_else(|| Error::NoKernel { op, device: "a weight on the cpu".into() })?;
         let columns = beside.map(|(b, place)| Columns { b, offset: place.offset });
-        dequantize_rows(ViewMut::on_cuda(cuda, matrix), packed, rows, row_scale, columns)?;
+        dequantize_rows(ViewMut::on_cuda(cuda, matrix), weight, rows, row_scale, columns)?;
     }
     Ok(matrix)
 }

@@ -57,8 +57,8 @@ pub(super) fn planes(dtype: GgmlType) -> Vec<Plane> {
     const FIFTH: Plane = Codes { bits: 1, bit: |i| 16 + i };
     const FIFTH_1: Plane = Codes { bits: 1, bit: |i| 32 + i };
     match dtype {
-        GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 | GgmlType::F64 => vec![],
-        GgmlType::I8 | GgmlType::I16 | GgmlType::I32 | GgmlType::I64 => vec![],
+        GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 | GgmlType::F64
+        | GgmlType::I8 | GgmlType::I16 | GgmlType::I32 | GgmlType::I64 => vec![],
         GgmlType::Q4_0 | GgmlType::IQ4_NL => vec![nibbles::<2>(), D],
         GgmlType::Q4_1 => vec![nibbles::<4>(), D_AND_M],
         GgmlType::Q5_0 => vec![nibbles::<6>(), D, FIFTH],
