@@ -133,7 +133,7 @@ impl Decoder {
     fn run(&self, buffers: &mut Buffers, pass: &Pass<'_>) -> Result<()> {
         let t = buffers.ids.tokens.ids().len();
         let (streams, ids) = buffers.stream_and_ids(0, t);
-        embedding_forward(streams, ids.tokens.ids().host(), &self.embedding)?;
+        embedding_forward(streams, ids.tokens.ids(), &self.embedding)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
             layer.forward(y, x, s, branch, &self.place(ids), None, pass, scratch)?;
@@ -323,7 +323,7 @@ impl Decoder {
         self.check(&batch, buffers)?;
         buffers.ids.set_continued(tokens, cached)?;
         let (stream, ids) = buffers.stream_and_ids(0, t);
-        embedding_forward(stream, ids.tokens.ids().host(), &self.embedding)?;
+        embedding_forward(stream, ids.tokens.ids(), &self.embedding)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
             let keys = Some((&mut cache.layers[index], cached));
