@@ -59,6 +59,8 @@ pub enum Command {
     /// Measure speed and memory
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Say what a training run would take of a device's memory, and how it would be made to fit
+    Plan(PlanArgs),
     /// Run the whole pipeline on a small real model
     Demo(DemoArgs),
 }
@@ -697,6 +699,9 @@ pub struct BenchTrainArgs {
     /// Layers whose activations are computed again in the backward pass: all, none, or auto for what memory allows
     #[arg(long, value_enum, value_name = "LAYERS", default_value_t)]
     pub recompute: Recompute,
+    /// Device memory that the run may take, as 8GiB [default: what is free]
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub memory_limit: Option<u64>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
@@ -715,6 +720,47 @@ pub enum Recompute {
     All,
     /// No layer: fastest.
     None,
+}
+
+/// `qpeft plan`
+#[derive(Debug, Clone, Args)]
+pub struct PlanArgs {
+    /// GGUF file or Hugging Face folder
+    #[arg(long, short, value_name = "PATH", required_unless_present = "shape")]
+    pub model: Option<PathBuf>,
+    /// A known model's shape in place of a file: llama-3.1-8b, llama-3.2-1b, ...
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "base_quant"], value_parser = str::parse::<Shape>)]
+    pub shape: Option<Shape>,
+    /// Type of the weights of --shape: nf4, nf4-dq, bf16, q4_k, q8_0, ... or q4_k_m
+    #[arg(long, value_name = "TYPE", default_value = "nf4-dq", value_parser = str::parse::<BaseType>)]
+    pub base: BaseType,
+    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub base_quant: Option<WeightType>,
+    /// Method: lora, dora or pissa
+    #[arg(long, value_name = "NAME", default_value_t, value_parser = str::parse::<Method>)]
+    pub method: Method,
+    /// Rank r
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one::<usize>, aliases = ["lora-rank", "rank", "r"])]
+    pub lora_r: usize,
+    /// Sequences per forward pass
+    #[arg(long, short, value_name = "N", default_value_t = 4, value_parser = at_least_one::<usize>)]
+    pub batch_size: usize,
+    /// Tokens per sequence
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = at_least_one::<usize>)]
+    pub max_seq_length: usize,
+    /// Compute the activations of every layer again
+    #[arg(long)]
+    pub gradient_checkpointing: bool,
+    /// Device memory that the run may take, as 8GiB [default: what is free]
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub memory_limit: Option<u64>,
+    /// Device whose free memory counts: auto, cuda or cuda:N
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `qpeft bench quantize`

@@ -165,6 +165,9 @@ fn banner(plan: &Plan) -> Vec<(&'static str, String)> {
             format!("{} of {} examples each, on {}", plan.total_steps, plan.examples_per_step, plan.device),
         ),
     ];
+    if let Some(fit) = &plan.fit {
+        lines.push(("device memory", fit.settings.to_string()));
+    }
     if let Some(manifest) = &plan.staged {
         let text = format!(
             "rank {} holds {:.1} % of the squared norm; residual quantization error {:.3} % of the norm",

@@ -4,6 +4,8 @@
 //! builds it for real, so that a buffer cannot be forgotten. Settings are tried from the fastest to the
 //! smallest.
 
+use std::ops::RangeInclusive;
+
 use qpeft_kernels::Device;
 use qpeft_kernels::cuda::gemm::WORKSPACE;
 use qpeft_kernels::device::Meter;
@@ -87,8 +89,8 @@ pub struct DryRun<'a> {
     pub adapter_bytes: usize,
     /// Tokens of one sequence.
     pub length: usize,
-    /// Whether every layer is to be computed again in any case.
-    pub recompute: bool,
+    /// How many layers may be computed again.
+    pub recomputed: RangeInclusive<usize>,
 }
 
 impl DryRun<'_> {
@@ -129,7 +131,7 @@ impl DryRun<'_> {
     /// None does; the error says what the smallest would take.
     pub fn fit(&mut self, batch: usize, limit: usize) -> Result<(Settings, Need)> {
         let layers = self.decoder.layers.len();
-        let lowest = if self.recompute { layers } else { 0 };
+        let (lowest, highest) = (*self.recomputed.start().min(&layers), *self.recomputed.end().min(&layers));
         let mut settings = Settings { copies: true, recomputed: lowest, embedding_on_host: false, batch };
         let mut smallest;
         for copies in [true, false] {
@@ -144,9 +146,9 @@ impl DryRun<'_> {
         loop {
             let mut fits = None;
             // The need falls with every layer that is computed again, so the first that fits can be searched for.
-            let (mut low, mut high) = (lowest, layers + 1);
+            let (mut low, mut high) = (lowest, highest + 1);
             while low < high {
-                let recomputed = usize::midpoint(low, high).min(layers);
+                let recomputed = usize::midpoint(low, high);
                 let candidate = Settings { recomputed, ..settings };
                 let need = self.need(candidate)?;
                 if need.total() <= limit {
@@ -159,7 +161,7 @@ impl DryRun<'_> {
             if let Some(found) = fits {
                 return Ok(found);
             }
-            smallest = self.need(Settings { recomputed: layers, ..settings })?;
+            smallest = self.need(Settings { recomputed: highest, ..settings })?;
             if settings.batch == 1 {
                 break;
             }

@@ -139,15 +139,18 @@ impl BaseType {
 }
 
 /// Random weights, one matrix per shape and type: the layers share the bytes in host memory.
-#[derive(Default)]
-struct Weights {
+struct Weights<'a> {
+    device: &'a Device,
     made: HashMap<(WeightType, usize, usize), BaseWeight>,
 }
 
-impl Weights {
+impl Weights<'_> {
     fn get(&mut self, of: WeightType, rows: usize, cols: usize) -> Result<BaseWeight> {
         if let Some(weight) = self.made.get(&(of, rows, cols)) {
             return Ok(weight.clone());
+        }
+        if self.device.is_meta() {
+            return Ok(BaseWeight::empty(of, rows, cols)?);
         }
         // Rows of a unit input give outputs of about its size.
         let std = 1.0 / (cols as f32).sqrt();
@@ -168,9 +171,14 @@ impl Decoder {
     ///
     /// # Errors
     /// The type cannot be written or does not divide the rows, or the device is out of memory.
-    pub fn synthetic(shape: &Shape, base: BaseType, device: &Device) -> Result<Decoder> {
+    pub fn synthetic(
+        shape: &Shape,
+        base: BaseType,
+        device: &Device,
+        embedding_on_host: bool,
+    ) -> Result<Decoder> {
         let c = &shape.config;
-        let mut weights = Weights::default();
+        let mut weights = Weights { device, made: HashMap::new() };
         let ones = || Tensor::from_slice(device, 1, c.hidden_size, &vec![1.0; c.hidden_size]);
         let mut layers = Vec::new();
         for layer in 0..c.n_layers {
@@ -198,7 +206,11 @@ impl Decoder {
             final_norm: ones()?,
             rope: rope_table(device, c.max_positions, c.head_dim, c.rope_theta, &c.rope_scaling)?,
             device: device.clone(),
-            embedding: embedding.to_device(device)?,
+            embedding: if embedding_on_host {
+                embedding.to_pinned(device)?
+            } else {
+                embedding.to_device(device)?
+            },
             head,
             config: c.clone(),
         })

@@ -1,5 +1,7 @@
 //! What a run will take of a device's memory, decided before any weight is loaded.
 
+use std::ops::RangeInclusive;
+
 use qpeft_formats::peft::PeftConfig;
 use qpeft_kernels::Device;
 use qpeft_kernels::ops::adamw::AdamW;
@@ -26,7 +28,7 @@ pub struct Fit {
 
 /// Fits a run into `limit` bytes by building it on a device that only counts.
 ///
-/// `recompute`: every layer at least; `batch`: sequences of a micro-batch; `length`: tokens of the longest.
+/// `recomputed`: how many layers may be; `batch`: sequences of a micro-batch; `length`: tokens of the longest.
 ///
 /// # Errors
 /// The base or the adapter is refused, or nothing fits; the error says what the smallest would take.
@@ -34,12 +36,12 @@ pub fn fit(
     base: &Base,
     peft: &PeftConfig,
     (batch, length): (usize, usize),
-    recompute: bool,
+    recomputed: RangeInclusive<usize>,
     limit: usize,
 ) -> Result<Fit> {
     let (device, meter) = meta();
     let decoder = Decoder::load(base, &device)?;
-    fit_decoder(decoder, peft, (batch, length), recompute, limit, &meter)
+    fit_decoder(decoder, peft, (batch, length), recomputed, limit, &meter)
 }
 
 /// As [`fit`], for a decoder that was built on a device that only counts.
@@ -50,7 +52,7 @@ pub fn fit_decoder(
     mut decoder: Decoder,
     peft: &PeftConfig,
     (batch, length): (usize, usize),
-    recompute: bool,
+    recomputed: RangeInclusive<usize>,
     limit: usize,
     meter: &qpeft_kernels::device::Meter,
 ) -> Result<Fit> {
@@ -60,10 +62,16 @@ pub fn fit_decoder(
     let hyper = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
     Optimizer::new(&device, params.count(), hyper, 1.0)?;
     let adapter_bytes = meter.bytes() - before;
-    let mut run = DryRun { decoder: &mut decoder, meter, adapter_bytes, length, recompute };
+    let mut run = DryRun { decoder: &mut decoder, meter, adapter_bytes, length, recomputed };
     let (settings, need) = run.fit(batch, limit)?;
     Ok(Fit { settings, need, limit })
 }
+
+/// All layers, however many there are.
+pub const ALL_LAYERS: RangeInclusive<usize> = usize::MAX..=usize::MAX;
+
+/// As few layers as memory allows.
+pub const ANY_LAYERS: RangeInclusive<usize> = 0..=usize::MAX;
 
 /// Bytes that a run may take on `device`: the limit, or what is free.
 ///

@@ -15,7 +15,7 @@ use super::checkpoint::{self, Checkpoint, State};
 use super::config::TrainConfig;
 use super::data::{self, Dataset, EvalSize, Sampler};
 use super::error::{Error, Result};
-use super::fit::{Fit, fit, limit_of};
+use super::fit::{ALL_LAYERS, ANY_LAYERS, Fit, fit, limit_of};
 use super::log::{EvalRecord, LogWriter, StepRecord};
 use super::optimizer::Optimizer;
 use super::run_files::RunFile;
@@ -160,7 +160,8 @@ impl<'a> Run<'a> {
         let fit = match limit_of(device, config.memory_limit.map(|bytes| bytes as usize))? {
             Some(limit) => {
                 let (peft, shape) = (start.peft_config(), (config.batch_size, longest));
-                Some(fit(&start.model, &peft, shape, config.gradient_checkpointing, limit)?)
+                let recomputed = if config.gradient_checkpointing { ALL_LAYERS } else { ANY_LAYERS };
+                Some(fit(&start.model, &peft, shape, recomputed, limit)?)
             }
             None => None,
         };

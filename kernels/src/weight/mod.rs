@@ -105,6 +105,14 @@ impl BaseWeight {
         BaseWeight::from_ggml(GgmlType::F32, rows, cols, Bytes::from(bytes))
     }
 
+    /// A weight of this type whose values do not matter.
+    ///
+    /// # Errors
+    /// `cols` is not a whole number of blocks.
+    pub fn empty(of: WeightType, rows: usize, cols: usize) -> Result<BaseWeight> {
+        of.empty(rows, cols, Dtype::BF16)
+    }
+
     /// A weight in NF4 or FP4.
     pub fn from_four_bit(weight: FourBit) -> BaseWeight {
         let state = *weight.state();

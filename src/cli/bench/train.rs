@@ -20,7 +20,9 @@ use crate::cli::args::{BenchTrainArgs, Recompute};
 use crate::cli::printer::Printer;
 use crate::cli::progress::Progress;
 use crate::cli::session::open_device;
+use crate::model::memory::meta;
 use crate::model::{Base, Batch, Buffers, Decoder, Keep, Parameters};
+use crate::train::fit::{ALL_LAYERS, ANY_LAYERS, Fit, fit_decoder, limit_of};
 use crate::train::optimizer::Optimizer;
 
 const GIB: f64 = (1u64 << 30) as f64;
@@ -59,7 +61,6 @@ pub fn run(args: &BenchTrainArgs, printer: &Printer) -> anyhow::Result<()> {
         "threads": rayon::current_num_threads(),
         "batch_size": args.batch_size,
         "sequence_length": args.max_seq_length,
-        "recompute": if args.recompute == Recompute::All { "all" } else { "none" },
         "peak_gib": peak.map(|bytes| bytes as f64 / GIB),
     });
     let mut splits = Vec::new();
@@ -89,11 +90,14 @@ pub fn run(args: &BenchTrainArgs, printer: &Printer) -> anyhow::Result<()> {
             text,
             "{:<6} {:8.1} tok/s  {:8.2} ms per step (median of {}, fastest {:.2})",
             subject.method.name(),
-            subject.batch.len() as f64 / subject.median(),
+            subject.tokens() as f64 / subject.median(),
             1e3 * subject.median(),
             subject.seconds.len(),
             1e3 * subject.seconds.iter().copied().fold(f64::INFINITY, f64::min)
         )?;
+        if let Some(fit) = &subject.fit {
+            writeln!(text, "       {}; predicted {:.3} GiB", fit.settings, fit.need.total() as f64 / GIB)?;
+        }
         if let Some(split) = splits.get(i) {
             let parts: Vec<String> = split.iter().map(|(what, ms)| format!("{what} {ms:.2}")).collect();
             writeln!(text, "       ms: {}", parts.join(", "))?;
@@ -120,7 +124,9 @@ struct Subject {
     params: Parameters,
     optimizer: Optimizer,
     buffers: Buffers,
-    batch: Batch,
+    /// The micro-batches of a step.
+    batches: Vec<Batch>,
+    fit: Option<Fit>,
     seconds: Vec<f64>,
 }
 
@@ -131,11 +137,6 @@ impl Subject {
         base: Option<&Base>,
         device: &Device,
     ) -> anyhow::Result<Subject> {
-        let mut decoder = match (base, &args.shape) {
-            (Some(base), _) => Decoder::load(base, device)?,
-            (None, Some(shape)) => Decoder::synthetic(shape, args.base, device)?,
-            (None, None) => anyhow::bail!("neither a model nor a shape"),
-        };
         let mut config = PeftConfig::new(args.lora_r, 2.0 * args.lora_r as f64);
         config.target_modules = Some(TargetModules::AllLinear);
         config.use_dora = method.info().magnitude;
@@ -143,24 +144,57 @@ impl Subject {
             // The split happens once, before training; a step costs what it costs with any factors.
             config.init_lora_weights = InitLoraWeights::Named(method.name().to_owned());
         }
+        let build = |device: &Device, embedding_on_host: bool| match (base, &args.shape) {
+            (Some(base), _) => Decoder::load_placed(base, device, embedding_on_host),
+            (None, Some(shape)) => Decoder::synthetic(shape, args.base, device, embedding_on_host),
+            (None, None) => unreachable!("one of both is required"),
+        };
+        let recomputed = match args.recompute {
+            Recompute::Auto => ANY_LAYERS,
+            Recompute::All => ALL_LAYERS,
+            Recompute::None => 0..=0,
+        };
+        let fit = match limit_of(device, args.memory_limit.map(|bytes| bytes as usize))? {
+            Some(limit) => {
+                let (meta, meter) = meta();
+                let size = (args.batch_size, args.max_seq_length);
+                Some(fit_decoder(build(&meta, false)?, &config, size, recomputed.clone(), limit, &meter)?)
+            }
+            None => None,
+        };
+        if let (Some(fit), Some(cuda)) = (&fit, device.cuda()) {
+            cuda.reserve(fit.need.total())?;
+        }
+        let mut decoder = build(device, fit.is_some_and(|fit| fit.settings.embedding_on_host))?;
         let mut params = adapters::attach(&mut decoder, &config)?;
         adapters::initialize(&mut decoder, &mut params, 0)?;
         decoder.refresh(&params)?;
         let hyper = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
         let optimizer = Optimizer::new(device, params.count(), hyper, 1.0)?;
-        let keep = if args.recompute == Recompute::All { Keep::LAYER_INPUTS } else { Keep::EVERYTHING };
-        let buffers = Buffers::new(&decoder, args.batch_size * args.max_seq_length, keep)?;
-        let batch = synthetic(args, decoder.config.vocab_size);
-        Ok(Subject { method, decoder, params, optimizer, buffers, batch, seconds: Vec::new() })
+        let (batch_size, recomputed) = match &fit {
+            Some(Fit { settings, .. }) => {
+                if settings.copies {
+                    decoder.keep_copies()?;
+                }
+                (settings.batch, settings.recomputed)
+            }
+            None => (args.batch_size, (*recomputed.start()).min(decoder.layers.len())),
+        };
+        let keep = Keep::Layers(decoder.layers.len() - recomputed);
+        let buffers = Buffers::new(&decoder, batch_size * args.max_seq_length, keep)?;
+        let batches = synthetic(args, batch_size, decoder.config.vocab_size);
+        Ok(Subject { method, decoder, params, optimizer, buffers, batches, fit, seconds: Vec::new() })
     }
 
     /// Seconds of one optimizer step.
     fn step(&mut self) -> anyhow::Result<f64> {
         let began = Instant::now();
         let pass = self.params.pass(None);
-        let scale = 1.0 / self.batch.supervised().0.len() as f32;
-        let mut grads = self.optimizer.grads();
-        self.decoder.accumulate(&mut self.buffers, &self.batch, &mut grads, scale, &pass)?;
+        let scale = 1.0 / self.batches.iter().map(|batch| batch.supervised().0.len()).sum::<usize>() as f32;
+        for batch in &self.batches {
+            let mut grads = self.optimizer.grads();
+            self.decoder.accumulate(&mut self.buffers, batch, &mut grads, scale, &pass)?;
+        }
         self.optimizer.step(&mut self.params, 1e-4)?;
         self.decoder.refresh(&self.params)?;
         let loss = self.buffers.take_loss()?;
@@ -175,6 +209,10 @@ impl Subject {
         Ok(cuda.stop_profile()?)
     }
 
+    fn tokens(&self) -> usize {
+        self.batches.iter().map(Batch::len).sum()
+    }
+
     fn median(&self) -> f64 {
         let mut sorted = self.seconds.clone();
         sorted.sort_by(f64::total_cmp);
@@ -186,24 +224,29 @@ impl Subject {
             "method": self.method.name(),
             "lora_r": args.lora_r,
             "trainable": self.params.count(),
-            "tokens_per_second": self.batch.len() as f64 / self.median(),
+            "tokens_per_second": self.tokens() as f64 / self.median(),
+            "settings": self.fit.map(|fit| fit.settings.to_string()),
+            "predicted_gib": self.fit.map(|fit| fit.need.total() as f64 / GIB),
             "step_seconds": self.median(),
             "steps": self.seconds.len(),
         })
     }
 }
 
-/// Sequences of uniformly drawn tokens, all supervised.
-fn synthetic(args: &BenchTrainArgs, vocab_size: usize) -> Batch {
+/// Sequences of uniformly drawn tokens, all supervised, `batch_size` at a time.
+fn synthetic(args: &BenchTrainArgs, batch_size: usize, vocab_size: usize) -> Vec<Batch> {
     let key = RngKey { seed: 0, stream: 1 };
-    let mut batch = Batch::new();
+    let mut batches = Vec::new();
     for sequence in 0..args.batch_size {
+        if sequence % batch_size == 0 {
+            batches.push(Batch::new());
+        }
         let at = |i: usize| key.below((sequence * args.max_seq_length + i) as u64, vocab_size) as u32;
         let tokens: Vec<u32> = (0..args.max_seq_length).map(at).collect();
         let labels: Vec<i32> = tokens.iter().map(|&t| t as i32).collect();
-        batch.push(&tokens, &labels);
+        batches.last_mut().expect("begun above").push(&tokens, &labels);
     }
-    batch
+    batches
 }
 
 /// The largest resident set of this process so far, in bytes; known on Linux only.
