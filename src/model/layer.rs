@@ -120,6 +120,8 @@ impl Place<'_> {
             n_kv_heads: self.config.n_kv_heads,
             head_dim: self.config.head_dim,
             scale: self.config.attention_scale(),
+            softcap: None,
+            window: None,
         }
     }
 }
