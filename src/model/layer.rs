@@ -130,6 +130,8 @@ impl Place<'_> {
             n_kv_heads: self.config.n_kv_heads,
             head_dim: self.config.head_dim,
             scale: self.config.attention_scale(),
+            softcap: None,
+            window: None,
         }
     }
 }
@@ -191,8 +193,8 @@ impl Layer {
             s.q.top(t),
             k_all.top(cached + t),
             v_all.top(cached + t),
-            place.q_starts.host(),
-            place.k_starts.host(),
+            place.q_starts,
+            place.k_starts,
             &place.attention(),
         )?;
         let attn_out = if s.attn_out.rows() == 0 { &mut *branch } else { &mut s.attn_out };
@@ -327,7 +329,7 @@ impl Layer {
             s.q.top(t),
             s.k.top(t),
             s.v.top(t),
-            place.q_starts.host(),
+            place.q_starts,
             &place.attention(),
         )?;
         rope_backward(g.q.top_mut(t), place.rope, place.positions.host(), d)?;

@@ -9,7 +9,6 @@ use std::ops::RangeInclusive;
 use qpeft_kernels::Device;
 use qpeft_kernels::cuda::gemm::WORKSPACE;
 use qpeft_kernels::device::Meter;
-use qpeft_kernels::ops::attention::attention_workspace;
 use qpeft_kernels::ops::quant_linear::weight_scratch;
 use qpeft_kernels::tensor::padding;
 
@@ -107,14 +106,12 @@ impl DryRun<'_> {
         let linear_scratch = self.decoder.linears().map(|l| (&l.weight, settings.copies, pads(l)));
         let head = (self.decoder.head(), false, 0);
         let weight = linear_scratch.chain([head]).map(|(w, copied, pad)| weight_scratch(w, pad, copied));
-        let c = &self.decoder.config;
-        let attention = attention_workspace(capacity, c.n_heads, c.n_kv_heads, c.head_dim);
         Ok(Need {
             weights: self.decoder.device_bytes() - embedding,
             copies,
             activations: activations + capacity * size_of::<f32>(),
             adapter: self.adapter_bytes,
-            scratch: WORKSPACE + weight.max().unwrap_or(0) + attention,
+            scratch: WORKSPACE + weight.max().unwrap_or(0),
         })
     }
 

@@ -85,8 +85,6 @@ pub enum Scratch {
     Weight,
     /// cuBLASLt's workspace.
     Gemm,
-    /// What the attention kernels pass to each other.
-    Attention,
     /// Partial sums of reductions.
     Partials,
     /// Weights being unpacked into planes.
