@@ -188,7 +188,7 @@ const THREADS: usize = 256;
 const GROUPS_PER_THREAD: usize = 4;
 
 /// Blocks that are started for a multiprocessor at most; they go on until all is done.
-const BLOCKS_PER_SM: usize = 16;
+const BLOCKS_PER_SM: usize = 32;
 
 macro_rules! source {
     ($name:ident, $file:literal) => {
