@@ -28,7 +28,7 @@ __device__ __forceinline__ auto load_row(Operand x, Operand branch, Span s, Widt
 }
 
 template <int THREADS> __device__ __forceinline__ float reciprocal_root(float squares, u32 cols, float eps) {
-    return 1.0f / sqrtf(block_sum<THREADS>(squares) / (float)cols + eps);
+    return 1.0f / sqrtf(block_sum<THREADS>(squares) / (float)max(cols, 1u) + eps);
 }
 
 template <int THREADS, bool BRANCH, typename Width>
