@@ -160,7 +160,7 @@ impl Decoder {
             let rows = start..(start + buffers.chunk()).min(n);
             self.chunk_logits(buffers, rows.clone(), batch.len())?;
             let (nll, logits, targets) = buffers.chunk_loss(rows);
-            cross_entropy_forward(nll, logits.as_view(), targets.host())?;
+            cross_entropy_forward(nll, logits.as_view(), targets)?;
         }
         buffers.take_loss()
     }
@@ -236,7 +236,7 @@ impl Decoder {
             let rows = start..(start + buffers.chunk()).min(n);
             self.chunk_logits(buffers, rows.clone(), t)?;
             let (nll, logits, targets) = buffers.chunk_loss(rows.clone());
-            cross_entropy_forward_backward(nll, logits, targets.host(), scale)?;
+            cross_entropy_forward_backward(nll, logits, targets, scale)?;
             let dlogits = buffers.logits.top(rows.len());
             let g = buffers.grads.as_mut().expect("checked by training()");
             let dhidden = g.hidden.top_mut(rows.len());
@@ -244,7 +244,7 @@ impl Decoder {
             gather_backward(
                 g.norm.top_mut(t),
                 g.hidden.top(rows.len()),
-                buffers.ids.rows.ids().slice(rows).host(),
+                buffers.ids.rows.ids().slice(rows),
             )?;
         }
         self.run_backward(buffers, dparams, pass)
@@ -339,7 +339,7 @@ impl Decoder {
     fn chunk_logits(&self, buffers: &mut Buffers, rows: Range<usize>, t: usize) -> Result<()> {
         let n = rows.len();
         let rows = buffers.ids.rows.ids().slice(rows);
-        gather_forward(buffers.hidden.top_mut(n), buffers.final_norm.top(t), rows.host())?;
+        gather_forward(buffers.hidden.top_mut(n), buffers.final_norm.top(t), rows)?;
         Ok(quant_linear_forward(buffers.logits.top_mut(n), buffers.hidden.top(n), self.head(), None, None)?)
     }
 

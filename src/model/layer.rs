@@ -185,8 +185,8 @@ impl Layer {
         self.project(Slot::Q, s.q.top_mut(t), &mut s.h, norm, pass, scratch)?;
         self.project(Slot::K, k_all.view_mut().into_row_range(cached, t), &mut s.h, norm, pass, scratch)?;
         self.project(Slot::V, v_all.view_mut().into_row_range(cached, t), &mut s.h, norm, pass, scratch)?;
-        rope_forward(s.q.top_mut(t), place.rope, place.positions.host(), d)?;
-        rope_forward(k_all.view_mut().into_row_range(cached, t), place.rope, place.positions.host(), d)?;
+        rope_forward(s.q.top_mut(t), place.rope, place.positions, d)?;
+        rope_forward(k_all.view_mut().into_row_range(cached, t), place.rope, place.positions, d)?;
         attention_forward(
             s.attn.top_mut(t),
             s.lse.view_mut().into_column_range(0, t),
@@ -332,14 +332,14 @@ impl Layer {
             place.q_starts,
             &place.attention(),
         )?;
-        rope_backward(g.q.top_mut(t), place.rope, place.positions.host(), d)?;
-        rope_backward(g.k.top_mut(t), place.rope, place.positions.host(), d)?;
+        rope_backward(g.q.top_mut(t), place.rope, place.positions, d)?;
+        rope_backward(g.k.top_mut(t), place.rope, place.positions, d)?;
         // An adapter that reads its output wants it as the linear gave it, before the rotation.
         if self.linear(Slot::Q).needs_output() {
-            rope_backward(s.q.top_mut(t), place.rope, place.positions.host(), d)?;
+            rope_backward(s.q.top_mut(t), place.rope, place.positions, d)?;
         }
         if self.linear(Slot::K).needs_output() {
-            rope_backward(s.k.top_mut(t), place.rope, place.positions.host(), d)?;
+            rope_backward(s.k.top_mut(t), place.rope, place.positions, d)?;
         }
         let norm = s.attn_norm.top(t);
         if input_gradient {

@@ -12,6 +12,7 @@ pub mod library;
 pub mod memory;
 mod profile;
 pub mod sources;
+pub(crate) mod spans;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
