@@ -10,8 +10,7 @@ use std::ops::Range;
 
 use qpeft_kernels::ops::dequantize::row_norms_squared;
 use qpeft_kernels::ops::fold::fold_row_factor;
-use qpeft_kernels::ops::quant_linear::quant_linear_forward;
-use qpeft_kernels::ops::row_norm::row_norm_forward;
+use qpeft_kernels::ops::row_norm::row_norm_packed;
 use qpeft_kernels::ops::row_scale::row_scale_backward;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
 
@@ -58,14 +57,12 @@ impl Dora {
 
     fn refresh_norm(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
         let Pass { params, factors, .. } = params.pass(None);
-        quant_linear_forward(self.wa.view_mut(), self.lora.a.view(factors), weight, None, None)?;
-        let (a, b) = (self.lora.a.view(params), self.lora.b.view(params));
-        Ok(row_norm_forward(
+        Ok(row_norm_packed(
             self.norm.view_mut(),
+            self.wa.view_mut(),
             self.w_squared.view(),
-            self.wa.view(),
-            a,
-            b,
+            self.lora.a.view(factors),
+            self.lora.b.view(params),
             self.lora.scaling,
             weight,
         )?)

@@ -241,11 +241,7 @@ impl Decoder {
             let g = buffers.grads.as_mut().expect("checked by training()");
             let dhidden = g.hidden.top_mut(rows.len());
             quant_linear_backward(dhidden, None, dlogits, self.head(), None, None, false)?;
-            gather_backward(
-                g.norm.top_mut(t),
-                g.hidden.top(rows.len()),
-                buffers.ids.rows.ids().slice(rows),
-            )?;
+            gather_backward(g.norm.top_mut(t), g.hidden.top(rows.len()), buffers.ids.rows.ids().slice(rows))?;
         }
         self.run_backward(buffers, dparams, pass)
     }

@@ -1,7 +1,7 @@
 //! AdamW over the flat parameter buffer: its two moments, the gradients, clipping.
 
-use qpeft_kernels::ops::adamw::{AdamW, adamw_update};
-use qpeft_kernels::ops::global_norm::{clip_factor, global_norm};
+use qpeft_kernels::ops::adamw::{AdamW, adamw_update_clipped};
+use qpeft_kernels::ops::global_norm::global_norm_clip;
 use qpeft_kernels::{Device, Tensor, ViewMut};
 
 use crate::error::Result;
@@ -22,8 +22,8 @@ pub struct Optimizer {
     m: Tensor,
     /// Running mean of their squares.
     v: Tensor,
-    /// Norm of the last step's gradients.
-    norm: f64,
+    /// (1, 3): norm of the last step's gradients, what they were multiplied by, and whether they were unusable.
+    clip: Tensor,
 }
 
 impl Optimizer {
@@ -40,7 +40,7 @@ impl Optimizer {
             grads: zeros()?,
             m: zeros()?,
             v: zeros()?,
-            norm: 0.0,
+            clip: Tensor::zeros(device, 1, 3)?,
         })
     }
 
@@ -55,34 +55,29 @@ impl Optimizer {
     /// # Errors
     /// An op refuses.
     pub fn step(&mut self, params: &mut Parameters, learning_rate: f64) -> Result<()> {
-        self.norm = global_norm(self.grads.view())?;
-        if self.norm.is_finite() {
-            self.updates += 1;
-            let clip = if self.max_grad_norm > 0.0 {
-                clip_factor(self.norm, self.max_grad_norm as f32)
-            } else {
-                1.0
-            };
-            adamw_update(
-                params.values.view_mut(),
-                self.m.view_mut(),
-                self.v.view_mut(),
-                self.grads.view(),
-                &self.hyper,
-                learning_rate as f32,
-                self.updates,
-                clip,
-            )?;
-        }
+        let max_norm = if self.max_grad_norm > 0.0 { self.max_grad_norm as f32 } else { f32::INFINITY };
+        global_norm_clip(self.clip.view_mut(), self.grads.view(), max_norm)?;
+        self.updates += 1;
+        adamw_update_clipped(
+            params.values.view_mut(),
+            self.m.view_mut(),
+            self.v.view_mut(),
+            params.rounded.as_mut().map(Tensor::view_mut),
+            self.grads.view(),
+            self.clip.view(),
+            &self.hyper,
+            learning_rate as f32,
+            self.updates,
+        )?;
         Ok(self.grads.view_mut().zero("adamw")?)
     }
 
-    /// The norm of the gradients of the last step, before clipping.
+    /// The norm of the gradients of the last step, before clipping. On CUDA this waits for the stream.
     ///
     /// # Errors
     /// The device refuses to be read.
     pub fn grad_norm(&self) -> Result<f64> {
-        Ok(self.norm)
+        Ok(f64::from(self.clip.read()?[0]))
     }
 
     /// The moments (m, v) in host memory, for a checkpoint.

@@ -2,8 +2,8 @@
 
 use super::compile::Source;
 use crate::ops::{
-    adamw, attention, convert, cross_entropy, dequantize, dropout, fold, gather, global_norm, low_rank, residual,
-    rms_norm, rope, row_norm, row_scale, swiglu,
+    adamw, attention, convert, cross_entropy, dequantize, dropout, fold, gather, global_norm, low_rank,
+    residual, rms_norm, rope, row_norm, row_scale, swiglu,
 };
 
 /// The kernel files; an op that has one lists it here.

@@ -6,6 +6,7 @@
 
 mod cuda;
 
+pub(crate) use cuda::for_each_tile;
 pub use cuda::weight_scratch;
 
 use crate::cpu::gemm::{Mat, MatMut, gemm};

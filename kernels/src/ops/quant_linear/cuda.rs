@@ -113,6 +113,19 @@ fn tiles(weight: &BaseWeight, depth: usize) -> impl Iterator<Item = Range<usize>
     (0..rows).step_by(at_once).map(move |start| start..(start + at_once).min(rows))
 }
 
+/// Calls `visit` with the weight's rows in bf16, a piece that fits scratch at a time.
+pub(crate) fn for_each_tile(
+    cuda: &Arc<Cuda>,
+    weight: &BaseWeight,
+    mut visit: impl FnMut(Range<usize>, View<'_>) -> Result<()>,
+) -> Result<()> {
+    for rows in tiles(weight, weight.cols()) {
+        let w = folded(cuda, weight, rows.clone(), None, None)?;
+        visit(rows, ViewMut::on_cuda(cuda, w).as_view())?;
+    }
+    Ok(())
+}
+
 fn columns(matrix: Matrix, range: Range<usize>) -> Matrix {
     let ptr = matrix.ptr + (range.start * matrix.dtype.size()) as u64;
     Matrix { ptr, cols: range.len(), ..matrix }
