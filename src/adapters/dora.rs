@@ -65,6 +65,7 @@ impl Dora {
             self.lora.b.view(params),
             self.lora.scaling,
             weight,
+            self.factor.view(),
         )?)
     }
 }
@@ -80,6 +81,10 @@ impl Adapter for Dora {
 
     fn needs_output(&self) -> bool {
         true
+    }
+
+    fn output_scale(&self) -> Option<&Entry> {
+        Some(&self.magnitude)
     }
 
     fn drops_out(&self) -> bool {
@@ -132,8 +137,10 @@ impl Adapter for Dora {
         scratch: &mut Scratch,
     ) -> Result<()> {
         // y = diag(m / norm) (W + s B A) x, so dm = sum over tokens of dy * y / m
-        let dm = self.magnitude.view_mut(dparams.reborrow());
-        row_scale_backward(dm, dy, saved.y, self.magnitude.view(pass.params))?;
+        if let Some(y) = saved.y {
+            let dm = self.magnitude.view_mut(dparams.reborrow());
+            row_scale_backward(dm, dy, y, self.magnitude.view(pass.params))?;
+        }
         let g = Some(self.factor.view());
         self.lora.backward_scaled(dx, dh, dparams, dy, saved, weight, g, pass, scratch)
     }

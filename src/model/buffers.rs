@@ -30,9 +30,13 @@ impl Keep {
     pub const LAYER_INPUTS: Keep = Keep::Layers(0);
 }
 
-/// Logits held at a time: 32 Mi floats (128 MiB), so that a large vocabulary is walked in chunks of
-/// supervised rows. Fewer rows would dequantize the head more often than they save.
+/// Logits held at a time, in elements: a large vocabulary is walked in chunks of supervised rows. On the CPU
+/// 128 MiB; fewer rows would dequantize the head more often than they save.
 const LOGITS: usize = 32 << 20;
+
+/// On a GPU 256 MiB: with the 128 thousand tokens of llama 3 that is a thousand rows, which a product needs to
+/// read the head no slower than it multiplies.
+const LOGITS_CUDA: usize = 128 << 20;
 
 /// The activations of one layer; shapes with T the micro-batch's tokens.
 #[derive(Debug)]
@@ -213,7 +217,7 @@ impl Buffers {
         let device = &model.device;
         let zeros = |rows: usize, cols: usize| Tensor::activations(device, rows, cols);
         let t = capacity;
-        let chunk = chunk_rows(capacity, c.vocab_size);
+        let chunk = chunk_rows(device, capacity, c.vocab_size);
         let needs: Vec<[Needs; SLOTS]> = model
             .layers
             .iter()
@@ -459,8 +463,11 @@ impl Padded {
 }
 
 /// Rows of logits per chunk.
-fn chunk_rows(capacity: usize, vocab_size: usize) -> usize {
-    capacity.min((LOGITS / vocab_size).max(16))
+fn chunk_rows(device: &Device, capacity: usize, vocab_size: usize) -> usize {
+    let logits = if device.rounds() { LOGITS_CUDA } else { LOGITS };
+    // Chunks of equal size, so that none is too short for its products.
+    let chunks = capacity.div_ceil((logits / vocab_size).max(16)).max(1);
+    capacity.div_ceil(chunks)
 }
 
 impl LayerBuffers {

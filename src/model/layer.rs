@@ -4,12 +4,12 @@ use qpeft_kernels::ops::attention::{AttentionShape, attention_backward, attentio
 use qpeft_kernels::ops::residual::residual_forward;
 use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_forward};
 use qpeft_kernels::ops::rope::{rope_backward, rope_forward};
-use qpeft_kernels::ops::swiglu::{swiglu_backward, swiglu_forward};
+use qpeft_kernels::ops::swiglu::{swiglu_backward, swiglu_backward_scaled, swiglu_forward};
 use qpeft_kernels::{Ids, Tensor, View, ViewMut};
 
 use super::buffers::{GradientBuffers, LayerBuffers};
 use super::config::Config;
-use super::linear::{InputGradient, Linear, Pass, Saved, Scratch};
+use super::linear::{Entry, InputGradient, Linear, Pass, Saved, Scratch};
 use crate::error::Result;
 
 /// The linears of a layer, in forward order.
@@ -238,7 +238,7 @@ impl Layer {
         dh: &mut [Tensor; SLOTS],
         dy: View<'_>,
         x: View<'_>,
-        y: View<'_>,
+        y: Option<View<'_>>,
         h: &[Tensor; SLOTS],
         to: &mut Backward<'_>,
     ) -> Result<()> {
@@ -273,18 +273,38 @@ impl Layer {
             &mut g.h,
             g.stream.top(t),
             s.act.top(t),
-            ffn_out,
+            Some(ffn_out),
             &s.h,
             to,
         )?;
-        swiglu_backward(g.gate.top_mut(t), g.up.top_mut(t), g.act.top(t), s.gate.top(t), s.up.top(t))?;
+        let (gate, up) = (s.gate.top(t), s.up.top(t));
+        let scales = self.linear(Slot::Gate).output_scale().zip(self.linear(Slot::Up).output_scale());
+        if let Some((gate_scale, up_scale)) = scales {
+            // The up projection's parameters follow the gate's in the flat buffer.
+            let (first, second) = to.dparams.reborrow().split_row(up_scale.offset);
+            let dgate_scale = gate_scale.view_mut(first);
+            let dup_scale = second.into_slice(0, 1, up_scale.len());
+            let of = |entry: &Entry| entry.view(to.pass.params);
+            swiglu_backward_scaled(
+                g.gate.top_mut(t),
+                g.up.top_mut(t),
+                [dgate_scale, dup_scale],
+                g.act.top(t),
+                gate,
+                up,
+                [of(gate_scale), of(up_scale)],
+            )?;
+        } else {
+            swiglu_backward(g.gate.top_mut(t), g.up.top_mut(t), g.act.top(t), gate, up)?;
+        }
+        let unread = |y| scales.is_none().then_some(y);
         self.project_backward(
             Slot::Up,
             Some(overwrite(g.ffn_norm.top_mut(t))),
             &mut g.h,
             g.up.top(t),
             s.ffn_norm.top(t),
-            s.up.top(t),
+            unread(s.up.top(t)),
             &s.h,
             to,
         )?;
@@ -294,7 +314,7 @@ impl Layer {
             &mut g.h,
             g.gate.top(t),
             s.ffn_norm.top(t),
-            s.gate.top(t),
+            unread(s.gate.top(t)),
             &s.h,
             to,
         )?;
@@ -314,7 +334,7 @@ impl Layer {
             &mut g.h,
             g.stream.top(t),
             s.attn.top(t),
-            attn_out,
+            Some(attn_out),
             &s.h,
             to,
         )?;
@@ -349,7 +369,7 @@ impl Layer {
                 &mut g.h,
                 g.q.top(t),
                 norm,
-                s.q.top(t),
+                Some(s.q.top(t)),
                 &s.h,
                 to,
             )?;
@@ -359,7 +379,7 @@ impl Layer {
                 &mut g.h,
                 g.k.top(t),
                 norm,
-                s.k.top(t),
+                Some(s.k.top(t)),
                 &s.h,
                 to,
             )?;
@@ -369,7 +389,7 @@ impl Layer {
                 &mut g.h,
                 g.v.top(t),
                 norm,
-                s.v.top(t),
+                Some(s.v.top(t)),
                 &s.h,
                 to,
             )?;
@@ -381,9 +401,9 @@ impl Layer {
                 self.attn_norm.view(),
             )?;
         } else {
-            self.project_backward(Slot::Q, None, &mut g.h, g.q.top(t), norm, s.q.top(t), &s.h, to)?;
-            self.project_backward(Slot::K, None, &mut g.h, g.k.top(t), norm, s.k.top(t), &s.h, to)?;
-            self.project_backward(Slot::V, None, &mut g.h, g.v.top(t), norm, s.v.top(t), &s.h, to)?;
+            self.project_backward(Slot::Q, None, &mut g.h, g.q.top(t), norm, Some(s.q.top(t)), &s.h, to)?;
+            self.project_backward(Slot::K, None, &mut g.h, g.k.top(t), norm, Some(s.k.top(t)), &s.h, to)?;
+            self.project_backward(Slot::V, None, &mut g.h, g.v.top(t), norm, Some(s.v.top(t)), &s.h, to)?;
         }
         Ok(())
     }

@@ -143,8 +143,9 @@ pub struct Saved<'a> {
     pub x: View<'a>,
     /// (T, rank): the low-rank activations.
     pub h: View<'a>,
-    /// (T, out): the output; only there if [`Adapter::needs_output`].
-    pub y: View<'a>,
+    /// (T, out): the output, if [`Adapter::needs_output`]; `None` where the gradient of
+    /// [`Adapter::output_scale`] was made already.
+    pub y: Option<View<'a>>,
 }
 
 /// Where the gradient of a linear's input goes.
@@ -169,6 +170,12 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
 
     /// Whether backward reads the linear's output.
     fn needs_output(&self) -> bool;
+
+    /// The trained factors of the output's channels, if there are any: y_n = m_n * (...), so that
+    /// dm_n = sum_t dy_tn y_tn / m_n. Whoever makes dy from y may make it on the way.
+    fn output_scale(&self) -> Option<&Entry> {
+        None
+    }
 
     /// Whether forward uses [`Scratch::dropped`].
     fn drops_out(&self) -> bool;
@@ -252,6 +259,11 @@ impl Linear {
     /// Whether the output has to be kept for the backward pass.
     pub fn needs_output(&self) -> bool {
         self.adapter.as_ref().is_some_and(|a| a.needs_output())
+    }
+
+    /// See [`Adapter::output_scale`].
+    pub fn output_scale(&self) -> Option<&Entry> {
+        self.adapter.as_ref()?.output_scale()
     }
 
     /// y (T, out) = the linear of x (T, in).

@@ -67,17 +67,20 @@ constexpr int THREADS = 256;
 extern "C" __global__ void __launch_bounds__(THREADS)
     row_norm_forward(float* norm, const float* w_squared, const void* wa, i32 wa_stride, i32 wa_is_bf16, const void* a,
                      i32 a_stride, i32 a_is_bf16, const void* b, i32 b_stride, i32 b_is_bf16, const float* gram,
-                     const void* w, i32 w_stride, i32 w_is_bf16, float scaling, i32 rows, i32 cols, i32 rank) {
+                     const void* w, i32 w_stride, i32 w_is_bf16, const float* folded, float scaling, i32 rows, i32 cols, i32 rank) {
     const u32 row = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= (u32)rows) return;
     const i64 b_row = (i64)row * b_stride;
+    // Rows that are multiplied by g already are divided by it; one of g = 0 tells nothing of W.
+    const float g = folded == nullptr ? 1.0f : folded[row];
+    const float per_g = g == 0.0f ? 0.0f : 1.0f / g;
     double cross = 0.0, low_rank = 0.0;
     for (u32 q = lane; q < (u32)rank; q += 32) {
         const float b_q = element(b, b_row + q, b_is_bf16);
         float product = 0.0f;
         for (u32 r = 0; r < (u32)rank; r++) product += gram[r * rank + q] * element(b, b_row + r, b_is_bf16);
         low_rank += (double)product * b_q;
-        cross += (double)element(wa, (i64)q * wa_stride + row, wa_is_bf16) * b_q;
+        cross += (double)(element(wa, (i64)q * wa_stride + row, wa_is_bf16) * per_g) * b_q;
     }
     const double s = scaling;
     low_rank = s * s * warp_sum_f64(low_rank);
@@ -89,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             double x = 0.0;
             for (u32 r = 0; r < (u32)rank; r++)
                 x += (double)element(b, b_row + r, b_is_bf16) * element(a, (i64)r * a_stride + k, a_is_bf16);
-            x = element(w, (i64)row * w_stride + k, w_is_bf16) + s * x;
+            x = element(w, (i64)row * w_stride + k, w_is_bf16) * per_g + s * x;
             square += x * x;
         }
         square = warp_sum_f64(square);

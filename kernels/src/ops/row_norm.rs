@@ -9,11 +9,11 @@ use rayon::prelude::*;
 use crate::cpu::by_isa;
 use crate::cpu::gemm::Mat;
 use crate::cpu::scratch::with_scratch;
-use crate::cuda::gemm::transposed;
+use crate::cuda::gemm::{Matrix, transposed};
 use crate::cuda::{Arg, Cuda, Grid, Scratch, Source};
 use crate::error::{Error, Result, check};
 use crate::ops::quant_linear::{for_each_tile, quant_linear_forward};
-use crate::tensor::{View, ViewMut};
+use crate::tensor::{Dtype, View, ViewMut};
 use crate::weight::BaseWeight;
 
 const FORWARD: &str = "row_norm_forward";
@@ -57,6 +57,8 @@ pub fn row_norm_forward(
 /// [`row_norm_forward`] with the product W A^T made on the way: on CUDA both read the same dequantized rows.
 ///
 /// Shapes: as [`row_norm_forward`]; `wa` (R, N) is overwritten with A W^T. `a` is of the type of activations.
+/// `folded`: the row scale g that a copy of the weight on the device has in its rows, if there is such a copy; then
+/// its rows, divided by g, serve. A row of g = 0 keeps |W|^2 + s^2 |B A|^2: its factor m / norm stays 0.
 /// Accumulates: nothing, `norm` and `wa` are overwritten.
 /// Precision: as [`row_norm_forward`]; on CUDA W and A enter as bf16, which moves a norm by about 1e-5 of itself where
 /// B A is a tenth of W.
@@ -73,6 +75,7 @@ pub fn row_norm_packed(
     b: View,
     scaling: f32,
     weight: &BaseWeight,
+    folded: View,
 ) -> Result<()> {
     let Some(cuda) = norm.cuda() else {
         quant_linear_forward(wa.reborrow(), a, weight, None, None)?;
@@ -80,6 +83,13 @@ pub fn row_norm_packed(
     };
     let operands = Operands { w_squared, wa: wa.as_view(), a, b, scaling };
     check_operands(&norm, &operands, weight.rows(), weight.cols())?;
+    if let Some((ptr, stride)) = weight.scaled_copy() {
+        check(FORWARD, "columns of folded", weight.rows(), folded.cols)?;
+        let w = Matrix { ptr, rows: weight.rows(), cols: weight.cols(), stride, dtype: Dtype::Bf16 };
+        cuda.gemm(wa.matrix(FORWARD)?, a.matrix(FORWARD)?, transposed(w), 1.0, 0.0)?;
+        let w = ViewMut::on_cuda(&cuda, w);
+        return forward_cuda(&cuda, &norm, operands, w.as_view(), Some(folded));
+    }
     for_each_tile(&cuda, weight, |rows, w| {
         let wa = wa.reborrow().into_column_range(rows.start, rows.len());
         cuda.gemm(wa.matrix(FORWARD)?, a.matrix(FORWARD)?, transposed(w.matrix(FORWARD)?), 1.0, 0.0)?;
@@ -90,7 +100,7 @@ pub fn row_norm_packed(
             b: b.row_range(rows.start, rows.len()),
             scaling,
         };
-        forward_cuda(&cuda, &norm.reborrow().into_column_range(rows.start, rows.len()), operands, w)
+        forward_cuda(&cuda, &norm.reborrow().into_column_range(rows.start, rows.len()), operands, w, None)
     })
 }
 
@@ -117,7 +127,7 @@ pub fn row_norm_forward_dense(
     let operands = Operands { w_squared, wa, a, b, scaling };
     check_operands(&norm, &operands, w.rows, w.cols)?;
     if let Some(cuda) = norm.cuda() {
-        return forward_cuda(&cuda, &norm, operands, w);
+        return forward_cuda(&cuda, &norm, operands, w, None);
     }
     forward_fast(norm.cpu(FORWARD)?, operands, Rows::Dense(w.mat(FORWARD)?))
 }
@@ -149,7 +159,13 @@ fn check_operands(norm: &ViewMut, operands: &Operands, n: usize, k: usize) -> Re
 
 pub(crate) static SOURCE: Source = Source::new("row_norm.cu", include_str!("row_norm.cu"));
 
-fn forward_cuda(cuda: &Cuda, norm: &ViewMut, operands: Operands, w: View) -> Result<()> {
+fn forward_cuda(
+    cuda: &Cuda,
+    norm: &ViewMut,
+    operands: Operands,
+    w: View,
+    folded: Option<View>,
+) -> Result<()> {
     let Operands { w_squared, wa, a, b, scaling } = operands;
     let (rank, tiles) = (a.rows, a.rows.div_ceil(4));
     let gram = cuda.scratch(Scratch::Partials, (rank * rank).max(1) * size_of::<f32>())?;
@@ -161,17 +177,25 @@ fn forward_cuda(cuda: &Cuda, norm: &ViewMut, operands: Operands, w: View) -> Res
         };
         Ok([Arg::Ptr(ptr), Arg::size(view.stride), Arg::I32(is_bf16)])
     };
-    let mut args = vec![Arg::Ptr(gram)];
-    args.extend(either(a)?);
-    args.extend([Arg::size(rank), Arg::size(a.cols)]);
-    let grid = Grid { blocks: (tiles, tiles, 1), threads: 128, shared: 0 };
-    cuda.launch(&SOURCE, "row_norm_gram", grid, &args)?;
+    let a_matrix = a.matrix(FORWARD)?;
+    if a_matrix.dtype == Dtype::Bf16 {
+        // Products of bf16 are exact in f32, and the library splits the long sum over many multiprocessors.
+        let gram = Matrix { ptr: gram, rows: rank, cols: rank, stride: rank, dtype: Dtype::F32 };
+        cuda.gemm(gram, a_matrix, transposed(a_matrix), 1.0, 0.0)?;
+    } else {
+        let mut args = vec![Arg::Ptr(gram)];
+        args.extend(either(a)?);
+        args.extend([Arg::size(rank), Arg::size(a.cols)]);
+        let grid = Grid { blocks: (tiles, tiles, 1), threads: 128, shared: 0 };
+        cuda.launch(&SOURCE, "row_norm_gram", grid, &args)?;
+    }
     let mut args = vec![Arg::Ptr(norm.f32(FORWARD)?), Arg::Ptr(w_squared.f32(FORWARD)?)];
     for view in [wa, a, b] {
         args.extend(either(view)?);
     }
     args.push(Arg::Ptr(gram));
     args.extend(either(w)?);
+    args.push(Arg::Ptr(folded.map_or(Ok(0), |g| g.f32(FORWARD))?));
     args.extend([Arg::F32(scaling), Arg::size(w.rows), Arg::size(w.cols), Arg::size(rank)]);
     cuda.launch(&SOURCE, "row_norm_forward", Grid::of(w.rows.div_ceil(8), 256), &args)
 }

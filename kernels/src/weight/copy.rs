@@ -25,6 +25,17 @@ struct Contents {
     place: Option<Place>,
 }
 
+/// What the caller has to write before it reads a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Missing {
+    /// It is up to date.
+    Nothing,
+    /// The branch has changed, the rows have not.
+    Columns,
+    /// All of it.
+    Everything,
+}
+
 /// Room for rows of bf16 and what is in it.
 #[derive(Debug)]
 pub(super) struct Copy {
@@ -41,14 +52,14 @@ impl Copy {
         Copy { buffer, adapted, contents: Mutex::new(None), fresh: AtomicBool::new(false) }
     }
 
-    /// The address, and whether it holds this already; if not, the caller fills it. `None`: not here.
+    /// The address, and what the caller has to write there first. `None`: this use has no place here.
     pub(super) fn take(
         &self,
         rows: usize,
         cols: usize,
         scaled: bool,
         place: Option<Place>,
-    ) -> Option<(u64, bool)> {
+    ) -> Option<(u64, Missing)> {
         let wanted = Contents { scaled, place };
         let stride = cols + place.map_or(0, |place| place.padding);
         if self.adapted != (scaled || place.is_some())
@@ -57,9 +68,21 @@ impl Copy {
             return None;
         }
         let mut contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
-        let fresh = self.fresh.swap(true, Ordering::Relaxed) && *contents == Some(wanted);
+        let missing = match (*contents == Some(wanted), self.fresh.swap(true, Ordering::Relaxed)) {
+            (false, _) => Missing::Everything,
+            (true, true) => Missing::Nothing,
+            (true, false) if scaled => Missing::Everything,
+            (true, false) => Missing::Columns,
+        };
         *contents = Some(wanted);
-        Some((self.buffer.ptr(), fresh))
+        Some((self.buffer.ptr(), missing))
+    }
+
+    /// The address and the columns of padding, where the rows are there with the row scale of now.
+    pub(super) fn scaled(&self) -> Option<(u64, usize)> {
+        let contents = *self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+        let Contents { place, .. } = contents.filter(|contents| contents.scaled && self.is_fresh())?;
+        Some((self.buffer.ptr(), place.map_or(0, |place| place.padding)))
     }
 
     /// Whether it holds what was last asked for.

@@ -21,6 +21,7 @@ use qpeft_formats::file::Bytes;
 use qpeft_formats::safetensors::{Dtype, TensorView};
 use rayon::prelude::*;
 
+pub(crate) use copy::Missing;
 pub use copy::Place;
 pub use device::DeviceWeight;
 pub use ggml::dequantize_blocks;
@@ -204,9 +205,15 @@ impl BaseWeight {
         self.on_device.as_ref().is_some_and(|on_device| on_device.copy.is_some())
     }
 
-    /// Address of the bf16 copy for this use, and whether it is up to date; if not, the caller fills it.
-    pub(crate) fn cached_copy(&self, scaled: bool, place: Option<Place>) -> Option<(u64, bool)> {
+    /// Address of the bf16 copy for this use, and what the caller has to write there first.
+    pub(crate) fn cached_copy(&self, scaled: bool, place: Option<Place>) -> Option<(u64, Missing)> {
         self.on_device.as_ref()?.copy.as_ref()?.take(self.rows, self.cols, scaled, place)
+    }
+
+    /// The bf16 copy, where its rows are scaled by the row scale of now: address and stride.
+    pub(crate) fn scaled_copy(&self) -> Option<(u64, usize)> {
+        let (ptr, padding) = self.on_device.as_ref()?.copy.as_ref()?.scaled()?;
+        Some((ptr, self.cols + padding))
     }
 
     /// Address of the rows on the device, where they are bf16 already and nothing is multiplied in.

@@ -14,9 +14,10 @@ use super::Branch;
 use crate::cuda::gemm::{Matrix, transposed};
 use crate::cuda::{Cuda, Scratch};
 use crate::error::Result;
+use crate::ops::convert::convert;
 use crate::ops::dequantize::{Columns, dequantize_rows};
 use crate::tensor::{Dtype, View, ViewMut};
-use crate::weight::{BaseWeight, Place, WeightType};
+use crate::weight::{BaseWeight, Missing, Place, WeightType};
 
 /// Elements of dequantized weight in scratch at a time: a wide matrix (an output head) goes in pieces.
 const TILE: usize = 128 << 20;
@@ -148,14 +149,25 @@ fn folded(
         let ptr = dense + (rows.start * weight.cols() * Dtype::Bf16.size()) as u64;
         return Ok(Matrix { ptr, rows: rows.len(), cols: stride, stride, dtype: Dtype::Bf16 });
     }
-    let (ptr, fresh) = match weight.cached_copy(row_scale.is_some(), place) {
+    let (ptr, missing) = match weight.cached_copy(row_scale.is_some(), place) {
         Some(cached) => cached,
-        None => (cuda.scratch(Scratch::Weight, rows.len() * stride * Dtype::Bf16.size())?, false),
+        None => {
+            let bytes = rows.len() * stride * Dtype::Bf16.size();
+            (cuda.scratch(Scratch::Weight, bytes)?, Missing::Everything)
+        }
     };
     let matrix = Matrix { ptr, rows: rows.len(), cols: stride, stride, dtype: Dtype::Bf16 };
-    if !fresh {
-        let columns = beside.map(|(b, place)| Columns { b, offset: place.offset });
-        dequantize_rows(ViewMut::on_cuda(cuda, matrix), weight, rows, row_scale, columns)?;
+    let to = ViewMut::on_cuda(cuda, matrix);
+    match (missing, beside) {
+        (Missing::Nothing, _) | (Missing::Columns, None) => {}
+        (Missing::Columns, Some((b, place))) => {
+            let at = weight.cols() + place.offset;
+            convert(to.into_column_range(at, b.cols), b.row_range(rows.start, rows.len()))?;
+        }
+        (Missing::Everything, _) => {
+            let columns = beside.map(|(b, place)| Columns { b, offset: place.offset });
+            dequantize_rows(to, weight, rows, row_scale, columns)?;
+        }
     }
     Ok(matrix)
 }
