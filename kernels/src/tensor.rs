@@ -406,6 +406,17 @@ impl<'a> View<'a> {
         View { cols, data, ..self }
     }
 
+    /// Both as one, if on a device every row of `right` lies right behind that of this view.
+    pub fn joined(self, right: View<'a>) -> Option<View<'a>> {
+        let (Data::Cuda(left), Data::Cuda(data)) = (self.data, right.data) else { return None };
+        let adjacent = self.rows == right.rows
+            && self.stride == right.stride
+            && left.dtype == data.dtype
+            && left.at(self.cols).ptr == data.ptr
+            && self.cols + right.cols <= self.stride;
+        adjacent.then_some(View { cols: self.cols + right.cols, ..self })
+    }
+
     /// The elements in host memory (rows `stride` apart; the last row ends the slice).
     ///
     /// # Errors
@@ -538,6 +549,12 @@ impl<'a> ViewMut<'a> {
         }
         self.cpu(op)?.chunks_mut(stride).for_each(|row| row[..cols].fill(0.0));
         Ok(())
+    }
+
+    /// Both as one, to write to; see [`View::joined`].
+    pub fn joined(self, right: ViewMut<'a>) -> Option<ViewMut<'a>> {
+        let View { rows, cols, stride, .. } = self.as_view().joined(right.as_view())?;
+        Some(ViewMut { rows, cols, stride, data: self.data })
     }
 
     /// Rows `start..start + rows`.

@@ -83,6 +83,10 @@ impl Adapter for Dora {
         true
     }
 
+    fn projection(&self) -> Option<&Entry> {
+        self.lora.projection()
+    }
+
     fn output_scale(&self) -> Option<&Entry> {
         Some(&self.magnitude)
     }

@@ -6,7 +6,8 @@ use std::ops::Range;
 use qpeft_kernels::ops::dropout::{dropout_backward, dropout_forward};
 use qpeft_kernels::ops::fold::fold_branch;
 use qpeft_kernels::ops::low_rank::{
-    OutScale, low_rank_backward, low_rank_branch_gradient, low_rank_forward, low_rank_input_gradient,
+    OutScale, low_rank_backward, low_rank_branch_backward, low_rank_branch_gradient, low_rank_forward,
+    low_rank_input_gradient,
 };
 use qpeft_kernels::ops::quant_linear::{Branch, quant_linear_backward, quant_linear_forward};
 use qpeft_kernels::rng::RngKey;
@@ -33,7 +34,7 @@ pub struct Lora {
 }
 
 impl Lora {
-    /// The pair at `offset` of the flat buffer, A before B.
+    /// The pair with A and B at these places of the flat buffer, A first.
     ///
     /// # Errors
     /// The device is out of memory.
@@ -44,12 +45,12 @@ impl Lora {
         rank: usize,
         scaling: f32,
         dropout: f32,
-        offset: usize,
+        [a_offset, b_offset]: [usize; 2],
         id: u64,
     ) -> Result<Lora> {
         let key = |matrix: &str| format!("base_model.model.{module}.{matrix}.weight");
-        let a = Entry { key: key("lora_A"), shape: vec![rank, weight.cols()], offset };
-        let b = Entry { key: key("lora_B"), shape: vec![weight.rows(), rank], offset: offset + a.len() };
+        let a = Entry { key: key("lora_A"), shape: vec![rank, weight.cols()], offset: a_offset };
+        let b = Entry { key: key("lora_B"), shape: vec![weight.rows(), rank], offset: b_offset };
         Ok(Lora { a, b, scaling, dropout, id, folded: Tensor::activations(device, weight.rows(), rank)? })
     }
 
@@ -77,7 +78,9 @@ impl Lora {
         scratch: &mut Scratch,
     ) -> Result<()> {
         let input = self.drop(x, pass, &mut scratch.dropped)?;
-        low_rank_forward(h.reborrow(), input, self.a.view(pass.factors))?;
+        if !pass.shared {
+            low_rank_forward(h.reborrow(), input, self.a.view(pass.factors))?;
+        }
         let branch = Branch { h: h.as_view(), b: self.folded.view() };
         Ok(quant_linear_forward(y, x, weight, g, Some(branch))?)
     }
@@ -100,11 +103,10 @@ impl Lora {
     ) -> Result<()> {
         let a = self.a.view(pass.factors);
         let scale = OutScale { scaling: self.scaling, rows: g };
-        // A and B lie next to each other in the flat buffer, A first.
-        let (da, db) =
-            dparams.into_slice(self.a.offset, 1, self.a.len() + self.b.len()).split_row(self.a.len());
-        let da = da.into_slice(0, self.a.shape[0], self.a.shape[1]);
-        let db = db.into_slice(0, self.b.shape[0], self.b.shape[1]);
+        // A lies before B in the flat buffer.
+        let (before, rest) = dparams.split_row(self.b.offset);
+        let da = self.a.view_mut(before);
+        let db = rest.into_slice(0, self.b.shape[0], self.b.shape[1]);
 
         // y = diag(g) W x + h folded^T
         let mut dx = if let Some(InputGradient { mut dx, accumulate }) = dx {
@@ -115,6 +117,9 @@ impl Lora {
             low_rank_branch_gradient(dh.reborrow(), dy, self.folded.view())?;
             None
         };
+        if pass.shared {
+            return Ok(low_rank_branch_backward(db, dy, saved.h, scale)?);
+        }
         // h = A drop(x)
         match self.dropout_key(pass) {
             None => {
@@ -174,6 +179,10 @@ impl Adapter for Lora {
 
     fn needs_output(&self) -> bool {
         false
+    }
+
+    fn projection(&self) -> Option<&Entry> {
+        (self.dropout == 0.0).then_some(&self.a)
     }
 
     fn drops_out(&self) -> bool {

@@ -14,7 +14,7 @@ pub use folder::AdapterFolder;
 pub use method::Method;
 
 use crate::error::{Error, Result};
-use crate::model::layer::Slot;
+use crate::model::layer::{SIBLINGS, SLOTS, Slot};
 use crate::model::{Adapter, Decoder, Entry, Linear, Parameters};
 use dora::Dora;
 use lora::Lora;
@@ -29,33 +29,46 @@ pub fn attach(decoder: &mut Decoder, config: &PeftConfig) -> Result<Parameters> 
     let device = decoder.device.clone();
     let mut entries = Vec::new();
     let mut offset = 0;
-    for (id, linear) in decoder.linears_mut().enumerate() {
-        linear.adapter = None;
-        if !config.targets(&linear.module)? {
-            continue;
+    for (layer_index, layer) in decoder.layers.iter_mut().enumerate() {
+        for group in SIBLINGS {
+            // The first factors of linears that share an input lie side by side: one product serves them all.
+            let mut targets = Vec::new();
+            for &slot in group {
+                let linear = &mut layer.linears[slot as usize];
+                linear.adapter = None;
+                if config.targets(&linear.module)? {
+                    targets.push((slot, offset));
+                    offset += config.rank_of(&linear.module)? * linear.weight.cols();
+                }
+            }
+            for (slot, a_offset) in targets {
+                let linear = &mut layer.linears[slot as usize];
+                let id = (layer_index * SLOTS + slot as usize) as u64;
+                let lora = new_lora(config, linear, [a_offset, offset], id, &device)?;
+                let adapter: Box<dyn Adapter> = if config.use_dora {
+                    Box::new(Dora::new(&device, &linear.module, &linear.weight, lora)?)
+                } else {
+                    Box::new(lora)
+                };
+                entries.extend(adapter.entries().into_iter().cloned());
+                offset = entries.last().map_or(0, Entry::end);
+                linear.adapter = Some(adapter);
+            }
         }
-        let lora = new_lora(config, linear, offset, id as u64, &device)?;
-        let adapter: Box<dyn Adapter> = if config.use_dora {
-            Box::new(Dora::new(&device, &linear.module, &linear.weight, lora)?)
-        } else {
-            Box::new(lora)
-        };
-        entries.extend(adapter.entries().into_iter().cloned());
-        offset = entries.last().map_or(0, |e| e.range().end);
-        linear.adapter = Some(adapter);
     }
+    entries.sort_by_key(|entry| entry.offset);
     Parameters::new(&device, entries)
 }
 
 fn new_lora(
     config: &PeftConfig,
     linear: &Linear,
-    offset: usize,
+    offsets: [usize; 2],
     id: u64,
     device: &qpeft_kernels::Device,
 ) -> Result<Lora> {
     let (rank, scaling) = (config.rank_of(&linear.module)?, config.scaling(&linear.module)? as f32);
-    Lora::new(device, &linear.module, &linear.weight, rank, scaling, config.lora_dropout as f32, offset, id)
+    Lora::new(device, &linear.module, &linear.weight, rank, scaling, config.lora_dropout as f32, offsets, id)
 }
 
 /// Refuses targets that are not there, naming those that are.
@@ -210,10 +223,12 @@ pub fn split_targets(
     let mut errors = Vec::new();
     let device = decoder.device.clone();
     let targets = decoder.linears().filter(|l| l.adapter.is_some()).count();
-    let mut offset = 0;
-    for (id, linear) in decoder.linears_mut().enumerate().filter(|(_, l)| l.adapter.is_some()) {
-        let lora = new_lora(&plain, linear, offset, id as u64, &device)?;
-        offset = lora.b.range().end;
+    for (id, linear) in decoder.linears_mut().enumerate() {
+        let Some(adapter) = &linear.adapter else { continue };
+        let [a, b] = adapter.entries()[..] else {
+            unreachable!("an adapter without magnitudes has two matrices")
+        };
+        let lora = new_lora(&plain, linear, [a.offset, b.offset], id as u64, &device)?;
         if given.is_none() {
             pissa::factorize(&lora, &mut values, &linear.weight, options)?;
         }

@@ -1,8 +1,9 @@
 //! One decoder layer: the list of ops forward, and the same list mirrored backward.
 
 use qpeft_kernels::ops::attention::{AttentionShape, attention_backward, attention_forward};
+use qpeft_kernels::ops::low_rank::{low_rank_forward, low_rank_projection_backward};
 use qpeft_kernels::ops::residual::residual_forward;
-use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_forward};
+use qpeft_kernels::ops::rms_norm::{residual_rms_norm_forward, rms_norm_backward, rms_norm_forward};
 use qpeft_kernels::ops::rope::{rope_backward, rope_forward};
 use qpeft_kernels::ops::swiglu::{swiglu_backward, swiglu_backward_scaled, swiglu_forward};
 use qpeft_kernels::{Ids, Tensor, View, ViewMut};
@@ -28,6 +29,10 @@ pub enum Slot {
 /// Number of [`Slot`]s.
 pub const SLOTS: usize = 7;
 
+/// The slots by the inputs that they share, in forward order.
+pub const SIBLINGS: [&[Slot]; 4] =
+    [&[Slot::Q, Slot::K, Slot::V], &[Slot::O], &[Slot::Gate, Slot::Up], &[Slot::Down]];
+
 impl Slot {
     /// All slots, in forward order.
     pub const ALL: [Slot; SLOTS] = [Slot::Q, Slot::K, Slot::V, Slot::O, Slot::Gate, Slot::Up, Slot::Down];
@@ -48,10 +53,10 @@ impl Slot {
     /// The slots that read the same input, itself among them.
     pub const fn siblings(self) -> &'static [Slot] {
         match self {
-            Slot::Q | Slot::K | Slot::V => &[Slot::Q, Slot::K, Slot::V],
-            Slot::O => &[Slot::O],
-            Slot::Gate | Slot::Up => &[Slot::Gate, Slot::Up],
-            Slot::Down => &[Slot::Down],
+            Slot::Q | Slot::K | Slot::V => SIBLINGS[0],
+            Slot::O => SIBLINGS[1],
+            Slot::Gate | Slot::Up => SIBLINGS[2],
+            Slot::Down => SIBLINGS[3],
         }
     }
 
@@ -115,6 +120,13 @@ pub struct Backward<'a> {
     pub scratch: &'a mut Scratch,
 }
 
+impl Backward<'_> {
+    /// The same with another pass.
+    fn with_pass<'a>(&'a mut self, pass: &'a Pass<'a>) -> Backward<'a> {
+        Backward { dparams: self.dparams.reborrow(), pass, scratch: self.scratch }
+    }
+}
+
 fn overwrite(dx: ViewMut<'_>) -> InputGradient<'_> {
     InputGradient { dx, accumulate: false }
 }
@@ -143,6 +155,14 @@ pub struct LayerCache {
     pub k: Tensor,
     /// Values.
     pub v: Tensor,
+}
+
+/// The first rows of the tensors of `slots` as one matrix, if they lie side by side.
+fn side_by_side<'a>(h: &'a mut [Tensor; SLOTS], slots: &[Slot], rows: usize) -> Option<ViewMut<'a>> {
+    let (first, last) = (slots.first().copied()? as usize, slots.last().copied()? as usize);
+    let mut views = h[first..=last].iter_mut().map(|tensor| tensor.top_mut(rows));
+    let first = views.next()?;
+    views.try_fold(first, ViewMut::joined)
 }
 
 impl Layer {
@@ -182,9 +202,11 @@ impl Layer {
             Some((cache, cached)) => (&mut cache.k, &mut cache.v, cached),
             None => (&mut s.k, &mut s.v, 0),
         };
-        self.project(Slot::Q, s.q.top_mut(t), &mut s.h, norm, pass, scratch)?;
-        self.project(Slot::K, k_all.view_mut().into_row_range(cached, t), &mut s.h, norm, pass, scratch)?;
-        self.project(Slot::V, v_all.view_mut().into_row_range(cached, t), &mut s.h, norm, pass, scratch)?;
+        let shared = &self.shared_pass(SIBLINGS[0], &s.h, t, pass);
+        self.project_down(SIBLINGS[0], &mut s.h, norm, shared)?;
+        self.project(Slot::Q, s.q.top_mut(t), &mut s.h, norm, shared, scratch)?;
+        self.project(Slot::K, k_all.view_mut().into_row_range(cached, t), &mut s.h, norm, shared, scratch)?;
+        self.project(Slot::V, v_all.view_mut().into_row_range(cached, t), &mut s.h, norm, shared, scratch)?;
         rope_forward(s.q.top_mut(t), place.rope, place.positions, d)?;
         rope_forward(k_all.view_mut().into_row_range(cached, t), place.rope, place.positions, d)?;
         attention_forward(
@@ -199,18 +221,21 @@ impl Layer {
         )?;
         let attn_out = if s.attn_out.rows() == 0 { &mut *branch } else { &mut s.attn_out };
         self.project(Slot::O, attn_out.top_mut(t), &mut s.h, s.attn.top(t), pass, scratch)?;
-        residual_forward(s.middle.top_mut(t), x, attn_out.top(t))?;
 
-        rms_norm_forward(
+        residual_rms_norm_forward(
             s.ffn_norm.top_mut(t),
             s.ffn_rstd.view_mut().into_column_range(0, t),
-            s.middle.top(t),
+            s.middle.top_mut(t),
+            x,
+            attn_out.top(t),
             self.ffn_norm.view(),
             place.config.rms_norm_eps,
         )?;
         let norm = s.ffn_norm.top(t);
-        self.project(Slot::Gate, s.gate.top_mut(t), &mut s.h, norm, pass, scratch)?;
-        self.project(Slot::Up, s.up.top_mut(t), &mut s.h, norm, pass, scratch)?;
+        let shared = &self.shared_pass(SIBLINGS[2], &s.h, t, pass);
+        self.project_down(SIBLINGS[2], &mut s.h, norm, shared)?;
+        self.project(Slot::Gate, s.gate.top_mut(t), &mut s.h, norm, shared, scratch)?;
+        self.project(Slot::Up, s.up.top_mut(t), &mut s.h, norm, shared, scratch)?;
         swiglu_forward(s.act.top_mut(t), s.gate.top(t), s.up.top(t))?;
         let ffn_out = if s.ffn_out.rows() == 0 { branch } else { &mut s.ffn_out };
         self.project(Slot::Down, ffn_out.top_mut(t), &mut s.h, s.act.top(t), pass, scratch)?;
@@ -229,6 +254,57 @@ impl Layer {
         let linear = self.linear(slot);
         let h = h[slot as usize].top_mut(x.rows).into_column_range(0, linear.rank());
         linear.forward(y, h, x, pass, scratch)
+    }
+
+    /// `pass`, or the same that says that the products of `slots` with their first factors are made together:
+    /// where these and the low-rank matrices `h` lie side by side.
+    fn shared_pass<'p>(&self, slots: &[Slot], h: &[Tensor; SLOTS], rows: usize, pass: &Pass<'p>) -> Pass<'p> {
+        let mut views = slots.iter().map(|&slot| h[slot as usize].top(rows));
+        let first = views.next().expect("slots of one input");
+        let adjacent = views.try_fold(first, View::joined).is_some();
+        Pass { shared: adjacent && self.factors_of(slots, pass).is_some(), ..*pass }
+    }
+
+    /// The low-rank activations of all of `slots`, which share the input x, in one product if the pass is shared.
+    fn project_down(
+        &self,
+        slots: &[Slot],
+        h: &mut [Tensor; SLOTS],
+        x: View<'_>,
+        pass: &Pass<'_>,
+    ) -> Result<()> {
+        match (self.factors_of(slots, pass), side_by_side(h, slots, x.rows)) {
+            (Some(a), Some(h)) if pass.shared => Ok(low_rank_forward(h, x, a)?),
+            _ => Ok(()),
+        }
+    }
+
+    /// The mirror of [`Layer::project_down`], after the linears' own backward.
+    fn project_down_backward(
+        &self,
+        slots: &[Slot],
+        dx: Option<ViewMut<'_>>,
+        dh: &mut [Tensor; SLOTS],
+        x: View<'_>,
+        to: &mut Backward<'_>,
+    ) -> Result<()> {
+        let first = self.linear(slots[0]).projection();
+        match (self.factors_of(slots, to.pass), side_by_side(dh, slots, x.rows), first) {
+            (Some(a), Some(dh), Some(first)) if to.pass.shared => {
+                let da = to.dparams.reborrow().into_slice(first.offset, a.rows, a.cols);
+                Ok(low_rank_projection_backward(dx, da, dh.as_view(), x, a)?)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The first factors of `slots` as one matrix, if each has one and they lie side by side.
+    fn factors_of<'p>(&self, slots: &[Slot], pass: &Pass<'p>) -> Option<View<'p>> {
+        let entries: Option<Vec<&Entry>> = slots.iter().map(|&slot| self.linear(slot).projection()).collect();
+        let entries = entries.filter(|entries| entries.len() > 1)?;
+        entries.windows(2).all(|pair| pair[0].end() == pair[1].offset).then_some(())?;
+        let (first, rows) = (entries[0], entries.iter().map(|e| e.shape[0]).sum());
+        Some(pass.factors.slice(first.offset, rows, first.shape[1]))
     }
 
     fn project_backward(
@@ -298,6 +374,9 @@ impl Layer {
             swiglu_backward(g.gate.top_mut(t), g.up.top_mut(t), g.act.top(t), gate, up)?;
         }
         let unread = |y| scales.is_none().then_some(y);
+        let shared = self.shared_pass(SIBLINGS[2], &g.h, t, to.pass);
+        let mut with_shared = to.with_pass(&shared);
+        let both = &mut with_shared;
         self.project_backward(
             Slot::Up,
             Some(overwrite(g.ffn_norm.top_mut(t))),
@@ -306,7 +385,7 @@ impl Layer {
             s.ffn_norm.top(t),
             unread(s.up.top(t)),
             &s.h,
-            to,
+            both,
         )?;
         self.project_backward(
             Slot::Gate,
@@ -316,7 +395,14 @@ impl Layer {
             s.ffn_norm.top(t),
             unread(s.gate.top(t)),
             &s.h,
-            to,
+            both,
+        )?;
+        self.project_down_backward(
+            SIBLINGS[2],
+            Some(g.ffn_norm.top_mut(t)),
+            &mut g.h,
+            s.ffn_norm.top(t),
+            both,
         )?;
         rms_norm_backward(
             g.stream.top_mut(t),
@@ -362,6 +448,9 @@ impl Layer {
             rope_backward(s.k.top_mut(t), place.rope, place.positions, d)?;
         }
         let norm = s.attn_norm.top(t);
+        let shared = self.shared_pass(SIBLINGS[0], &g.h, t, to.pass);
+        let mut with_shared = to.with_pass(&shared);
+        let all = &mut with_shared;
         if input_gradient {
             self.project_backward(
                 Slot::Q,
@@ -371,7 +460,7 @@ impl Layer {
                 norm,
                 Some(s.q.top(t)),
                 &s.h,
-                to,
+                all,
             )?;
             self.project_backward(
                 Slot::K,
@@ -381,7 +470,7 @@ impl Layer {
                 norm,
                 Some(s.k.top(t)),
                 &s.h,
-                to,
+                all,
             )?;
             self.project_backward(
                 Slot::V,
@@ -391,8 +480,9 @@ impl Layer {
                 norm,
                 Some(s.v.top(t)),
                 &s.h,
-                to,
+                all,
             )?;
+            self.project_down_backward(SIBLINGS[0], Some(g.norm.top_mut(t)), &mut g.h, norm, all)?;
             rms_norm_backward(
                 g.stream.top_mut(t),
                 g.norm.top(t),
@@ -401,9 +491,10 @@ impl Layer {
                 self.attn_norm.view(),
             )?;
         } else {
-            self.project_backward(Slot::Q, None, &mut g.h, g.q.top(t), norm, Some(s.q.top(t)), &s.h, to)?;
-            self.project_backward(Slot::K, None, &mut g.h, g.k.top(t), norm, Some(s.k.top(t)), &s.h, to)?;
-            self.project_backward(Slot::V, None, &mut g.h, g.v.top(t), norm, Some(s.v.top(t)), &s.h, to)?;
+            self.project_backward(Slot::Q, None, &mut g.h, g.q.top(t), norm, Some(s.q.top(t)), &s.h, all)?;
+            self.project_backward(Slot::K, None, &mut g.h, g.k.top(t), norm, Some(s.k.top(t)), &s.h, all)?;
+            self.project_backward(Slot::V, None, &mut g.h, g.v.top(t), norm, Some(s.v.top(t)), &s.h, all)?;
+            self.project_down_backward(SIBLINGS[0], None, &mut g.h, norm, all)?;
         }
         Ok(())
     }

@@ -27,6 +27,11 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// One past the last element in the flat buffer.
+    pub fn end(&self) -> usize {
+        self.offset + self.len()
+    }
+
     /// Elements.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
@@ -109,7 +114,7 @@ impl Parameters {
     /// A pass over these values.
     pub fn pass(&self, dropout: Option<RngKey>) -> Pass<'_> {
         let params = self.values.view();
-        Pass { params, factors: self.rounded.as_ref().map_or(params, Tensor::view), dropout }
+        Pass { params, factors: self.rounded.as_ref().map_or(params, Tensor::view), dropout, shared: false }
     }
 
     /// Trained scalars.
@@ -127,6 +132,8 @@ pub struct Pass<'a> {
     pub factors: View<'a>,
     /// Seed and number of this micro-batch while training; `None` switches dropout off.
     pub dropout: Option<RngKey>,
+    /// Whether the caller makes the products with [`Adapter::projection`], for all linears of an input at once.
+    pub shared: bool,
 }
 
 /// Buffers that adapters may use within one call; nothing in them outlives it.
@@ -170,6 +177,12 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
 
     /// Whether backward reads the linear's output.
     fn needs_output(&self) -> bool;
+
+    /// The factor A, where the low-rank activations are h = x A^T of the input as it is, so that dA = dh^T x and
+    /// dx += dh A, whoever makes them.
+    fn projection(&self) -> Option<&Entry> {
+        None
+    }
 
     /// The trained factors of the output's channels, if there are any: y_n = m_n * (...), so that
     /// dm_n = sum_t dy_tn y_tn / m_n. Whoever makes dy from y may make it on the way.
@@ -259,6 +272,11 @@ impl Linear {
     /// Whether the output has to be kept for the backward pass.
     pub fn needs_output(&self) -> bool {
         self.adapter.as_ref().is_some_and(|a| a.needs_output())
+    }
+
+    /// See [`Adapter::projection`].
+    pub fn projection(&self) -> Option<&Entry> {
+        self.adapter.as_ref()?.projection()
     }
 
     /// See [`Adapter::output_scale`].
