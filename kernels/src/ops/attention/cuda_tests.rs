@@ -197,7 +197,12 @@ fn cuda_forward_and_backward_equal_the_naive_ones() {
 #[test]
 fn cuda_queries_are_the_last_of_more_keys() {
     let Some(device) = device() else { return };
-    for shape in [shape(4, 2, 16), shape(6, 2, 64), AttentionShape { window: Some(50), ..shape(8, 1, 128) }, shape(2, 2, 80)] {
+    for shape in [
+        shape(4, 2, 16),
+        shape(6, 2, 64),
+        AttentionShape { window: Some(50), ..shape(8, 1, 128) },
+        shape(2, 2, 80),
+    ] {
         let (q_starts, k_starts) = ([0, 1, 1, 71], [3, 203, 210, 400]);
         let (q_cols, k_cols) = (shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim);
         let q = random(1, 71, q_cols, 2.0);
