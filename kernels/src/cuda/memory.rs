@@ -143,7 +143,8 @@ impl Cuda {
         // SAFETY: the context is current; the block frees what it holds exactly once.
         let ptr = unsafe { result::malloc_sync(bytes) }.map_err(|e| {
             let (free, total) = self.free_memory().unwrap_or((0, 0));
-            Error::OutOfMemory { device: self.name(), wanted: bytes, free, total, cause: e.to_string() }
+            let (held, _) = self.held_bytes();
+            Error::OutOfMemory { device: self.name(), wanted: bytes, free, total, held, cause: e.to_string() }
         })?;
         let counters = Arc::clone(&self.memory.counters);
         let now = counters.now.fetch_add(bytes, Ordering::Relaxed) + bytes;

@@ -75,14 +75,11 @@ impl Kernels {
     }
 
     /// The row of the table for this head dimension.
-    fn of(op: &'static str, cuda: &Cuda, head_dim: usize) -> Result<&'static Kernels> {
+    pub(super) fn of(op: &'static str, device: &str, head_dim: usize) -> Result<&'static Kernels> {
         ALL.into_iter().find(|kernels| kernels.head_dim == head_dim).ok_or_else(|| {
             let known: Vec<String> = ALL.iter().map(|kernels| kernels.head_dim.to_string()).collect();
-            let device = format!(
-                "{} and {head_dim} elements a head (it has one for {})",
-                cuda.name(),
-                known.join(", ")
-            );
+            let device =
+                format!("{device} and {head_dim} elements a head (it has one for {})", known.join(", "));
             Error::NoKernel { op, device }
         })
     }
@@ -139,7 +136,7 @@ pub(super) fn forward(
     k_starts: Ids<'_>,
     shape: &AttentionShape,
 ) -> Result<()> {
-    let kernels = Kernels::of(op, cuda, shape.head_dim)?;
+    let kernels = Kernels::of(op, &cuda.name(), shape.head_dim)?;
     let sequences = q_starts.len() - 1;
     let mut args = vec![
         Arg::Ptr(o.bf16(op)?),
@@ -168,7 +165,7 @@ pub(super) fn backward(
     starts: Ids<'_>,
     shape: &AttentionShape,
 ) -> Result<()> {
-    let kernels = Kernels::of(op, cuda, shape.head_dim)?;
+    let kernels = Kernels::of(op, &cuda.name(), shape.head_dim)?;
     let (tokens, sequences) = (q.rows, starts.len() - 1);
     let delta_ptr = Arg::Ptr(delta.f32(op)?);
     let grid = Grid::over(tokens * shape.n_heads * kernels.delta_lanes(), THREADS);
