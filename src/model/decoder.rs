@@ -14,7 +14,7 @@ use super::buffers::{BatchIds, Buffers, LayerBackward, LayerForward};
 use super::config::Config;
 use super::layer::{Backward, Layer, LayerCache, Place};
 use super::linear::{BaseWeight, Linear, Parameters, Pass};
-use super::replay::Key;
+use super::replay::{Key, Replays};
 use crate::error::{Error, Result};
 
 /// A llama decoder with frozen, packed weights.
@@ -34,6 +34,8 @@ pub struct Decoder {
     pub head: Option<BaseWeight>,
     /// Rotary table, one row per position.
     pub rope: Tensor,
+    /// Recordings of [`Decoder::refresh`].
+    pub replays: Replays,
 }
 
 /// Loss of a micro-batch.
@@ -120,6 +122,28 @@ impl Decoder {
     /// # Errors
     /// An op refuses.
     pub fn refresh(&mut self, params: &Parameters) -> Result<()> {
+        let device = self.device.clone();
+        let Some(cuda) = device.cuda().filter(|cuda| !cuda.is_profiling()) else {
+            return self.refresh_each(params);
+        };
+        let Some(ptr) = params.values.view().f32("refresh").ok().filter(|_| params.count() > 0) else {
+            return Ok(());
+        };
+        let key = Key {
+            sizes: [ptr as usize, 0, 0],
+            slot: 0,
+            scale: 0,
+            fresh: self.linears().all(|l| l.weight.is_fresh()),
+            scratch: cuda.scratch_moves(),
+        };
+        let mut replays = std::mem::take(&mut self.replays);
+        let done = replays.run(cuda, key, || self.refresh_each(params));
+        self.replays = replays;
+        self.linears().for_each(|l| l.weight.set_fresh(false));
+        done
+    }
+
+    fn refresh_each(&mut self, params: &Parameters) -> Result<()> {
         for linear in self.linears_mut() {
             if let Some(adapter) = &mut linear.adapter {
                 adapter.refresh(params, &linear.weight)?;

@@ -319,6 +319,12 @@ impl Layer {
         to: &mut Backward<'_>,
     ) -> Result<()> {
         let linear = self.linear(slot);
+        if linear.adapter.is_none() && dx.as_ref().is_some_and(|dx| !dx.accumulate) {
+            // The product leaves the padding as it is, and those of the siblings will add to it.
+            for &sibling in slot.siblings().iter().filter(|&&sibling| self.linear(sibling).rank() > 0) {
+                dh[sibling as usize].top_mut(x.rows).zero("quant_linear_backward")?;
+            }
+        }
         let h = h[slot as usize].top(x.rows).column_range(0, linear.rank());
         let dh = dh[slot as usize].top_mut(x.rows).into_column_range(0, linear.rank());
         linear.backward(dx, dh, to.dparams.reborrow(), dy, Saved { x, h, y }, to.pass, to.scratch)

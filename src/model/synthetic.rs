@@ -213,6 +213,7 @@ impl Decoder {
             },
             head,
             config: c.clone(),
+            replays: super::replay::Replays::default(),
         })
     }
 }

@@ -60,6 +60,8 @@ pub(super) fn forward(
     }
 }
 
+/// With `accumulate` the product adds to the padding, too: dh must hold zeros, as a product that overwrites the same
+/// rows with its own branch elsewhere in the padding leaves them.
 pub(super) fn backward(
     op: &'static str,
     cuda: &Arc<Cuda>,
@@ -83,9 +85,6 @@ pub(super) fn backward(
     if let Some((dh, b)) = branch {
         if place.is_none() {
             cuda.gemm(dh.matrix(op)?, dy, b.matrix(op)?, 1.0, 0.0)?;
-        } else if accumulate {
-            // The product adds to the padding, too.
-            dh.zero(op)?;
         }
     }
     for (i, rows) in tiles(weight, depth).enumerate() {
