@@ -156,11 +156,14 @@ impl Decoder {
     /// `buffers.final_norm`.
     fn run(&self, buffers: &mut Buffers, pass: &Pass<'_>) -> Result<()> {
         let t = buffers.ids.tokens.ids().len();
-        let (streams, ids) = buffers.stream_and_ids(0, t);
-        embedding_forward(streams, ids.tokens.ids(), &self.embedding)?;
+        buffers.streams.begin()?;
+        let (stream, ids) = buffers.stream_and_ids(0, t);
+        embedding_forward(stream, ids.tokens.ids(), &self.embedding)?;
         for (index, layer) in self.layers.iter().enumerate() {
+            buffers.streams.before_forward(index)?;
             let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
             layer.forward(y, x, s, branch, &self.place(ids), None, pass, scratch)?;
+            buffers.streams.after_forward(index, t)?;
         }
         self.normalize(buffers, t)
     }
@@ -225,9 +228,9 @@ impl Decoder {
         buffers.training()?;
         buffers.ids.set(batch)?;
         buffers.next_nll(buffers.ids.rows.ids().len())?;
-        // Dropout draws other numbers every time, and a profile wants every launch.
-        let Some(cuda) = self.device.cuda().filter(|cuda| pass.dropout.is_none() && !cuda.is_profiling())
-        else {
+        // Dropout draws other numbers every time, a second stream is at work beside, a profile wants every launch.
+        let records = pass.dropout.is_none() && !buffers.streams.on_host();
+        let Some(cuda) = self.device.cuda().filter(|cuda| records && !cuda.is_profiling()) else {
             return self.forward_backward(buffers, dparams, scale, pass);
         };
         let key = Key {
@@ -282,6 +285,7 @@ impl Decoder {
         rms_norm_backward(g.stream.top_mut(t), g.norm.top(t), x, rstd, self.final_norm.view())?;
 
         for (index, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
+            buffers.streams.before_backward(index, t)?;
             // Of the layers that share activations, the topmost has just left its own there.
             if index + 1 < buffers.recomputed {
                 let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
@@ -291,7 +295,7 @@ impl Decoder {
             let mut to = Backward { dparams: dparams.reborrow(), pass, scratch };
             layer.backward(g, x, s, &self.place(ids), index > lowest, &mut to)?;
         }
-        Ok(())
+        buffers.streams.after_backward()
     }
 
     /// Calls `each` with logits chunk by chunk: the first row's index and the (n, V) chunk.

@@ -13,6 +13,7 @@ pub mod memory;
 mod profile;
 pub mod sources;
 pub(crate) mod spans;
+pub mod transfer;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
