@@ -76,7 +76,7 @@ impl Cache {
     /// The device is out of memory.
     pub fn new(model: &Decoder, capacity: usize) -> Result<Cache> {
         let width = model.config.n_kv_heads * model.config.head_dim;
-        let zeros = || Tensor::zeros(&model.device, capacity, width);
+        let zeros = || Tensor::activations(&model.device, capacity, width);
         let layers = (0..model.config.n_layers)
             .map(|_| Ok(LayerCache { k: zeros()?, v: zeros()? }))
             .collect::<Result<_>>()?;
@@ -162,7 +162,7 @@ impl Decoder {
         for (index, layer) in self.layers.iter().enumerate() {
             buffers.streams.before_forward(index)?;
             let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
-            layer.forward(y, x, s, branch, &self.place(ids), None, pass, scratch)?;
+            layer.forward(Some(y), x, s, branch, &self.place(ids), None, pass, scratch)?;
             buffers.streams.after_forward(index, t)?;
         }
         self.normalize(buffers, t)
@@ -288,8 +288,8 @@ impl Decoder {
             buffers.streams.before_backward(index, t)?;
             // Of the layers that share activations, the topmost has just left its own there.
             if index + 1 < buffers.recomputed {
-                let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
-                layer.forward(y, x, s, branch, &self.place(ids), None, pass, scratch)?;
+                let (LayerForward { x, s, branch, scratch, .. }, ids) = buffers.layer_forward(index, t);
+                layer.forward(None, x, s, branch, &self.place(ids), None, pass, scratch)?;
             }
             let (LayerBackward { x, s, g, scratch }, ids) = buffers.layer_backward(index, t);
             let mut to = Backward { dparams: dparams.reborrow(), pass, scratch };
@@ -351,7 +351,7 @@ impl Decoder {
         for (index, layer) in self.layers.iter().enumerate() {
             let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
             let keys = Some((&mut cache.layers[index], cached));
-            layer.forward(y, x, s, branch, &self.place(ids), keys, pass, scratch)?;
+            layer.forward(Some(y), x, s, branch, &self.place(ids), keys, pass, scratch)?;
         }
         cache.len += t;
         self.normalize(buffers, t)?;

@@ -170,7 +170,8 @@ impl Layer {
         &self.linears[slot as usize]
     }
 
-    /// y = the layer's output for the residual stream x, both (T, C).
+    /// y = the layer's output for the residual stream x, both (T, C). Without a y only the activations are made
+    /// again that the backward pass reads: the last product of the layer is not among them, unless its adapter asks.
     ///
     /// With a cache, the new keys and values are written behind its first `cached` rows and attention
     /// looks at all of them.
@@ -179,7 +180,7 @@ impl Layer {
     /// An op refuses.
     pub fn forward(
         &self,
-        y: ViewMut<'_>,
+        y: Option<ViewMut<'_>>,
         x: View<'_>,
         s: &mut LayerBuffers,
         branch: &mut Tensor,
@@ -237,9 +238,23 @@ impl Layer {
         self.project(Slot::Gate, s.gate.top_mut(t), &mut s.h, norm, shared, scratch)?;
         self.project(Slot::Up, s.up.top_mut(t), &mut s.h, norm, shared, scratch)?;
         swiglu_forward(s.act.top_mut(t), s.gate.top(t), s.up.top(t))?;
+        let down = self.linear(Slot::Down);
+        if y.is_none() && !down.needs_output() {
+            match down.projection() {
+                Some(a) => {
+                    let h = s.h[Slot::Down as usize].top_mut(t).into_column_range(0, down.rank());
+                    return Ok(low_rank_forward(h, s.act.top(t), a.view(pass.factors))?);
+                }
+                None if down.adapter.is_none() => return Ok(()),
+                None => {}
+            }
+        }
         let ffn_out = if s.ffn_out.rows() == 0 { branch } else { &mut s.ffn_out };
         self.project(Slot::Down, ffn_out.top_mut(t), &mut s.h, s.act.top(t), pass, scratch)?;
-        Ok(residual_forward(y, s.middle.top(t), ffn_out.top(t))?)
+        match y {
+            Some(y) => Ok(residual_forward(y, s.middle.top(t), ffn_out.top(t))?),
+            None => Ok(()),
+        }
     }
 
     fn project(
