@@ -552,6 +552,7 @@ impl<'a> ViewMut<'a> {
     }
 
     /// Both as one, to write to; see [`View::joined`].
+    #[expect(clippy::needless_pass_by_value, reason = "the joined view writes to what `right` borrows")]
     pub fn joined(self, right: ViewMut<'a>) -> Option<ViewMut<'a>> {
         let View { rows, cols, stride, .. } = self.as_view().joined(right.as_view())?;
         Some(ViewMut { rows, cols, stride, data: self.data })

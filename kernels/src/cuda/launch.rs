@@ -115,16 +115,16 @@ impl Cuda {
         let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (source.name, kernel);
         if !modules.functions.contains_key(&key) {
-            let module = match modules.loaded.get(source.name) {
-                Some(module) => *module,
-                None => {
-                    let cubin = compile::cubin(source, self.arch())?;
-                    // SAFETY: the image is a whole cubin that NVRTC made, checked against its hash by the cache.
-                    let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }
-                        .map_err(|e| self.error(source.name, e))?;
-                    modules.loaded.insert(source.name, module);
-                    module
-                }
+            let loaded = modules.loaded.get(source.name).copied();
+            let module = if let Some(module) = loaded {
+                module
+            } else {
+                let cubin = compile::cubin(source, self.arch())?;
+                // SAFETY: the image is a whole cubin that NVRTC made, checked against its hash by the cache.
+                let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }
+                    .map_err(|e| self.error(source.name, e))?;
+                modules.loaded.insert(source.name, module);
+                module
             };
             let name = CString::new(kernel).expect("kernel names have no NUL");
             // SAFETY: the module stays loaded as long as the device is open.
