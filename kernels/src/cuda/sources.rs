@@ -9,6 +9,8 @@ use crate::ops::{
 /// The kernel files; an op that has one lists it here.
 pub static SOURCES: &[&Source] = &[
     &adamw::SOURCE,
+    &attention::cuda::D16.source,
+    &attention::cuda::D32.source,
     &attention::cuda::D64.source,
     &attention::cuda::D80.source,
     &attention::cuda::D96.source,

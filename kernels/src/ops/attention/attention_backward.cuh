@@ -1,5 +1,5 @@
 // delta = the sum of do * o over each head. Blocks: tokens * n_heads * DELTA_LANES / THREADS, rounded up.
-constexpr int DELTA_LANES = CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32;
+constexpr int DELTA_LANES = CHUNKS <= 2 ? 2 : CHUNKS <= 4 ? 4 : CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_delta(float* delta, const bf16* do_, const bf16* o, int n_tokens, int n_heads, int delta_stride,

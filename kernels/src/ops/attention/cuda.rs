@@ -49,13 +49,15 @@ macro_rules! kernels {
     };
 }
 
+pub(crate) static D16: Kernels = kernels!("attention_d16.cu", 16, 128, 64, 128, 64, 128, 64);
+pub(crate) static D32: Kernels = kernels!("attention_d32.cu", 32, 128, 64, 128, 64, 128, 64);
 pub(crate) static D64: Kernels = kernels!("attention_d64.cu", 64, 128, 64, 128, 64, 128, 64);
 pub(crate) static D80: Kernels = kernels!("attention_d80.cu", 80, 128, 64, 128, 32, 64, 64);
 pub(crate) static D96: Kernels = kernels!("attention_d96.cu", 96, 128, 64, 128, 32, 64, 64);
 pub(crate) static D128: Kernels = kernels!("attention_d128.cu", 128, 128, 64, 128, 32, 64, 64);
 pub(crate) static D256: Kernels = kernels!("attention_d256.cu", 256, 64, 32, 64, 16, 64, 16);
 
-pub(super) static ALL: [&Kernels; 5] = [&D64, &D80, &D96, &D128, &D256];
+pub(super) static ALL: [&Kernels; 7] = [&D16, &D32, &D64, &D80, &D96, &D128, &D256];
 
 impl Kernels {
     const fn new(source: Source, head_dim: usize, tiles: [usize; 6]) -> Kernels {

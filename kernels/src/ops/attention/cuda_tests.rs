@@ -98,7 +98,7 @@ const PADDINGS: [[usize; 2]; 3] = [[0, 0], [16, 8], [1, 2]];
 
 fn cases() -> Vec<(AttentionShape, Vec<u32>)> {
     let mut cases = Vec::new();
-    for dim in [64, 80, 96, 128, 256] {
+    for dim in [16, 32, 64, 80, 96, 128, 256] {
         cases.push((shape(1, 1, dim), vec![0, 1]));
         cases.push((shape(3, 1, dim), vec![0, 7, 7, 8, 71]));
         cases.push((shape(8, 1, dim), vec![0, 129, 256]));
@@ -197,7 +197,12 @@ fn cuda_forward_and_backward_equal_the_naive_ones() {
 #[test]
 fn cuda_queries_are_the_last_of_more_keys() {
     let Some(device) = device() else { return };
-    for shape in [shape(6, 2, 64), AttentionShape { window: Some(50), ..shape(8, 1, 128) }, shape(2, 2, 80)] {
+    for shape in [
+        shape(4, 2, 16),
+        shape(6, 2, 64),
+        AttentionShape { window: Some(50), ..shape(8, 1, 128) },
+        shape(2, 2, 80),
+    ] {
         let (q_starts, k_starts) = ([0, 1, 1, 71], [3, 203, 210, 400]);
         let (q_cols, k_cols) = (shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim);
         let q = random(1, 71, q_cols, 2.0);
@@ -242,7 +247,7 @@ fn cuda_refuses_other_head_dimensions_by_name() {
     );
     assert_eq!(
         refused.unwrap_err().to_string(),
-        "attention_forward has no kernel for cuda:0 and 72 elements a head (it has one for 64, 80, 96, 128, 256)"
+        "attention_forward has no kernel for cuda:0 and 72 elements a head (it has one for 16, 32, 64, 80, 96, 128, 256)"
     );
 }
 

@@ -2,6 +2,8 @@
 //! PiSSA on the tiny llama, from the tensors that PEFT started from; on a dense base, on NF4 with double
 //! quantization, and on a Q4_K GGUF. Sources: `testdata/README.md`.
 
+mod cuda;
+
 use std::path::{Path, PathBuf};
 
 use qpeft::adapters;
@@ -59,10 +61,15 @@ struct Run {
 }
 
 impl Run {
-    fn new((base, method): (&str, &str), keep: Keep) -> Run {
+    fn new(run: (&str, &str), keep: Keep) -> Run {
+        Run::on(&Device::Cpu, run, keep, false)
+    }
+
+    /// On a device; with `copies`, every linear has its own bf16 copy there.
+    fn on(device: &Device, (base, method): (&str, &str), keep: Keep, copies: bool) -> Run {
         let file = |name: &str| run_file(base, method, name);
         let golden = serde_json::from_str(&std::fs::read_to_string(file("golden.json")).unwrap()).unwrap();
-        let mut decoder = Decoder::load(&Base::open(&model(base)).unwrap(), &Device::Cpu).unwrap();
+        let mut decoder = Decoder::load(&Base::open(&model(base)).unwrap(), device).unwrap();
         let init = PeftAdapter::read(&file("init")).unwrap();
         if method == "pissa" {
             let options = SvdOptions::default();
@@ -70,10 +77,37 @@ impl Run {
         }
         let mut params = adapters::attach(&mut decoder, &init.config).unwrap();
         adapters::load(&mut params, &init).unwrap();
+        if copies {
+            decoder.keep_copies().unwrap();
+        }
         decoder.refresh(&params).unwrap();
         let batch = batch(&SafetensorsFile::open(&file("golden.safetensors")).unwrap());
         let buffers = Buffers::new(&decoder, batch.len(), keep).unwrap();
         Run { golden, batch, decoder, params, buffers }
+    }
+
+    fn optimizer(&self, max_grad_norm: f64) -> Optimizer {
+        let hyper = &self.golden["adamw"];
+        let number = |value: &Value| value.as_f64().unwrap() as f32;
+        let hyper = AdamW {
+            beta1: number(&hyper["betas"][0]),
+            beta2: number(&hyper["betas"][1]),
+            eps: number(&hyper["eps"]),
+            weight_decay: number(&hyper["weight_decay"]),
+        };
+        Optimizer::new(&self.decoder.device, self.params.count(), hyper, max_grad_norm).unwrap()
+    }
+
+    /// One optimizer step: the loss before it, and the gradient's norm.
+    fn step(&mut self, optimizer: &mut Optimizer, learning_rate: f64) -> (f64, f64) {
+        let scale = 1.0 / self.batch.supervised().0.len() as f32;
+        let pass = self.params.pass(None);
+        let mut grads = optimizer.grads();
+        let buffers = &mut self.buffers;
+        let loss = self.decoder.loss_and_gradients(buffers, &self.batch, &mut grads, scale, &pass).unwrap();
+        optimizer.step(&mut self.params, learning_rate).unwrap();
+        self.decoder.refresh(&self.params).unwrap();
+        (loss.mean(), optimizer.grad_norm().unwrap())
     }
 
     fn loss_and_gradients(&mut self, grads: &mut Tensor) -> f64 {
@@ -149,6 +183,22 @@ fn a_base_of_bitsandbytes_gives_the_logits_of_transformers_also_when_we_quantize
     }
 }
 
+/// The error of each gradient and the gradient, by their Euclidean norms, with the tensor's key.
+fn gradient_errors(run_of: (&str, &str), run: &Run, found: &[f32]) -> Vec<(String, f64, f64)> {
+    let golden = SafetensorsFile::open(&run_file(run_of.0, run_of.1, "grads.safetensors")).unwrap();
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let entries = run.params.entries.iter().map(|entry| {
+        let expected = golden.require(&format!("init.{}", entry.key)).unwrap().to_f32().unwrap();
+        let found = &found[entry.range()];
+        assert_eq!(found.len(), expected.len(), "`{}`", entry.key);
+        let error = norm(&mut found.iter().zip(&expected).map(|(a, b)| f64::from(a - b)));
+        (entry.key.clone(), error, norm(&mut expected.iter().map(|&x| f64::from(x))))
+    });
+    let errors: Vec<_> = entries.collect();
+    assert_eq!(run.params.entries.iter().map(|e| e.len()).sum::<usize>(), run.params.count());
+    errors
+}
+
 #[test]
 fn the_initial_loss_and_every_gradient_are_those_of_peft() {
     for run_of @ (base, method) in RUNS {
@@ -158,86 +208,54 @@ fn the_initial_loss_and_every_gradient_are_those_of_peft() {
             let loss = run.loss_and_gradients(&mut grads);
             let expected = run.golden["init_loss"].as_f64().unwrap();
             assert!(relative(loss, expected) < 1e-6, "{base} {method}: loss {loss}, PEFT's {expected}");
-
-            let golden = SafetensorsFile::open(&run_file(base, method, "grads.safetensors")).unwrap();
-            let found = grads.read().unwrap();
-            let mut compared = 0;
-            for entry in &run.params.entries {
-                let expected = golden.require(&format!("init.{}", entry.key)).unwrap().to_f32().unwrap();
-                let found = &found[entry.range()];
-                let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-                let size = norm(&mut expected.iter().map(|&x| f64::from(x)));
-                let error = norm(&mut found.iter().zip(&expected).map(|(a, b)| f64::from(a - b)));
+            for (key, error, size) in gradient_errors(run_of, &run, &grads.read().unwrap()) {
                 // Where PEFT's gradient is zero (A at B = 0), so is ours, exactly.
                 assert!(
                     error <= 1e-4 * size,
-                    "{base} {method}, {keep:?}: `{}` is off by {error:e} of {size:e}",
-                    entry.key
+                    "{base} {method}, {keep:?}: `{key}` is off by {error:e} of {size:e}"
                 );
-                compared += found.len();
             }
-            assert_eq!(compared, run.params.count());
         }
     }
 }
 
-/// Ten steps; the learning rate of each and the largest gradient norm as given.
-fn ten_steps(run_of: (&str, &str), which: &str, max_grad_norm: f64, schedule: &Schedule) {
-    let mut run = Run::new(run_of, Keep::EVERYTHING);
-    let hyper = &run.golden["adamw"];
-    let number = |value: &Value| value.as_f64().unwrap() as f32;
-    let hyper = AdamW {
-        beta1: number(&hyper["betas"][0]),
-        beta2: number(&hyper["betas"][1]),
-        eps: number(&hyper["eps"]),
-        weight_decay: number(&hyper["weight_decay"]),
+/// Ten steps of a run as PEFT took them: at a fixed rate, or clipped and on a schedule.
+fn ten_steps(mut run: Run, clipped: bool, what: &str, [loss_tolerance, norm_tolerance]: [f64; 2]) {
+    let peak = run.golden["adamw"]["lr"].as_f64().unwrap();
+    let (which, kind, warmup_steps, max_grad_norm) = match clipped {
+        false => ("run_fixed_lr", SchedulerType::Constant, 0, 0.0),
+        true => ("run_clip1_warmup3_cosine", SchedulerType::Cosine, 3, 1.0),
     };
-    let mut optimizer = Optimizer::new(&Device::Cpu, run.params.count(), hyper, max_grad_norm).unwrap();
+    let schedule = Schedule { kind, peak, warmup_steps, total_steps: 10 };
+    let mut optimizer = run.optimizer(max_grad_norm);
     let golden = run.golden[which].clone();
-    let scale = 1.0 / run.batch.supervised().0.len() as f32;
     for step in 0..10 {
-        let pass = run.params.pass(None);
-        let mut grads = optimizer.grads();
-        let loss = run
-            .decoder
-            .loss_and_gradients(&mut run.buffers, &run.batch, &mut grads, scale, &pass)
-            .unwrap()
-            .mean();
-        optimizer.step(&mut run.params, schedule.learning_rate(step)).unwrap();
-        let norm = optimizer.grad_norm().unwrap();
-        for (what, found) in [("loss", loss), ("grad_norm", norm)] {
-            let expected = golden[what][step as usize].as_f64().unwrap();
+        let (loss, norm) = run.step(&mut optimizer, schedule.learning_rate(step));
+        for (name, found, tolerance) in [("loss", loss, loss_tolerance), ("grad_norm", norm, norm_tolerance)]
+        {
+            let expected = golden[name][step as usize].as_f64().unwrap();
             assert!(
-                relative(found, expected) < 1e-4,
-                "{run_of:?}, step {step}: {what} {found}, PEFT's {expected}"
+                relative(found, expected) < tolerance,
+                "{what}, step {step}: {name} {found}, PEFT's {expected}"
             );
         }
-        run.decoder.refresh(&run.params).unwrap();
     }
     let pass = run.params.pass(None);
     let loss = run.decoder.loss(&mut run.buffers, &run.batch, &pass).unwrap().mean();
     let expected = golden["final_loss"].as_f64().unwrap();
-    assert!(relative(loss, expected) < 1e-4, "{run_of:?}: final loss {loss}, PEFT's {expected}");
-}
-
-fn learning_rate(run: (&str, &str)) -> f64 {
-    Run::new(run, Keep::EVERYTHING).golden["adamw"]["lr"].as_f64().unwrap()
+    assert!(relative(loss, expected) < loss_tolerance, "{what}: final loss {loss}, PEFT's {expected}");
 }
 
 #[test]
 fn ten_steps_at_a_fixed_rate_give_the_losses_of_peft() {
     for run in RUNS {
-        let peak = learning_rate(run);
-        let schedule = Schedule { kind: SchedulerType::Constant, peak, warmup_steps: 0, total_steps: 10 };
-        ten_steps(run, "run_fixed_lr", 0.0, &schedule);
+        ten_steps(Run::new(run, Keep::EVERYTHING), false, &format!("{run:?}"), [1e-4; 2]);
     }
 }
 
 #[test]
 fn ten_clipped_steps_on_a_schedule_give_the_losses_of_peft() {
     for run in RUNS {
-        let peak = learning_rate(run);
-        let schedule = Schedule { kind: SchedulerType::Cosine, peak, warmup_steps: 3, total_steps: 10 };
-        ten_steps(run, "run_clip1_warmup3_cosine", 1.0, &schedule);
+        ten_steps(Run::new(run, Keep::EVERYTHING), true, &format!("{run:?}"), [1e-4; 2]);
     }
 }
