@@ -8,7 +8,7 @@ use qpeft_kernels::{Device, IdBuffer, Ids, Tensor, View, ViewMut};
 
 use super::batch::Batch;
 use super::decoder::{Decoder, Loss};
-use super::layer::SLOTS;
+use super::layer::{Layer, SLOTS};
 use super::linear::Scratch;
 use super::replay::Replays;
 use super::streams::Streams;
@@ -96,9 +96,9 @@ pub struct GradientBuffers {
     pub attn: Tensor,
     /// (H, T): row sums that the attention backward pass needs.
     pub delta: Tensor,
-    /// (T, F).
+    /// (T, F); no rows where the gradients take the place of the activations.
     pub gate: Tensor,
-    /// (T, F).
+    /// See `gate`.
     pub up: Tensor,
     /// (T, F).
     pub act: Tensor,
@@ -522,6 +522,8 @@ impl GradientBuffers {
         let c = &model.config;
         let zeros = |rows: usize, cols: usize| Tensor::activations(&model.device, rows, cols);
         let Padded { norms: [norm, ffn_norm], attn, act, h } = Padded::new(model, t, largest)?;
+        let in_place = model.device.rounds() && model.layers.iter().all(Layer::swiglu_in_place);
+        let swiglu_rows = if in_place { 0 } else { t };
         let (queries, keys) = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim);
         Ok(GradientBuffers {
             stream: zeros(t, c.hidden_size)?,
@@ -532,8 +534,8 @@ impl GradientBuffers {
             v: zeros(t, keys)?,
             attn,
             delta: Tensor::zeros(&model.device, c.n_heads, t)?,
-            gate: zeros(t, c.intermediate_size)?,
-            up: zeros(t, c.intermediate_size)?,
+            gate: zeros(swiglu_rows, c.intermediate_size)?,
+            up: zeros(swiglu_rows, c.intermediate_size)?,
             act,
             hidden: zeros(chunk, c.hidden_size)?,
             h,

@@ -166,6 +166,13 @@ fn side_by_side<'a>(h: &'a mut [Tensor; SLOTS], slots: &[Slot], rows: usize) -> 
 }
 
 impl Layer {
+    /// Whether nothing reads gate and up once their gradients are made: no adapter wants these outputs, or those
+    /// that do have their share from the same pass.
+    pub fn swiglu_in_place(&self) -> bool {
+        let both = [self.linear(Slot::Gate), self.linear(Slot::Up)];
+        both.iter().all(|linear| linear.output_scale().is_some()) || !both.iter().any(|l| l.needs_output())
+    }
+
     fn linear(&self, slot: Slot) -> &Linear {
         &self.linears[slot as usize]
     }
@@ -376,6 +383,12 @@ impl Layer {
         )?;
         let (gate, up) = (s.gate.top(t), s.up.top(t));
         let scales = self.linear(Slot::Gate).output_scale().zip(self.linear(Slot::Up).output_scale());
+        // On a device the gradients take the place of gate and up, which nothing reads afterwards.
+        let mut in_place = if self.swiglu_in_place() { s.gate.in_place().zip(s.up.in_place()) } else { None };
+        let (dgate, dup) = match &mut in_place {
+            Some((dgate, dup)) => (dgate, dup),
+            None => (&mut g.gate, &mut g.up),
+        };
         if let Some((gate_scale, up_scale)) = scales {
             // The up projection's parameters follow the gate's in the flat buffer.
             let (first, second) = to.dparams.reborrow().split_row(up_scale.offset);
@@ -383,8 +396,8 @@ impl Layer {
             let dup_scale = second.into_slice(0, 1, up_scale.len());
             let of = |entry: &Entry| entry.view(to.pass.params);
             swiglu_backward_scaled(
-                g.gate.top_mut(t),
-                g.up.top_mut(t),
+                dgate.top_mut(t),
+                dup.top_mut(t),
                 [dgate_scale, dup_scale],
                 g.act.top(t),
                 gate,
@@ -392,7 +405,7 @@ impl Layer {
                 [of(gate_scale), of(up_scale)],
             )?;
         } else {
-            swiglu_backward(g.gate.top_mut(t), g.up.top_mut(t), g.act.top(t), gate, up)?;
+            swiglu_backward(dgate.top_mut(t), dup.top_mut(t), g.act.top(t), gate, up)?;
         }
         let unread = |y| scales.is_none().then_some(y);
         let shared = self.shared_pass(SIBLINGS[2], &g.h, t, to.pass);
@@ -402,7 +415,7 @@ impl Layer {
             Slot::Up,
             Some(overwrite(g.ffn_norm.top_mut(t))),
             &mut g.h,
-            g.up.top(t),
+            dup.top(t),
             s.ffn_norm.top(t),
             unread(s.up.top(t)),
             &s.h,
@@ -412,7 +425,7 @@ impl Layer {
             Slot::Gate,
             Some(accumulate(g.ffn_norm.top_mut(t))),
             &mut g.h,
-            g.gate.top(t),
+            dgate.top(t),
             s.ffn_norm.top(t),
             unread(s.gate.top(t)),
             &s.h,

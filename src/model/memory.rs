@@ -112,12 +112,13 @@ impl DryRun<'_> {
         let linear_scratch = self.decoder.linears().map(|l| (&l.weight, settings.copies, pads(l)));
         let head = (self.decoder.head(), false, 0);
         let weight = linear_scratch.chain([head]).map(|(w, copied, pad)| weight_scratch(w, pad, copied));
+        let products = self.decoder.linears().map(|l| l.rank() * l.weight.rows() * size_of::<f32>()).max();
         Ok(Need {
             weights: self.decoder.device_bytes() - embedding,
             copies,
             activations: activations + capacity * size_of::<f32>(),
             adapter: self.adapter_bytes,
-            scratch: WORKSPACE + weight.max().unwrap_or(0),
+            scratch: WORKSPACE + weight.max().unwrap_or(0) + 2 * products.unwrap_or(0),
         })
     }
 

@@ -87,8 +87,8 @@ pub enum Scratch {
     Gemm,
     /// Partial sums of reductions.
     Partials,
-    /// Weights being unpacked into planes.
-    Upload,
+    /// A small product on its way into another kernel.
+    Products,
 }
 
 /// All memory of one device.
