@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use qpeft::adapters::AdapterFolder;
 use qpeft::convert::bitsandbytes::write_bitsandbytes_folder;
 use qpeft::convert::merge_folder::{FolderTarget, merge_to_folder};
-use qpeft::model::{Base, Batch, Buffers, Decoder, Keep, Parameters, Pass};
+use qpeft::model::{Base, Batch, Buffers, Decoder, Keep, Parameters};
 use qpeft_formats::GgmlType;
 use qpeft_formats::bitsandbytes::QuantType;
 use qpeft_formats::safetensors::Checkpoint;
@@ -54,7 +54,7 @@ fn loss(decoder: &Decoder, params: &Parameters) -> f64 {
     let mut batch = Batch::new();
     batch.push(&tokens, &labels);
     let mut buffers = Buffers::new(decoder, batch.len(), Keep::Nothing).unwrap();
-    let pass = Pass { params: params.values.view(), dropout: None };
+    let pass = params.pass(None);
     decoder.loss(&mut buffers, &batch, &pass).unwrap().mean()
 }
 

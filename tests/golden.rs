@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use qpeft::adapters;
-use qpeft::model::{Base, Batch, Buffers, Decoder, Keep, Parameters, Pass};
+use qpeft::model::{Base, Batch, Buffers, Decoder, Keep, Parameters};
 use qpeft::train::optimizer::Optimizer;
 use qpeft::train::schedule::{Schedule, SchedulerType};
 use qpeft_formats::peft::PeftAdapter;
@@ -70,7 +70,7 @@ impl Run {
         }
         let mut params = adapters::attach(&mut decoder, &init.config).unwrap();
         adapters::load(&mut params, &init).unwrap();
-        decoder.refresh(params.values.view()).unwrap();
+        decoder.refresh(&params).unwrap();
         let batch = batch(&SafetensorsFile::open(&file("golden.safetensors")).unwrap());
         let buffers = Buffers::new(&decoder, batch.len(), keep).unwrap();
         Run { golden, batch, decoder, params, buffers }
@@ -78,7 +78,7 @@ impl Run {
 
     fn loss_and_gradients(&mut self, grads: &mut Tensor) -> f64 {
         let scale = 1.0 / self.batch.supervised().0.len() as f32;
-        let pass = Pass { params: self.params.values.view(), dropout: None };
+        let pass = self.params.pass(None);
         let buffers = &mut self.buffers;
         let mut dparams = grads.view_mut();
         self.decoder.loss_and_gradients(buffers, &self.batch, &mut dparams, scale, &pass).unwrap().mean()
@@ -110,7 +110,7 @@ fn logits(base: &Base, batch: &Batch) -> Vec<f32> {
     let decoder = Decoder::load(base, &Device::Cpu).unwrap();
     let params = Parameters::none(&Device::Cpu).unwrap();
     let mut buffers = Buffers::new(&decoder, batch.len(), Keep::Nothing).unwrap();
-    let pass = Pass { params: params.values.view(), dropout: None };
+    let pass = params.pass(None);
     let mut found = Vec::new();
     let collect = |_, chunk: qpeft_kernels::View<'_>| {
         found.extend_from_slice(chunk.cpu("test")?);
@@ -152,7 +152,7 @@ fn a_base_of_bitsandbytes_gives_the_logits_of_transformers_also_when_we_quantize
 #[test]
 fn the_initial_loss_and_every_gradient_are_those_of_peft() {
     for run_of @ (base, method) in RUNS {
-        for keep in [Keep::Everything, Keep::LayerInputs] {
+        for keep in [Keep::EVERYTHING, Keep::LAYER_INPUTS] {
             let mut run = Run::new(run_of, keep);
             let mut grads = Tensor::zeros(&Device::Cpu, 1, run.params.count()).unwrap();
             let loss = run.loss_and_gradients(&mut grads);
@@ -183,7 +183,7 @@ fn the_initial_loss_and_every_gradient_are_those_of_peft() {
 
 /// Ten steps; the learning rate of each and the largest gradient norm as given.
 fn ten_steps(run_of: (&str, &str), which: &str, max_grad_norm: f64, schedule: &Schedule) {
-    let mut run = Run::new(run_of, Keep::Everything);
+    let mut run = Run::new(run_of, Keep::EVERYTHING);
     let hyper = &run.golden["adamw"];
     let number = |value: &Value| value.as_f64().unwrap() as f32;
     let hyper = AdamW {
@@ -196,13 +196,14 @@ fn ten_steps(run_of: (&str, &str), which: &str, max_grad_norm: f64, schedule: &S
     let golden = run.golden[which].clone();
     let scale = 1.0 / run.batch.supervised().0.len() as f32;
     for step in 0..10 {
-        let pass = Pass { params: run.params.values.view(), dropout: None };
+        let pass = run.params.pass(None);
         let mut grads = optimizer.grads();
         let loss = run
             .decoder
             .loss_and_gradients(&mut run.buffers, &run.batch, &mut grads, scale, &pass)
             .unwrap()
             .mean();
+        optimizer.step(&mut run.params, schedule.learning_rate(step)).unwrap();
         let norm = optimizer.grad_norm().unwrap();
         for (what, found) in [("loss", loss), ("grad_norm", norm)] {
             let expected = golden[what][step as usize].as_f64().unwrap();
@@ -211,17 +212,16 @@ fn ten_steps(run_of: (&str, &str), which: &str, max_grad_norm: f64, schedule: &S
                 "{run_of:?}, step {step}: {what} {found}, PEFT's {expected}"
             );
         }
-        optimizer.step(&mut run.params, schedule.learning_rate(step), norm).unwrap();
-        run.decoder.refresh(run.params.values.view()).unwrap();
+        run.decoder.refresh(&run.params).unwrap();
     }
-    let pass = Pass { params: run.params.values.view(), dropout: None };
+    let pass = run.params.pass(None);
     let loss = run.decoder.loss(&mut run.buffers, &run.batch, &pass).unwrap().mean();
     let expected = golden["final_loss"].as_f64().unwrap();
     assert!(relative(loss, expected) < 1e-4, "{run_of:?}: final loss {loss}, PEFT's {expected}");
 }
 
 fn learning_rate(run: (&str, &str)) -> f64 {
-    Run::new(run, Keep::Everything).golden["adamw"]["lr"].as_f64().unwrap()
+    Run::new(run, Keep::EVERYTHING).golden["adamw"]["lr"].as_f64().unwrap()
 }
 
 #[test]

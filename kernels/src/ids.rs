@@ -30,9 +30,14 @@ impl IdBuffer {
     /// # Errors
     /// The device is out of memory.
     pub fn new(device: &Device, capacity: usize) -> Result<IdBuffer> {
-        let device = match device.cuda() {
-            Some(cuda) => Some((Arc::clone(cuda), cuda.alloc(capacity * size_of::<u32>())?)),
-            None => None,
+        let bytes = capacity * size_of::<u32>();
+        let device = match device {
+            Device::Cpu => None,
+            Device::Cuda(cuda) => Some((Arc::clone(cuda), cuda.alloc(bytes)?)),
+            Device::Meta(meter) => {
+                meter.add(bytes);
+                None
+            }
         };
         Ok(IdBuffer { host: Vec::with_capacity(capacity), capacity, device })
     }

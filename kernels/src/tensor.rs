@@ -62,6 +62,7 @@ enum Storage {
     Cpu(Vec<f32>),
     /// The buffer, and the byte in it at which the first row starts.
     Cuda(Buffer, usize),
+    Meta,
 }
 
 /// A borrowed matrix: element (i, j) is `data[i * stride + j]`.
@@ -92,12 +93,14 @@ pub struct ViewMut<'a> {
 enum Data<'a> {
     Cpu(&'a [f32]),
     Cuda(OnCuda<'a>),
+    Meta,
 }
 
 #[derive(Debug)]
 enum DataMut<'a> {
     Cpu(&'a mut [f32]),
     Cuda(OnCuda<'a>),
+    Meta,
 }
 
 /// Where a view on a device starts.
@@ -158,14 +161,13 @@ impl Tensor {
             return Ok((Tensor::of(device, dtype, rows, cols, 0)?, more.collect::<Result<_>>()?));
         }
         // The next row starts aligned, too.
-        let used = cols + widths.iter().sum::<usize>();
-        let padding = if used == cols { 0 } else { used.next_multiple_of(PADDING) - cols };
-        let first = Tensor::of(device, dtype, rows, cols, padding)?;
+        let first = Tensor::of(device, dtype, rows, cols, padding(cols, widths))?;
         let mut at = cols;
         let mut more = Vec::new();
         for &width in widths {
             let storage = match &first.storage {
                 Storage::Cuda(buffer, start) => Storage::Cuda(buffer.clone(), start + at * dtype.size()),
+                Storage::Meta => Storage::Meta,
                 Storage::Cpu(_) => unreachable!("the device is not the CPU"),
             };
             more.push(Tensor { rows, cols: width, device: device.clone(), storage, ..first });
@@ -185,6 +187,10 @@ impl Tensor {
                 let buffer = cuda.alloc(len * dtype.size())?;
                 cuda.zero(buffer.ptr(), buffer.bytes())?;
                 Storage::Cuda(buffer, 0)
+            }
+            Device::Meta(meter) => {
+                meter.add(len * dtype.size());
+                Storage::Meta
             }
         };
         Ok(Tensor { rows, cols, stride, dtype, device: device.clone(), storage })
@@ -220,7 +226,8 @@ impl Tensor {
                     cuda.write(start + (i * pitch) as u64, row)?;
                 }
             }
-            (Storage::Cuda(..), Device::Cpu) => unreachable!("storage and device are set together"),
+            (Storage::Meta, _) => {}
+            (Storage::Cuda(..), _) => unreachable!("storage and device are set together"),
         }
         Ok(())
     }
@@ -268,6 +275,7 @@ impl Tensor {
         let data = match &self.storage {
             Storage::Cpu(data) => Data::Cpu(data),
             Storage::Cuda(..) => Data::Cuda(self.on_cuda()),
+            Storage::Meta => Data::Meta,
         };
         View { rows: self.rows, cols: self.cols, stride: self.stride, data }
     }
@@ -277,6 +285,7 @@ impl Tensor {
         let (rows, cols, stride) = (self.rows, self.cols, self.stride);
         let data = match self.storage {
             Storage::Cuda(..) => DataMut::Cuda(self.on_cuda()),
+            Storage::Meta => DataMut::Meta,
             Storage::Cpu(ref mut data) => DataMut::Cpu(data),
         };
         ViewMut { rows, cols, stride, data }
@@ -304,6 +313,12 @@ impl Tensor {
 
 /// Columns of padding that a product is fastest with: the depth of its tiles.
 pub const PADDING: usize = 64;
+
+/// Columns of padding behind rows of `cols` that hold matrices of these widths on a device.
+pub fn padding(cols: usize, widths: &[usize]) -> usize {
+    let used: usize = widths.iter().sum();
+    if used == 0 { 0 } else { (cols + used).next_multiple_of(PADDING) - cols }
+}
 
 /// The bytes of `values` in another type, rounded to nearest.
 fn encode(values: &[f32], dtype: Dtype) -> Vec<u8> {
@@ -342,6 +357,7 @@ impl<'a> View<'a> {
         let data = match self.data {
             Data::Cpu(data) => Data::Cpu(&data[span(start, rows, self.cols, self.stride)]),
             Data::Cuda(data) => Data::Cuda(data.at(start * self.stride)),
+            Data::Meta => Data::Meta,
         };
         View { rows, data, ..self }
     }
@@ -385,9 +401,20 @@ impl<'a> View<'a> {
                 Data::Cpu(&data[start..start + (self.rows - 1) * self.stride + cols])
             }
             Data::Cuda(data) => Data::Cuda(data.at(start)),
-            other @ Data::Cpu(_) => other,
+            other => other,
         };
         View { cols, data, ..self }
+    }
+
+    /// Both as one, if on a device every row of `right` lies right behind that of this view.
+    pub fn joined(self, right: View<'a>) -> Option<View<'a>> {
+        let (Data::Cuda(left), Data::Cuda(data)) = (self.data, right.data) else { return None };
+        let adjacent = self.rows == right.rows
+            && self.stride == right.stride
+            && left.dtype == data.dtype
+            && left.at(self.cols).ptr == data.ptr
+            && self.cols + right.cols <= self.stride;
+        adjacent.then_some(View { cols: self.cols + right.cols, ..self })
     }
 
     /// The elements in host memory (rows `stride` apart; the last row ends the slice).
@@ -398,13 +425,14 @@ impl<'a> View<'a> {
         match self.data {
             Data::Cpu(data) => Ok(data),
             Data::Cuda(data) => Err(Error::NoKernel { op, device: data.cuda.name() }),
+            Data::Meta => Err(Error::NoKernel { op, device: "meta".to_owned() }),
         }
     }
 
     /// The device, if the elements are on one.
     pub fn cuda(&self) -> Option<&'a Arc<Cuda>> {
         match self.data {
-            Data::Cpu(_) => None,
+            Data::Cpu(_) | Data::Meta => None,
             Data::Cuda(data) => Some(data.cuda),
         }
     }
@@ -427,7 +455,9 @@ impl<'a> View<'a> {
 
     fn address(&self, op: &'static str, dtype: Dtype) -> Result<u64> {
         match self.data {
-            Data::Cpu(_) => Err(Error::NoKernel { op, device: "cpu beside operands on CUDA".to_owned() }),
+            Data::Cpu(_) | Data::Meta => {
+                Err(Error::NoKernel { op, device: "cpu beside operands on CUDA".to_owned() })
+            }
             Data::Cuda(data) => data.expect(op, dtype),
         }
     }
@@ -438,7 +468,9 @@ impl<'a> View<'a> {
     /// [`Error::NoKernel`]: the elements are in host memory.
     pub fn matrix(&self, op: &'static str) -> Result<Matrix> {
         match self.data {
-            Data::Cpu(_) => Err(Error::NoKernel { op, device: "cpu beside operands on CUDA".to_owned() }),
+            Data::Cpu(_) | Data::Meta => {
+                Err(Error::NoKernel { op, device: "cpu beside operands on CUDA".to_owned() })
+            }
             Data::Cuda(OnCuda { ptr, dtype, .. }) => {
                 Ok(Matrix { ptr, rows: self.rows, cols: self.cols, stride: self.stride, dtype })
             }
@@ -457,6 +489,7 @@ impl<'a> View<'a> {
         let copied;
         let elements = match self.data {
             Data::Cpu(data) => data,
+            Data::Meta => return Err(Error::NoKernel { op: "read", device: "meta".to_owned() }),
             Data::Cuda(data) => {
                 let mut bytes = vec![0; spanned * data.dtype.size()];
                 data.cuda.read(data.ptr, &mut bytes)?;
@@ -489,6 +522,7 @@ impl<'a> ViewMut<'a> {
         let data = match &mut self.data {
             DataMut::Cpu(data) => DataMut::Cpu(data),
             DataMut::Cuda(data) => DataMut::Cuda(*data),
+            DataMut::Meta => DataMut::Meta,
         };
         ViewMut { rows: self.rows, cols: self.cols, stride: self.stride, data }
     }
@@ -498,6 +532,7 @@ impl<'a> ViewMut<'a> {
         let data = match &self.data {
             DataMut::Cpu(data) => Data::Cpu(data),
             DataMut::Cuda(data) => Data::Cuda(*data),
+            DataMut::Meta => Data::Meta,
         };
         View { rows: self.rows, cols: self.cols, stride: self.stride, data }
     }
@@ -516,6 +551,12 @@ impl<'a> ViewMut<'a> {
         Ok(())
     }
 
+    /// Both as one, to write to; see [`View::joined`].
+    pub fn joined(self, right: ViewMut<'a>) -> Option<ViewMut<'a>> {
+        let View { rows, cols, stride, .. } = self.as_view().joined(right.as_view())?;
+        Some(ViewMut { rows, cols, stride, data: self.data })
+    }
+
     /// Rows `start..start + rows`.
     ///
     /// # Panics
@@ -526,6 +567,7 @@ impl<'a> ViewMut<'a> {
         let data = match self.data {
             DataMut::Cpu(data) => DataMut::Cpu(&mut data[span(start, rows, self.cols, self.stride)]),
             DataMut::Cuda(data) => DataMut::Cuda(data.at(start * self.stride)),
+            DataMut::Meta => DataMut::Meta,
         };
         ViewMut { rows, cols: self.cols, stride: self.stride, data }
     }
@@ -542,7 +584,7 @@ impl<'a> ViewMut<'a> {
                 DataMut::Cpu(&mut data[start..start + (self.rows - 1) * self.stride + cols])
             }
             DataMut::Cuda(data) => DataMut::Cuda(data.at(start)),
-            other @ DataMut::Cpu(_) => other,
+            other => other,
         };
         ViewMut { rows: self.rows, cols, stride: self.stride, data }
     }
@@ -560,6 +602,7 @@ impl<'a> ViewMut<'a> {
                 (DataMut::Cpu(left), DataMut::Cpu(right))
             }
             DataMut::Cuda(data) => (DataMut::Cuda(data), DataMut::Cuda(data.at(at))),
+            DataMut::Meta => (DataMut::Meta, DataMut::Meta),
         };
         (
             ViewMut { rows: 1, cols: at, stride: at, data: left },
@@ -578,6 +621,7 @@ impl<'a> ViewMut<'a> {
         let data = match self.data {
             DataMut::Cpu(data) => DataMut::Cpu(&mut data[start..start + rows * cols]),
             DataMut::Cuda(data) => DataMut::Cuda(data.at(start)),
+            DataMut::Meta => DataMut::Meta,
         };
         ViewMut { rows, cols, stride: cols, data }
     }
@@ -590,6 +634,7 @@ impl<'a> ViewMut<'a> {
         match self.data {
             DataMut::Cpu(data) => Ok(data),
             DataMut::Cuda(data) => Err(Error::NoKernel { op, device: data.cuda.name() }),
+            DataMut::Meta => Err(Error::NoKernel { op, device: "meta".to_owned() }),
         }
     }
 

@@ -8,15 +8,15 @@
 
 use std::ops::Range;
 
+use qpeft_kernels::ops::dequantize::row_norms_squared;
 use qpeft_kernels::ops::fold::fold_row_factor;
-use qpeft_kernels::ops::quant_linear::quant_linear_forward;
-use qpeft_kernels::ops::row_norm::row_norm_forward;
+use qpeft_kernels::ops::row_norm::row_norm_packed;
 use qpeft_kernels::ops::row_scale::row_scale_backward;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
 
 use super::lora::Lora;
 use crate::error::Result;
-use crate::model::linear::{Adapter, BaseWeight, Entry, InputGradient, Pass, Saved, Scratch};
+use crate::model::linear::{Adapter, BaseWeight, Entry, InputGradient, Parameters, Pass, Saved, Scratch};
 
 /// A low-rank pair and a magnitude per output row.
 #[derive(Debug)]
@@ -48,22 +48,24 @@ impl Dora {
         };
         let row = || Tensor::zeros(device, 1, out);
         let mut w_squared = row()?;
-        weight.row_norms_squared(w_squared.view_mut())?;
+        if !device.is_meta() {
+            row_norms_squared(w_squared.view_mut(), weight)?;
+        }
         let wa = Tensor::zeros(device, lora.a.shape[0], out)?;
         Ok(Dora { lora, magnitude, w_squared, wa, norm: row()?, factor: row()? })
     }
 
-    fn refresh_norm(&mut self, params: View<'_>, weight: &BaseWeight) -> Result<()> {
-        let (a, b) = (self.lora.a.view(params), self.lora.b.view(params));
-        quant_linear_forward(self.wa.view_mut(), a, weight, None, None)?;
-        Ok(row_norm_forward(
+    fn refresh_norm(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
+        let Pass { params, factors, .. } = params.pass(None);
+        Ok(row_norm_packed(
             self.norm.view_mut(),
+            self.wa.view_mut(),
             self.w_squared.view(),
-            self.wa.view(),
-            a,
-            b,
+            self.lora.a.view(factors),
+            self.lora.b.view(params),
             self.lora.scaling,
             weight,
+            self.factor.view(),
         )?)
     }
 }
@@ -81,26 +83,38 @@ impl Adapter for Dora {
         true
     }
 
+    fn projection(&self) -> Option<&Entry> {
+        self.lora.projection()
+    }
+
+    fn output_scale(&self) -> Option<&Entry> {
+        Some(&self.magnitude)
+    }
+
     fn drops_out(&self) -> bool {
         self.lora.drops_out()
     }
 
-    /// A and B as LoRA's; m = ‖W + s B A‖, so that training starts from the base's own output.
+    /// A and B as LoRA's.
     fn init(&mut self, values: &mut [f32], weight: &BaseWeight, seed: u64) -> Result<()> {
-        self.lora.init(values, weight, seed)?;
-        self.init_from_factors(values, weight)
+        self.lora.init(values, weight, seed)
     }
 
-    fn init_from_factors(&mut self, values: &mut [f32], weight: &BaseWeight) -> Result<()> {
-        self.refresh_norm(View::from_slice(values, 1, values.len()), weight)?;
-        values[self.magnitude.range()].copy_from_slice(&self.norm.read()?);
-        Ok(())
-    }
-
-    fn refresh(&mut self, params: View<'_>, weight: &BaseWeight) -> Result<()> {
+    /// m = ‖W + s B A‖, so that training starts from the base's own output.
+    fn derive(
+        &mut self,
+        params: &Parameters,
+        weight: &BaseWeight,
+    ) -> Result<Option<(Range<usize>, Vec<f32>)>> {
         self.refresh_norm(params, weight)?;
+        Ok(Some((self.magnitude.range(), self.norm.read()?)))
+    }
+
+    fn refresh(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
+        self.refresh_norm(params, weight)?;
+        let params = params.values.view();
         fold_row_factor(self.factor.view_mut(), self.magnitude.view(params), self.norm.view())?;
-        self.lora.fold(params, Some(self.factor.view()))
+        self.lora.fold(params, weight, Some(self.factor.view()))
     }
 
     fn forward(
@@ -118,6 +132,7 @@ impl Adapter for Dora {
     fn backward(
         &self,
         dx: Option<InputGradient<'_>>,
+        dh: ViewMut<'_>,
         mut dparams: ViewMut<'_>,
         dy: View<'_>,
         saved: Saved<'_>,
@@ -126,10 +141,12 @@ impl Adapter for Dora {
         scratch: &mut Scratch,
     ) -> Result<()> {
         // y = diag(m / norm) (W + s B A) x, so dm = sum over tokens of dy * y / m
-        let dm = self.magnitude.view_mut(dparams.reborrow());
-        row_scale_backward(dm, dy, saved.y, self.magnitude.view(pass.params))?;
+        if let Some(y) = saved.y {
+            let dm = self.magnitude.view_mut(dparams.reborrow());
+            row_scale_backward(dm, dy, y, self.magnitude.view(pass.params))?;
+        }
         let g = Some(self.factor.view());
-        self.lora.backward_scaled(dx, dparams, dy, saved, weight, g, pass, scratch)
+        self.lora.backward_scaled(dx, dh, dparams, dy, saved, weight, g, pass, scratch)
     }
 
     /// The norm is taken of the merged rows themselves, in f64.

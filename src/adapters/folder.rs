@@ -142,7 +142,7 @@ impl AdapterFolder {
     pub fn mount(&self, decoder: &mut Decoder) -> Result<Parameters> {
         let mut params = super::attach(decoder, &self.adapter.config)?;
         super::load(&mut params, &self.adapter)?;
-        decoder.refresh(params.values.view())?;
+        decoder.refresh(&params)?;
         Ok(params)
     }
 }

@@ -6,14 +6,15 @@ use std::ops::Range;
 use qpeft_kernels::ops::dropout::{dropout_backward, dropout_forward};
 use qpeft_kernels::ops::fold::fold_branch;
 use qpeft_kernels::ops::low_rank::{
-    OutScale, low_rank_backward, low_rank_branch_gradient, low_rank_forward, low_rank_input_gradient,
+    OutScale, low_rank_backward, low_rank_branch_backward, low_rank_branch_gradient, low_rank_forward,
+    low_rank_input_gradient,
 };
 use qpeft_kernels::ops::quant_linear::{Branch, quant_linear_backward, quant_linear_forward};
 use qpeft_kernels::rng::RngKey;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
 
 use crate::error::Result;
-use crate::model::linear::{Adapter, BaseWeight, Entry, InputGradient, Pass, Saved, Scratch};
+use crate::model::linear::{Adapter, BaseWeight, Entry, InputGradient, Parameters, Pass, Saved, Scratch};
 
 /// The low-rank pair on one linear.
 #[derive(Debug)]
@@ -33,7 +34,7 @@ pub struct Lora {
 }
 
 impl Lora {
-    /// The pair at `offset` of the flat buffer, A before B.
+    /// The pair with A and B at these places of the flat buffer, A first.
     ///
     /// # Errors
     /// The device is out of memory.
@@ -44,20 +45,21 @@ impl Lora {
         rank: usize,
         scaling: f32,
         dropout: f32,
-        offset: usize,
+        [a_offset, b_offset]: [usize; 2],
         id: u64,
     ) -> Result<Lora> {
         let key = |matrix: &str| format!("base_model.model.{module}.{matrix}.weight");
-        let a = Entry { key: key("lora_A"), shape: vec![rank, weight.cols()], offset };
-        let b = Entry { key: key("lora_B"), shape: vec![weight.rows(), rank], offset: offset + a.len() };
-        Ok(Lora { a, b, scaling, dropout, id, folded: Tensor::zeros(device, weight.rows(), rank)? })
+        let a = Entry { key: key("lora_A"), shape: vec![rank, weight.cols()], offset: a_offset };
+        let b = Entry { key: key("lora_B"), shape: vec![weight.rows(), rank], offset: b_offset };
+        Ok(Lora { a, b, scaling, dropout, id, folded: Tensor::activations(device, weight.rows(), rank)? })
     }
 
     /// Folds s and the row factor g into B; see [`Adapter::refresh`].
     ///
     /// # Errors
     /// An op refuses.
-    pub fn fold(&mut self, params: View<'_>, g: Option<View<'_>>) -> Result<()> {
+    pub fn fold(&mut self, params: View<'_>, weight: &BaseWeight, g: Option<View<'_>>) -> Result<()> {
+        weight.set_fresh(false);
         Ok(fold_branch(self.folded.view_mut(), self.b.view(params), self.scaling, g)?)
     }
 
@@ -76,7 +78,9 @@ impl Lora {
         scratch: &mut Scratch,
     ) -> Result<()> {
         let input = self.drop(x, pass, &mut scratch.dropped)?;
-        low_rank_forward(h.reborrow(), input, self.a.view(pass.params))?;
+        if !pass.shared {
+            low_rank_forward(h.reborrow(), input, self.a.view(pass.factors))?;
+        }
         let branch = Branch { h: h.as_view(), b: self.folded.view() };
         Ok(quant_linear_forward(y, x, weight, g, Some(branch))?)
     }
@@ -88,6 +92,7 @@ impl Lora {
     pub fn backward_scaled(
         &self,
         dx: Option<InputGradient<'_>>,
+        mut dh: ViewMut<'_>,
         dparams: ViewMut<'_>,
         dy: View<'_>,
         saved: Saved<'_>,
@@ -96,16 +101,12 @@ impl Lora {
         pass: &Pass<'_>,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        let rank = self.a.shape[0];
-        let Scratch { dropped, dh } = scratch;
-        let mut dh = dh.top_mut(dy.rows).into_column_range(0, rank);
-        let a = self.a.view(pass.params);
+        let a = self.a.view(pass.factors);
         let scale = OutScale { scaling: self.scaling, rows: g };
-        // A and B lie next to each other in the flat buffer, A first.
-        let (da, db) =
-            dparams.into_slice(self.a.offset, 1, self.a.len() + self.b.len()).split_row(self.a.len());
-        let da = da.into_slice(0, self.a.shape[0], self.a.shape[1]);
-        let db = db.into_slice(0, self.b.shape[0], self.b.shape[1]);
+        // A lies before B in the flat buffer.
+        let (before, rest) = dparams.split_row(self.b.offset);
+        let da = self.a.view_mut(before);
+        let db = rest.into_slice(0, self.b.shape[0], self.b.shape[1]);
 
         // y = diag(g) W x + h folded^T
         let mut dx = if let Some(InputGradient { mut dx, accumulate }) = dx {
@@ -116,6 +117,9 @@ impl Lora {
             low_rank_branch_gradient(dh.reborrow(), dy, self.folded.view())?;
             None
         };
+        if pass.shared {
+            return Ok(low_rank_branch_backward(db, dy, saved.h, scale)?);
+        }
         // h = A drop(x)
         match self.dropout_key(pass) {
             None => {
@@ -124,7 +128,7 @@ impl Lora {
             }
             Some(key) => {
                 let t = saved.x.rows;
-                let mut input = dropped.top_mut(t).into_column_range(0, saved.x.cols);
+                let mut input = scratch.dropped.top_mut(t).into_column_range(0, saved.x.cols);
                 dropout_forward(input.reborrow(), saved.x, self.dropout, key)?;
                 low_rank_backward(None, da, db, dh.as_view(), dy, saved.h, input.as_view(), a, scale)?;
                 if let Some(dx) = &mut dx {
@@ -177,6 +181,10 @@ impl Adapter for Lora {
         false
     }
 
+    fn projection(&self) -> Option<&Entry> {
+        (self.dropout == 0.0).then_some(&self.a)
+    }
+
     fn drops_out(&self) -> bool {
         self.dropout > 0.0
     }
@@ -188,12 +196,16 @@ impl Adapter for Lora {
         Ok(())
     }
 
-    fn init_from_factors(&mut self, _values: &mut [f32], _weight: &BaseWeight) -> Result<()> {
-        Ok(())
+    fn derive(
+        &mut self,
+        _params: &Parameters,
+        _weight: &BaseWeight,
+    ) -> Result<Option<(Range<usize>, Vec<f32>)>> {
+        Ok(None)
     }
 
-    fn refresh(&mut self, params: View<'_>, _weight: &BaseWeight) -> Result<()> {
-        self.fold(params, None)
+    fn refresh(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
+        self.fold(params.values.view(), weight, None)
     }
 
     fn forward(
@@ -211,6 +223,7 @@ impl Adapter for Lora {
     fn backward(
         &self,
         dx: Option<InputGradient<'_>>,
+        dh: ViewMut<'_>,
         dparams: ViewMut<'_>,
         dy: View<'_>,
         saved: Saved<'_>,
@@ -218,7 +231,7 @@ impl Adapter for Lora {
         pass: &Pass<'_>,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        self.backward_scaled(dx, dparams, dy, saved, weight, None, pass, scratch)
+        self.backward_scaled(dx, dh, dparams, dy, saved, weight, None, pass, scratch)
     }
 
     fn merge(&self, rows: Range<usize>, w: &mut [f32], params: &[f32]) {

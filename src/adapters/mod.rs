@@ -9,13 +9,12 @@ pub mod pissa;
 pub mod staged;
 
 use qpeft_formats::peft::{HostTensor, PeftAdapter, PeftConfig, TargetModules};
-use qpeft_kernels::Tensor;
 
 pub use folder::AdapterFolder;
 pub use method::Method;
 
 use crate::error::{Error, Result};
-use crate::model::layer::Slot;
+use crate::model::layer::{SIBLINGS, SLOTS, Slot};
 use crate::model::{Adapter, Decoder, Entry, Linear, Parameters};
 use dora::Dora;
 use lora::Lora;
@@ -30,33 +29,46 @@ pub fn attach(decoder: &mut Decoder, config: &PeftConfig) -> Result<Parameters> 
     let device = decoder.device.clone();
     let mut entries = Vec::new();
     let mut offset = 0;
-    for (id, linear) in decoder.linears_mut().enumerate() {
-        linear.adapter = None;
-        if !config.targets(&linear.module)? {
-            continue;
+    for (layer_index, layer) in decoder.layers.iter_mut().enumerate() {
+        for group in SIBLINGS {
+            // The first factors of linears that share an input lie side by side: one product serves them all.
+            let mut targets = Vec::new();
+            for &slot in group {
+                let linear = &mut layer.linears[slot as usize];
+                linear.adapter = None;
+                if config.targets(&linear.module)? {
+                    targets.push((slot, offset));
+                    offset += config.rank_of(&linear.module)? * linear.weight.cols();
+                }
+            }
+            for (slot, a_offset) in targets {
+                let linear = &mut layer.linears[slot as usize];
+                let id = (layer_index * SLOTS + slot as usize) as u64;
+                let lora = new_lora(config, linear, [a_offset, offset], id, &device)?;
+                let adapter: Box<dyn Adapter> = if config.use_dora {
+                    Box::new(Dora::new(&device, &linear.module, &linear.weight, lora)?)
+                } else {
+                    Box::new(lora)
+                };
+                entries.extend(adapter.entries().into_iter().cloned());
+                offset = entries.last().map_or(0, Entry::end);
+                linear.adapter = Some(adapter);
+            }
         }
-        let lora = new_lora(config, linear, offset, id as u64, &device)?;
-        let adapter: Box<dyn Adapter> = if config.use_dora {
-            Box::new(Dora::new(&device, &linear.module, &linear.weight, lora)?)
-        } else {
-            Box::new(lora)
-        };
-        entries.extend(adapter.entries().into_iter().cloned());
-        offset = entries.last().map_or(0, |e| e.range().end);
-        linear.adapter = Some(adapter);
     }
-    Ok(Parameters { entries, values: Tensor::zeros(&device, 1, offset)? })
+    entries.sort_by_key(|entry| entry.offset);
+    Parameters::new(&device, entries)
 }
 
 fn new_lora(
     config: &PeftConfig,
     linear: &Linear,
-    offset: usize,
+    offsets: [usize; 2],
     id: u64,
     device: &qpeft_kernels::Device,
 ) -> Result<Lora> {
     let (rank, scaling) = (config.rank_of(&linear.module)?, config.scaling(&linear.module)? as f32);
-    Lora::new(device, &linear.module, &linear.weight, rank, scaling, config.lora_dropout as f32, offset, id)
+    Lora::new(device, &linear.module, &linear.weight, rank, scaling, config.lora_dropout as f32, offsets, id)
 }
 
 /// Refuses targets that are not there, naming those that are.
@@ -100,7 +112,20 @@ pub fn initialize(decoder: &mut Decoder, params: &mut Parameters, seed: u64) -> 
             adapter.init(&mut values, &linear.weight, seed)?;
         }
     }
-    Ok(params.values.write(&values)?)
+    params.write(&values)?;
+    derive(decoder, params, values)
+}
+
+/// Fills in the values that follow from the low-rank factors in `values`, which `params` holds already.
+fn derive(decoder: &mut Decoder, params: &mut Parameters, mut values: Vec<f32>) -> Result<()> {
+    for linear in decoder.linears_mut() {
+        if let Some(adapter) = &mut linear.adapter
+            && let Some((range, derived)) = adapter.derive(params, &linear.weight)?
+        {
+            values[range].copy_from_slice(&derived);
+        }
+    }
+    params.write(&values)
 }
 
 /// Takes the values of a PEFT folder. All that does not fit is listed in one error.
@@ -110,7 +135,7 @@ pub fn initialize(decoder: &mut Decoder, params: &mut Parameters, seed: u64) -> 
 pub fn load(params: &mut Parameters, adapter: &PeftAdapter) -> Result<()> {
     let mut values = params.values.read()?;
     take(&mut values, &params.entries, adapter)?;
-    Ok(params.values.write(&values)?)
+    params.write(&values)
 }
 
 /// Copies the tensors of `entries` into their places.
@@ -156,12 +181,8 @@ pub fn load_factors(decoder: &mut Decoder, params: &mut Parameters, factors: &Pe
     let follows = |entry: &Entry| entry.key.ends_with("lora_magnitude_vector");
     let entries: Vec<Entry> = params.entries.iter().filter(|e| !follows(e)).cloned().collect();
     take(&mut values, &entries, factors)?;
-    for linear in decoder.linears_mut() {
-        if let Some(adapter) = &mut linear.adapter {
-            adapter.init_from_factors(&mut values, &linear.weight)?;
-        }
-    }
-    Ok(params.values.write(&values)?)
+    params.write(&values)?;
+    derive(decoder, params, values)
 }
 
 /// The values as a PEFT folder.
@@ -202,19 +223,21 @@ pub fn split_targets(
     let mut errors = Vec::new();
     let device = decoder.device.clone();
     let targets = decoder.linears().filter(|l| l.adapter.is_some()).count();
-    let mut offset = 0;
-    for (id, linear) in decoder.linears_mut().enumerate().filter(|(_, l)| l.adapter.is_some()) {
-        let lora = new_lora(&plain, linear, offset, id as u64, &device)?;
-        offset = lora.b.range().end;
+    for (id, linear) in decoder.linears_mut().enumerate() {
+        let Some(adapter) = &linear.adapter else { continue };
+        let [a, b] = adapter.entries()[..] else {
+            unreachable!("an adapter without magnitudes has two matrices")
+        };
+        let lora = new_lora(&plain, linear, [a.offset, b.offset], id as u64, &device)?;
         if given.is_none() {
             pissa::factorize(&lora, &mut values, &linear.weight, options)?;
         }
         let split = pissa::split(&lora, &values, &linear.weight)?;
-        linear.weight = split.residual;
+        linear.weight = split.residual.to_device(&device)?;
         linear.adapter = None;
         errors.push((linear.module.clone(), split.error));
         progress(errors.len(), targets);
     }
-    params.values.write(&values)?;
+    params.write(&values)?;
     Ok((save(&params, &plain)?, errors))
 }

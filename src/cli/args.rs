@@ -6,7 +6,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use qpeft_formats::GgmlType;
 use qpeft_formats::gguf::split::SplitLimit;
 use qpeft_formats::mixture::{FileType, Mixture, TypeOverride};
@@ -18,6 +18,7 @@ use super::values::{
     packed_type, positive, probability, quant, share, type_override, up_to_2_pow_32, weight_type,
 };
 use crate::convert::hf_to_gguf::OutType;
+use crate::model::synthetic::{BaseType, Shape};
 use crate::train::TrainConfig;
 use crate::train::config::{Method, TargetModules};
 use crate::train::schedule::SchedulerType;
@@ -58,6 +59,8 @@ pub enum Command {
     /// Measure speed and memory
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Say what a training run would take of a device's memory, and how it would be made to fit
+    Plan(PlanArgs),
     /// Run the whole pipeline on a small real model
     Demo(DemoArgs),
 }
@@ -87,7 +90,7 @@ pub enum BenchCommand {
 /// Where and on how many threads a command computes.
 #[derive(Debug, Clone, Args)]
 pub struct ComputeArgs {
-    /// Device: auto, cpu, cuda or cuda:N
+    /// Device: auto (a GPU if one can be used), cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", help_heading = "Compute")]
     pub device: String,
     /// CPU threads [default: all cores]
@@ -255,6 +258,9 @@ pub struct TrainArgs {
     /// Compute activations again: less memory, slower
     #[arg(long, help_heading = "Compute", aliases = ["grad-checkpoint", "use-gradient-checkpointing"])]
     pub gradient_checkpointing: bool,
+    /// Device memory that the run may take, as 8GiB [default: what is free]
+    #[arg(long, value_name = "SIZE", value_parser = bytes, help_heading = "Compute")]
+    pub memory_limit: Option<u64>,
     /// Where to compute.
     #[command(flatten)]
     pub compute: ComputeArgs,
@@ -351,6 +357,7 @@ impl TrainArgs {
             adam_epsilon: self.adam_epsilon,
             seed: self.seed,
             gradient_checkpointing: self.gradient_checkpointing,
+            memory_limit: self.memory_limit,
             eval_data: self.eval_data.clone(),
             eval_split: self.eval_split,
             eval_steps: self.eval_steps,
@@ -428,7 +435,7 @@ pub struct PissaToLoraArgs {
 }
 
 /// The container of a merged model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum MergeTarget {
     /// One GGUF file
     Gguf,
@@ -654,8 +661,17 @@ pub struct InspectArgs {
 #[derive(Debug, Clone, Args)]
 pub struct BenchTrainArgs {
     /// GGUF file or Hugging Face folder
-    #[arg(long, short, value_name = "PATH")]
-    pub model: PathBuf,
+    #[arg(long, short, value_name = "PATH", required_unless_present = "shape")]
+    pub model: Option<PathBuf>,
+    /// Random weights in the shape of a known model, in place of a file: llama-3.1-8b, llama-3.2-1b, ...
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "base_quant"], value_parser = str::parse::<Shape>)]
+    pub shape: Option<Shape>,
+    /// Type of the random weights: nf4, nf4-dq, bf16, q4_k, q8_0, ... or q4_k_m
+    #[arg(long, value_name = "TYPE", default_value = "nf4-dq", value_parser = str::parse::<BaseType>)]
+    pub base: BaseType,
+    /// Random tokens and, with --shape, random weights; what this benchmark always uses
+    #[arg(long)]
+    pub synthetic: bool,
     /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
     #[arg(long, value_name = "TYPE", value_parser = weight_type)]
     pub base_quant: Option<WeightType>,
@@ -680,15 +696,71 @@ pub struct BenchTrainArgs {
     /// Steps before the measurement
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_zero::<u64>)]
     pub warmup: u64,
-    /// Compute activations again: less memory, slower
-    #[arg(long)]
-    pub gradient_checkpointing: bool,
+    /// Layers whose activations are computed again in the backward pass: all, none, or auto for what memory allows
+    #[arg(long, value_enum, value_name = "LAYERS", default_value_t)]
+    pub recompute: Recompute,
+    /// Device memory that the run may take, as 8GiB [default: what is free]
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub memory_limit: Option<u64>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
     /// Where to compute.
     #[command(flatten)]
     pub compute: ComputeArgs,
+}
+
+/// Layers whose activations are computed again in the backward pass.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Recompute {
+    /// As many as do not fit into memory.
+    #[default]
+    Auto,
+    /// Every layer: least memory.
+    All,
+    /// No layer: fastest.
+    None,
+}
+
+/// `qpeft plan`
+#[derive(Debug, Clone, Args)]
+pub struct PlanArgs {
+    /// GGUF file or Hugging Face folder
+    #[arg(long, short, value_name = "PATH", required_unless_present = "shape")]
+    pub model: Option<PathBuf>,
+    /// A known model's shape in place of a file: llama-3.1-8b, llama-3.2-1b, ...
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "base_quant"], value_parser = str::parse::<Shape>)]
+    pub shape: Option<Shape>,
+    /// Type of the weights of --shape: nf4, nf4-dq, bf16, q4_k, q8_0, ... or q4_k_m
+    #[arg(long, value_name = "TYPE", default_value = "nf4-dq", value_parser = str::parse::<BaseType>)]
+    pub base: BaseType,
+    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub base_quant: Option<WeightType>,
+    /// Method: lora, dora or pissa
+    #[arg(long, value_name = "NAME", default_value_t, value_parser = str::parse::<Method>)]
+    pub method: Method,
+    /// Rank r
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one::<usize>, aliases = ["lora-rank", "rank", "r"])]
+    pub lora_r: usize,
+    /// Sequences per forward pass
+    #[arg(long, short, value_name = "N", default_value_t = 4, value_parser = at_least_one::<usize>)]
+    pub batch_size: usize,
+    /// Tokens per sequence
+    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = at_least_one::<usize>)]
+    pub max_seq_length: usize,
+    /// Compute the activations of every layer again
+    #[arg(long)]
+    pub gradient_checkpointing: bool,
+    /// Device memory that the run may take, as 8GiB [default: what is free]
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub memory_limit: Option<u64>,
+    /// Device whose free memory counts: auto, cuda or cuda:N
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `qpeft bench quantize`

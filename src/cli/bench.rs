@@ -1,6 +1,7 @@
 //! `qpeft bench ...`: speed and memory on this machine, one file per command.
 
 pub mod dequantize;
+mod floor;
 pub mod quantize;
 pub mod train;
 

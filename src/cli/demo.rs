@@ -8,8 +8,9 @@ use std::time::Instant;
 use anyhow::Context;
 use qpeft_formats::file::write_atomic;
 use qpeft_formats::mixture::{FileType, Mixture};
+use qpeft_kernels::Device;
 
-use super::args::{ComputeArgs, DemoArgs, ModelArgs};
+use super::args::{DemoArgs, ModelArgs};
 use super::eval::mean_loss;
 use super::generate::{generate_text, prompt_tokens};
 use super::printer::Printer;
@@ -48,10 +49,10 @@ pub fn run(args: &DemoArgs, printer: &Printer) -> anyhow::Result<()> {
     let (train_data, held_out) = (out.join("train.jsonl"), out.join("heldout.jsonl"));
     write_atomic(&train_data, TRAIN.as_bytes())?;
     write_atomic(&held_out, HELD_OUT.as_bytes())?;
-    let device = open_device(&args.compute)?;
+    let device = open_device(&args.compute, printer)?;
 
     heading(printer, 1, &format!("the model as it is: {}", model.display()));
-    let before = session(&model, None, args)?;
+    let before = session(&model, None, &device)?;
     let answer_before = answer(&before)?;
     printer.note(&format!("answer: {}", indented(&answer_before)));
     drop(before);
@@ -66,7 +67,7 @@ pub fn run(args: &DemoArgs, printer: &Printer) -> anyhow::Result<()> {
 
     heading(printer, 3, "merge the adapter into a GGUF");
     let merged = out.join("merged.gguf");
-    let trained = session(&model, Some(&run), args)?;
+    let trained = session(&model, Some(&run), &device)?;
     // Finer than the base's own types: a short training changes weights by less than a 4-bit step.
     let options = MergeOptions { mixture: Some(Mixture::new(FileType::Q8_0)), split: None };
     let report =
@@ -82,7 +83,7 @@ pub fn run(args: &DemoArgs, printer: &Printer) -> anyhow::Result<()> {
     let answer_after = answer(&trained)?;
     drop(trained);
     let merged_loss =
-        mean_loss(&session(&merged, None, args)?, &held_out, config.batch_size, printer)?.mean();
+        mean_loss(&session(&merged, None, &device)?, &held_out, config.batch_size, printer)?.mean();
 
     heading(printer, 4, "what came out");
     let (loss_before, _) = outcome.eval.context("the demo trains with held-out data")?;
@@ -113,15 +114,14 @@ fn indented(text: &str) -> String {
     text.trim().replace('\n', "\n  ")
 }
 
-fn session(model: &Path, adapter: Option<&Path>, args: &DemoArgs) -> anyhow::Result<Session> {
-    let compute = ComputeArgs { threads: None, ..args.compute.clone() };
+fn session(model: &Path, adapter: Option<&Path>, device: &Device) -> anyhow::Result<Session> {
     let args = ModelArgs {
         model: model.to_owned(),
         base_quant: None,
         adapter: adapter.map(Path::to_owned),
         tokenizer: None,
     };
-    Session::open(&args, &open_device(&compute)?)
+    Session::open(&args, device)
 }
 
 fn answer(session: &Session) -> anyhow::Result<String> {
@@ -172,6 +172,7 @@ fn settings(args: &DemoArgs, model: &Path, data: &Path, held_out: &Path, run: &P
         adam_epsilon: 1e-8,
         seed: 42,
         gradient_checkpointing: false,
+        memory_limit: None,
         eval_data: Some(held_out.to_owned()),
         eval_split: 0.0,
         eval_steps: 0,

@@ -10,7 +10,7 @@ use super::args::EvalArgs;
 use super::printer::Printer;
 use super::progress::Progress;
 use super::session::{Session, open_device};
-use crate::model::{Buffers, Keep, Loss, Pass};
+use crate::model::{Buffers, Keep, Loss};
 use crate::train::data::{self, Dataset};
 
 /// Runs the command.
@@ -18,7 +18,7 @@ use crate::train::data::{self, Dataset};
 /// # Errors
 /// A file is refused, the adapter belongs to other weights, or the logits cannot be written.
 pub fn run(args: &EvalArgs, printer: &Printer) -> anyhow::Result<()> {
-    let device = open_device(&args.compute)?;
+    let device = open_device(&args.compute, printer)?;
     let session = Session::open(&args.model, &device)?;
     let template = session.tokenizer.template()?;
     let data = data::load(
@@ -73,7 +73,7 @@ pub fn mean_loss(
 ) -> anyhow::Result<Loss> {
     let longest = data.examples.iter().map(|e| e.input_ids.len()).max().unwrap_or(0);
     let mut buffers = Buffers::new(&session.decoder, longest * batch_size, Keep::Nothing)?;
-    let pass = Pass { params: session.params.values.view(), dropout: None };
+    let pass = session.params.pass(None);
     let indices: Vec<usize> = (0..data.examples.len()).collect();
     let mut bar = Progress::start(printer, "example", 0, indices.len() as u64);
     let mut loss = Loss::default();
@@ -90,7 +90,7 @@ fn dump_logits(session: &Session, data: &Dataset, path: &Path) -> anyhow::Result
     let vocab = session.decoder.config.vocab_size;
     let longest = data.examples.iter().map(|e| e.input_ids.len()).max().unwrap_or(0);
     let mut buffers = Buffers::new(&session.decoder, longest, Keep::Nothing)?;
-    let pass = Pass { params: session.params.values.view(), dropout: None };
+    let pass = session.params.pass(None);
     let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
     for (index, example) in data.examples.iter().enumerate() {
         let t = example.input_ids.len();

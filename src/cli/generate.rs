@@ -12,7 +12,7 @@ use crate::model::sample::{Sampling, generate};
 /// # Errors
 /// A file is refused, the adapter belongs to other weights, or the prompt is longer than the context.
 pub fn run(args: &GenerateArgs, printer: &Printer) -> anyhow::Result<()> {
-    let device = open_device(&args.compute)?;
+    let device = open_device(&args.compute, printer)?;
     let session = Session::open(&args.model, &device)?;
     let prompt = prompt_tokens(&session, &args.prompt, args.raw, args.chat)?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };

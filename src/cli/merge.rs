@@ -29,7 +29,7 @@ pub fn run(args: &MergeArgs, printer: &Printer) -> anyhow::Result<()> {
         split: args.types.split(),
     };
     refuse_existing(&args.output, args.overwrite_output)?;
-    let device = open_device(&args.compute)?;
+    let device = open_device(&args.compute, printer)?;
     let target = folder_target(args)?;
     let model = Base::open_as(&args.model, args.base_quant)?;
     let (base, decoder, params) = open_adapted(model, Some(&args.adapter), &device)?;

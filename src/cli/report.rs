@@ -158,8 +158,17 @@ fn ask(error: &(dyn std::error::Error + 'static)) -> (Option<String>, Option<Fau
         return (e.hint.clone(), Some(Fault::Environment));
     }
     if let Some(e) = error.downcast_ref::<qpeft_kernels::Error>() {
-        use qpeft_kernels::Error::{Device, Library, NoKernel};
-        let environment = matches!(e, Device { .. } | NoKernel { .. } | Library { .. });
+        use qpeft_kernels::Error as Kernel;
+        let environment = matches!(
+            e,
+            Kernel::Device { .. }
+                | Kernel::NoKernel { .. }
+                | Kernel::OutOfMemory { .. }
+                | Kernel::CudaLibrary { .. }
+                | Kernel::DriverTooOld { .. }
+                | Kernel::Compile { .. }
+                | Kernel::Library { .. }
+        );
         return (e.hint(), environment.then_some(Fault::Environment));
     }
     if let Some(e) = error.downcast_ref::<qpeft_formats::Error>() {
@@ -261,6 +270,10 @@ mod tests {
     fn usage_and_devices_are_environment_and_bad_bytes_are_input() {
         let device = qpeft_kernels::Error::Device { device: "cuda".into(), reason: "no driver".into() };
         assert_eq!(fault(&anyhow::Error::new(device)), Fault::Environment);
+        let driver = qpeft_kernels::Error::DriverTooOld { found: "11.8".into(), expected: "12.0".into() };
+        let error = anyhow::Error::new(driver).context("cannot use the device `cuda`");
+        assert_eq!(fault(&error), Fault::Environment);
+        assert!(rendered(&error).contains("hint: install a newer NVIDIA driver"), "{}", rendered(&error));
         assert_eq!(fault(&anyhow::Error::new(Usage::new("no"))), Fault::Environment);
         assert_eq!(fault(&anyhow::anyhow!("line 3 is not JSON")), Fault::Input);
         let eof = Err::<(), _>(std::io::Error::from(IoKind::UnexpectedEof)).context("short").unwrap_err();

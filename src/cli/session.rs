@@ -6,24 +6,36 @@ use anyhow::Context;
 use qpeft_kernels::Device;
 
 use super::args::{ComputeArgs, DataArgs, ModelArgs};
+use super::printer::Printer;
 use super::report::Usage;
 use crate::adapters::AdapterFolder;
 use crate::model::tokenizer::Tokenizer;
 use crate::model::{Base, Decoder, Parameters};
 use crate::train::data::DataOptions;
 
-/// Sets the number of threads and opens the device.
+/// Sets the number of threads and opens the device. A GPU that `auto` has to leave idle is warned of.
 ///
 /// # Errors
 /// The device is not there, or cannot be used.
-pub fn open_device(args: &ComputeArgs) -> anyhow::Result<Device> {
+pub fn open_device(args: &ComputeArgs, printer: &Printer) -> anyhow::Result<Device> {
     if let Some(threads) = args.threads {
         rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .build_global()
             .with_context(|| format!("cannot start {threads} threads"))?;
     }
-    Ok(Device::open(&args.device)?)
+    if args.device != "auto" {
+        return Device::open(&args.device)
+            .with_context(|| format!("cannot use the device `{}`", args.device));
+    }
+    let (device, obstacle) = Device::auto();
+    if let Some(e) = obstacle {
+        printer.warn(&format!("the GPU stays idle: {e}"));
+        if let Some(hint) = e.hint() {
+            printer.note(&format!("hint: {hint}"));
+        }
+    }
+    Ok(device)
 }
 
 /// A model in memory, ready to run.

@@ -20,7 +20,7 @@ use crate::train::trainer::{Observer, Plan, train};
 pub fn run(args: &TrainArgs, printer: &Printer) -> anyhow::Result<()> {
     let config = args.resolve()?;
     refuse_mixing(args)?;
-    let device = open_device(&args.compute)?;
+    let device = open_device(&args.compute, printer)?;
     let mut terminal = Terminal::new(printer);
     let outcome = train(&config, &device, args.resume, &mut terminal)?;
     drop(terminal);
@@ -165,6 +165,9 @@ fn banner(plan: &Plan) -> Vec<(&'static str, String)> {
             format!("{} of {} examples each, on {}", plan.total_steps, plan.examples_per_step, plan.device),
         ),
     ];
+    if let Some(fit) = &plan.fit {
+        lines.push(("device memory", fit.settings.to_string()));
+    }
     if let Some(manifest) = &plan.staged {
         let text = format!(
             "rank {} holds {:.1} % of the squared norm; residual quantization error {:.3} % of the norm",

@@ -165,19 +165,25 @@ pub fn type_override(text: &str) -> Result<TypeOverride, String> {
     TypeOverride::new(pattern, ggml_type(dtype)?).map_err(|e| format!("expected `REGEX=TYPE`; {e}"))
 }
 
-/// Bytes: a number with `K`, `M` or `G` for thousands, millions or thousands of millions.
+/// Bytes: a number with `K`, `M` or `G` for thousands, millions or thousands of millions, or `Ki`, `Mi`, `Gi` for
+/// powers of 1024.
 pub fn bytes(text: &str) -> Result<u64, String> {
-    let upper = text.to_ascii_uppercase();
-    let (digits, factor) = match upper.trim_end_matches('B') {
-        short if short.ends_with('K') => (&short[..short.len() - 1], 1_000),
-        short if short.ends_with('M') => (&short[..short.len() - 1], 1_000_000),
-        short if short.ends_with('G') => (&short[..short.len() - 1], 1_000_000_000),
-        plain => (plain, 1_u64),
-    };
-    let number = digits.parse::<u64>().ok().filter(|&n| n > 0);
+    const UNITS: [(&str, u64); 6] = [
+        ("KI", 1 << 10),
+        ("MI", 1 << 20),
+        ("GI", 1 << 30),
+        ("K", 1_000),
+        ("M", 1_000_000),
+        ("G", 1_000_000_000),
+    ];
+    let upper = text.trim().to_ascii_uppercase();
+    let plain = upper.trim_end_matches('B');
+    let unit = UNITS.iter().find_map(|(unit, factor)| Some((plain.strip_suffix(unit)?, *factor)));
+    let (digits, factor) = unit.unwrap_or((plain, 1));
+    let number = digits.trim_end().parse::<u64>().ok().filter(|&n| n > 0);
     number
         .and_then(|n| n.checked_mul(factor))
-        .ok_or_else(|| "expected bytes, as in `2G` or `500M`".to_owned())
+        .ok_or_else(|| "expected bytes, as in `2G`, `500M` or `8GiB`".to_owned())
 }
 
 #[cfg(test)]
@@ -228,7 +234,7 @@ mod tests {
         assert!(type_override("(=q8_0").unwrap_err().starts_with("expected `REGEX=TYPE`; pattern `(`"));
         assert_eq!([bytes("2G"), bytes("500mb"), bytes("7")], [Ok(2_000_000_000), Ok(500_000_000), Ok(7)]);
         for wrong in ["0", "2T", "G", "-1", "99999999999999G"] {
-            assert_eq!(bytes(wrong), Err("expected bytes, as in `2G` or `500M`".to_owned()));
+            assert_eq!(bytes(wrong), Err("expected bytes, as in `2G`, `500M` or `8GiB`".to_owned()));
         }
     }
 }

@@ -2,27 +2,41 @@
 //!
 //! The step loop borrows the first T rows of each ([`Tensor::top`]); nothing is allocated in it.
 
-use qpeft_kernels::{Tensor, View, ViewMut};
+use std::ops::Range;
 
-use super::decoder::Decoder;
+use qpeft_kernels::{Device, IdBuffer, Ids, Tensor, View, ViewMut};
+
+use super::batch::Batch;
+use super::decoder::{Decoder, Loss};
 use super::layer::SLOTS;
 use super::linear::Scratch;
+use super::replay::Replays;
 use crate::error::{Error, Result};
 
 /// What the forward pass keeps for the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Keep {
-    /// All activations of all layers: the fastest backward pass.
-    Everything,
-    /// Only what enters each layer; the backward pass runs each layer's forward again.
-    LayerInputs,
+    /// All activations of the topmost so many layers, and what enters each of the others, whose forward the
+    /// backward pass runs again.
+    Layers(usize),
     /// Nothing: evaluation and generation.
     Nothing,
 }
 
-/// Logits held at a time: 32 Mi floats (128 MiB), so that a large vocabulary is walked in chunks of
-/// supervised rows. Fewer rows would dequantize the head more often than they save.
+impl Keep {
+    /// All activations of all layers: the fastest backward pass.
+    pub const EVERYTHING: Keep = Keep::Layers(usize::MAX);
+    /// Only what enters each layer: the smallest memory of a training run.
+    pub const LAYER_INPUTS: Keep = Keep::Layers(0);
+}
+
+/// Logits held at a time, in elements: a large vocabulary is walked in chunks of supervised rows. On the CPU
+/// 128 MiB; fewer rows would dequantize the head more often than they save.
 const LOGITS: usize = 32 << 20;
+
+/// On a GPU 256 MiB: with the 128 thousand tokens of llama 3 that is a thousand rows, which a product needs to
+/// read the head no slower than it multiplies.
+const LOGITS_CUDA: usize = 128 << 20;
 
 /// The activations of one layer; shapes with T the micro-batch's tokens.
 #[derive(Debug)]
@@ -57,7 +71,8 @@ pub struct LayerBuffers {
     pub act: Tensor,
     /// (T, C): output of `down_proj`; no rows unless its adapter asks for it.
     pub ffn_out: Tensor,
-    /// (T, rank) per linear: the low-rank activations.
+    /// (T, rank) per linear: the low-rank activations, beside the inputs that they are made of
+    /// ([`Tensor::with_padding`]).
     pub h: [Tensor; SLOTS],
 }
 
@@ -66,8 +81,10 @@ pub struct LayerBuffers {
 pub struct GradientBuffers {
     /// (T, C): gradient of the residual stream, from the loss down to the embedding.
     pub stream: Tensor,
-    /// (T, C): gradient of a normalized input.
+    /// (T, C): gradient of the normalized input of attention, and of the output's.
     pub norm: Tensor,
+    /// (T, C): gradient of the normalized input of the feed-forward.
+    pub ffn_norm: Tensor,
     /// (T, H D).
     pub q: Tensor,
     /// (T, G D).
@@ -86,6 +103,66 @@ pub struct GradientBuffers {
     pub act: Tensor,
     /// (chunk, C): gradient of the supervised rows of one chunk.
     pub hidden: Tensor,
+    /// (T, rank) per linear: gradients of the low-rank activations, beside those of the inputs.
+    pub h: [Tensor; SLOTS],
+}
+
+/// The indices of a micro-batch, where the ops want them.
+#[derive(Debug)]
+pub struct BatchIds {
+    /// T token ids.
+    pub tokens: IdBuffer,
+    /// T positions.
+    pub positions: IdBuffer,
+    /// Boundaries of the sequences among the queries.
+    pub q_starts: IdBuffer,
+    /// Boundaries of the sequences among the keys.
+    pub k_starts: IdBuffer,
+    /// Supervised rows.
+    pub rows: IdBuffer,
+    /// The tokens that they predict.
+    pub targets: IdBuffer,
+}
+
+impl BatchIds {
+    fn new(device: &Device, capacity: usize) -> Result<BatchIds> {
+        let ids = |n| IdBuffer::new(device, n);
+        Ok(BatchIds {
+            tokens: ids(capacity)?,
+            positions: ids(capacity)?,
+            q_starts: ids(capacity + 1)?,
+            k_starts: ids(capacity + 1)?,
+            rows: ids(capacity)?,
+            targets: ids(capacity)?,
+        })
+    }
+
+    /// Takes the indices of a batch.
+    ///
+    /// # Errors
+    /// The batch is too large, or the device refuses.
+    pub fn set(&mut self, batch: &Batch) -> Result<()> {
+        let (rows, targets) = batch.supervised();
+        self.tokens.set(&batch.tokens)?;
+        self.positions.set(&batch.positions())?;
+        self.q_starts.set(&batch.starts)?;
+        self.k_starts.set(&batch.starts)?;
+        self.rows.set(&rows)?;
+        Ok(self.targets.set(&targets)?)
+    }
+
+    /// Takes the indices of tokens that continue a cached sequence; the last one is to be predicted from.
+    ///
+    /// # Errors
+    /// The batch is too large, or the device refuses.
+    pub fn set_continued(&mut self, tokens: &[u32], cached: usize) -> Result<()> {
+        let (t, cached) = (tokens.len() as u32, cached as u32);
+        self.tokens.set(tokens)?;
+        self.positions.set(&(cached..cached + t).collect::<Vec<_>>())?;
+        self.q_starts.set(&[0, t])?;
+        self.k_starts.set(&[0, cached + t])?;
+        Ok(self.rows.set(&[t - 1])?)
+    }
 }
 
 /// All buffers of a run.
@@ -93,10 +170,11 @@ pub struct GradientBuffers {
 pub struct Buffers {
     /// Tokens that fit.
     pub capacity: usize,
-    /// What is kept.
-    pub keep: Keep,
+    /// So many of the lowest layers share one set of activations and are computed again.
+    pub recomputed: usize,
     /// (T, C) each: the residual stream entering layer l, and leaving the last one.
     streams: Vec<Tensor>,
+    /// The shared activations first, if there are any, then those of the layers that keep theirs.
     layers: Vec<LayerBuffers>,
     /// (T, C): output of a residual branch that nobody reads later.
     pub branch: Tensor,
@@ -108,8 +186,14 @@ pub struct Buffers {
     pub hidden: Tensor,
     /// (chunk, V).
     pub logits: Tensor,
-    /// (1, chunk): negative log-likelihoods.
-    pub nll: Tensor,
+    /// (1, T) per micro-batch that is not read yet: negative log-likelihoods of the supervised rows.
+    nll: Vec<Tensor>,
+    /// Supervised rows of each of them.
+    nll_rows: Vec<usize>,
+    /// The indices of the micro-batch.
+    pub ids: BatchIds,
+    /// Passes over these buffers that were recorded.
+    replays: Replays,
     /// Only while training.
     pub grads: Option<GradientBuffers>,
     /// Shared by all adapters.
@@ -131,9 +215,9 @@ impl Buffers {
     pub fn new(model: &Decoder, capacity: usize, keep: Keep) -> Result<Buffers> {
         let c = &model.config;
         let device = &model.device;
-        let zeros = |rows: usize, cols: usize| Tensor::zeros(device, rows, cols);
+        let zeros = |rows: usize, cols: usize| Tensor::activations(device, rows, cols);
         let t = capacity;
-        let chunk = chunk_rows(capacity, c.vocab_size);
+        let chunk = chunk_rows(device, capacity, c.vocab_size);
         let needs: Vec<[Needs; SLOTS]> = model
             .layers
             .iter()
@@ -148,34 +232,39 @@ impl Buffers {
             rank: needs.iter().map(|n| n[i].rank).max().unwrap_or(0),
             output: needs.iter().any(|n| n[i].output),
         });
-        let layers = match keep {
-            Keep::Everything => {
-                needs.iter().map(|n| LayerBuffers::new(model, t, n)).collect::<Result<_>>()?
-            }
-            Keep::LayerInputs | Keep::Nothing => vec![LayerBuffers::new(model, t, &largest)?],
+        let kept = match keep {
+            Keep::Layers(kept) => kept.min(c.n_layers),
+            Keep::Nothing => 0,
         };
+        let recomputed = c.n_layers - kept;
+        let layers = (recomputed > 0)
+            .then_some(&largest)
+            .into_iter()
+            .chain(&needs[recomputed..])
+            .map(|needs| LayerBuffers::new(model, t, needs, &largest))
+            .collect::<Result<_>>()?;
         let streams = if keep == Keep::Nothing { 2 } else { c.n_layers + 1 };
-        let max_rank = largest.iter().map(|n| n.rank).max().unwrap_or(0);
         let drops_out = keep != Keep::Nothing
             && model.linears().any(|l| l.adapter.as_ref().is_some_and(|adapter| adapter.drops_out()));
         let max_in = if drops_out { model.linears().map(|l| l.weight.cols()).max().unwrap_or(0) } else { 0 };
-        let grads = if keep == Keep::Nothing { None } else { Some(GradientBuffers::new(model, t, chunk)?) };
+        let grads =
+            if keep == Keep::Nothing { None } else { Some(GradientBuffers::new(model, t, chunk, &largest)?) };
         Ok(Buffers {
             capacity,
-            keep,
+            recomputed,
             streams: (0..streams).map(|_| zeros(t, c.hidden_size)).collect::<Result<_, _>>()?,
             layers,
             branch: zeros(t, c.hidden_size)?,
             final_norm: zeros(t, c.hidden_size)?,
-            final_rstd: zeros(1, t)?,
+            final_rstd: Tensor::zeros(device, 1, t)?,
             hidden: zeros(chunk, c.hidden_size)?,
             logits: zeros(chunk, c.vocab_size)?,
-            nll: zeros(1, chunk)?,
+            nll: Vec::new(),
+            nll_rows: Vec::new(),
+            ids: BatchIds::new(device, t)?,
+            replays: Replays::default(),
             grads,
-            scratch: Scratch {
-                dropped: zeros(if drops_out { t } else { 0 }, max_in)?,
-                dh: zeros(t, max_rank)?,
-            },
+            scratch: Scratch { dropped: zeros(if drops_out { t } else { 0 }, max_in)? },
         })
     }
 
@@ -194,83 +283,224 @@ impl Buffers {
 
     /// Bytes of all tensors.
     pub fn bytes(&self) -> usize {
-        let mut floats = self.streams.iter().map(Tensor::len).sum::<usize>();
-        floats += self.layers.iter().map(|l| l.tensors().map(Tensor::len).sum::<usize>()).sum::<usize>();
-        let own = [&self.branch, &self.final_norm, &self.final_rstd, &self.hidden, &self.logits, &self.nll];
-        floats += own.iter().map(|t| t.len()).sum::<usize>();
-        floats += self.scratch.dropped.len() + self.scratch.dh.len();
-        floats += self.grads.as_ref().map_or(0, |g| g.tensors().map(Tensor::len).sum());
-        floats * size_of::<f32>()
+        let own = [&self.branch, &self.final_norm, &self.final_rstd, &self.hidden, &self.logits];
+        let all = self.streams.iter().chain(own).chain([&self.scratch.dropped]).chain(&self.nll);
+        let layers = self.layers.iter().flat_map(LayerBuffers::tensors);
+        let grads = self.grads.iter().flat_map(GradientBuffers::tensors);
+        all.chain(layers).chain(grads).map(Tensor::bytes).sum()
     }
 
-    /// The first `rows` rows of the stream entering `layer`, to write to.
-    pub fn stream_mut(&mut self, layer: usize, rows: usize) -> ViewMut<'_> {
-        let index = layer % self.streams.len();
-        self.streams[index].top_mut(rows)
-    }
-
-    /// The first `rows` rows of the stream entering `layer`.
-    pub fn stream(&self, layer: usize, rows: usize) -> View<'_> {
-        self.streams[layer % self.streams.len()].top(rows)
-    }
-
-    /// What one layer's forward pass borrows: the stream in, the stream out, its activations, and the
-    /// buffers shared by all layers.
-    pub fn layer_forward(
+    /// Runs `pass` over these buffers with their recordings.
+    pub fn with_replays(
         &mut self,
-        layer: usize,
-        rows: usize,
-    ) -> (ViewMut<'_>, View<'_>, &mut LayerBuffers, &mut Tensor, &mut Scratch) {
-        let n = self.streams.len();
+        pass: impl FnOnce(&mut Buffers, &mut Replays) -> Result<()>,
+    ) -> Result<()> {
+        let mut replays = std::mem::take(&mut self.replays);
+        let done = pass(self, &mut replays);
+        self.replays = replays;
+        done
+    }
+
+    /// Micro-batches whose loss is not read yet.
+    pub fn unread(&self) -> usize {
+        self.nll_rows.len()
+    }
+
+    /// Begins a micro-batch of so many supervised rows: where their negative log-likelihoods go, (1, T).
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn next_nll(&mut self, rows: usize) -> Result<&mut Tensor> {
+        let index = self.nll_rows.len();
+        if index == self.nll.len() {
+            self.nll.push(Tensor::zeros(self.branch.device(), 1, self.capacity)?);
+        }
+        self.nll_rows.push(rows);
+        Ok(&mut self.nll[index])
+    }
+
+    /// The loss of all micro-batches since the last call. On CUDA this waits for the stream.
+    ///
+    /// # Errors
+    /// The device refuses to be read.
+    pub fn take_loss(&mut self) -> Result<Loss> {
+        let mut loss = Loss::default();
+        for (nll, rows) in self.nll.iter().zip(self.nll_rows.drain(..)) {
+            let values = nll.view().column_range(0, rows).read()?;
+            loss += Loss { sum: values.iter().map(|&x| f64::from(x)).sum(), tokens: rows };
+        }
+        Ok(loss)
+    }
+
+    /// The first `rows` rows of the stream entering `layer`, to write to, and the indices.
+    pub fn stream_and_ids(&mut self, layer: usize, rows: usize) -> (ViewMut<'_>, &BatchIds) {
+        let index = layer % self.streams.len();
+        (self.streams[index].top_mut(rows), &self.ids)
+    }
+
+    /// What one layer's forward pass borrows, and the indices.
+    pub fn layer_forward(&mut self, layer: usize, rows: usize) -> (LayerForward<'_>, &BatchIds) {
+        let (n, index) = (self.streams.len(), self.activations_of(layer));
         let (enter, leave) = (layer % n, (layer + 1) % n);
         let [enter, leave] =
             self.streams.get_disjoint_mut([enter, leave]).expect("two neighbouring streams are distinct");
-        let index = layer % self.layers.len();
-        (leave.top_mut(rows), enter.top(rows), &mut self.layers[index], &mut self.branch, &mut self.scratch)
+        let borrowed = LayerForward {
+            y: leave.top_mut(rows),
+            x: enter.top(rows),
+            s: &mut self.layers[index],
+            branch: &mut self.branch,
+            scratch: &mut self.scratch,
+        };
+        (borrowed, &self.ids)
     }
 
-    /// What one layer's backward pass borrows: the stream that entered it, its activations, the
-    /// gradients (`None` unless training) and the adapters' scratch.
-    pub fn layer_backward(
-        &mut self,
-        layer: usize,
-        rows: usize,
-    ) -> (View<'_>, &mut LayerBuffers, Option<&mut GradientBuffers>, &mut Scratch) {
+    /// What one layer's backward pass borrows, and the indices.
+    ///
+    /// # Panics
+    /// The buffers were made for evaluation; see [`Buffers::training`].
+    pub fn layer_backward(&mut self, layer: usize, rows: usize) -> (LayerBackward<'_>, &BatchIds) {
         let enter = layer % self.streams.len();
-        let index = layer % self.layers.len();
-        (self.streams[enter].top(rows), &mut self.layers[index], self.grads.as_mut(), &mut self.scratch)
+        let index = self.activations_of(layer);
+        let borrowed = LayerBackward {
+            x: self.streams[enter].top(rows),
+            s: &mut self.layers[index],
+            g: self.grads.as_mut().expect("buffers with gradients"),
+            scratch: &mut self.scratch,
+        };
+        (borrowed, &self.ids)
+    }
+
+    fn activations_of(&self, layer: usize) -> usize {
+        if self.recomputed == 0 { layer } else { (layer + 1).saturating_sub(self.recomputed) }
+    }
+
+    /// The normalized output and its statistics, to write to, and the stream that leaves the last layer.
+    pub fn final_norm(&mut self, layers: usize, rows: usize) -> (ViewMut<'_>, ViewMut<'_>, View<'_>) {
+        let x = self.streams[layers % self.streams.len()].top(rows);
+        (self.final_norm.top_mut(rows), self.final_rstd.view_mut().into_column_range(0, rows), x)
+    }
+
+    /// The stream that leaves the last layer, its statistics, and the gradients.
+    ///
+    /// # Panics
+    /// The buffers were made for evaluation; see [`Buffers::training`].
+    pub fn final_backward(
+        &mut self,
+        layers: usize,
+        rows: usize,
+    ) -> (View<'_>, View<'_>, &mut GradientBuffers) {
+        let x = self.streams[layers % self.streams.len()].top(rows);
+        let rstd = self.final_rstd.view().column_range(0, rows);
+        (x, rstd, self.grads.as_mut().expect("buffers with gradients"))
+    }
+
+    /// Of the supervised rows `rows`: where their negative log-likelihoods go, their logits, their targets.
+    ///
+    /// # Panics
+    /// No micro-batch was begun; see [`Buffers::next_nll`].
+    pub fn chunk_loss(&mut self, rows: Range<usize>) -> (ViewMut<'_>, ViewMut<'_>, Ids<'_>) {
+        let nll = &mut self.nll[self.nll_rows.len() - 1];
+        let n = rows.len();
+        let nll = nll.view_mut().into_column_range(rows.start, n);
+        (nll, self.logits.top_mut(n), self.ids.targets.ids().slice(rows))
+    }
+}
+
+/// What one layer's forward pass borrows.
+#[derive(Debug)]
+pub struct LayerForward<'a> {
+    /// The stream that leaves the layer.
+    pub y: ViewMut<'a>,
+    /// The stream that enters it.
+    pub x: View<'a>,
+    /// Its activations.
+    pub s: &'a mut LayerBuffers,
+    /// See [`Buffers::branch`].
+    pub branch: &'a mut Tensor,
+    /// Shared by all adapters.
+    pub scratch: &'a mut Scratch,
+}
+
+/// What one layer's backward pass borrows.
+#[derive(Debug)]
+pub struct LayerBackward<'a> {
+    /// The stream that entered the layer.
+    pub x: View<'a>,
+    /// Its activations.
+    pub s: &'a mut LayerBuffers,
+    /// The gradients.
+    pub g: &'a mut GradientBuffers,
+    /// Shared by all adapters.
+    pub scratch: &'a mut Scratch,
+}
+
+/// What enters the linears, with the low-rank activations beside it: the same shapes for activations and for
+/// their gradients.
+struct Padded {
+    /// (T, C) twice: the inputs of q, k, v and of gate, up.
+    norms: [Tensor; 2],
+    /// (T, H D): the input of o.
+    attn: Tensor,
+    /// (T, F): the input of down.
+    act: Tensor,
+    /// (T, rank) per linear.
+    h: [Tensor; SLOTS],
+}
+
+impl Padded {
+    fn new(model: &Decoder, t: usize, needs: &[Needs; SLOTS]) -> Result<Padded> {
+        let c = &model.config;
+        let [q, k, v, o, gate, up, down] = needs.map(|n| n.rank);
+        let padded = |cols: usize, ranks: &[usize]| Tensor::with_padding(&model.device, t, cols, ranks);
+        let (attn_norm, qkv) = padded(c.hidden_size, &[q, k, v])?;
+        let (attn, o) = padded(c.n_heads * c.head_dim, &[o])?;
+        let (ffn_norm, gate_up) = padded(c.hidden_size, &[gate, up])?;
+        let (act, down) = padded(c.intermediate_size, &[down])?;
+        let h: Vec<Tensor> = [qkv, o, gate_up, down].into_iter().flatten().collect();
+        let h = h.try_into().expect("one per linear, in the order of the slots");
+        Ok(Padded { norms: [attn_norm, ffn_norm], attn, act, h })
     }
 }
 
 /// Rows of logits per chunk.
-fn chunk_rows(capacity: usize, vocab_size: usize) -> usize {
-    capacity.min((LOGITS / vocab_size).max(16))
+fn chunk_rows(device: &Device, capacity: usize, vocab_size: usize) -> usize {
+    let logits = if device.rounds() { LOGITS_CUDA } else { LOGITS };
+    // Chunks of equal size, so that none is too short for its products.
+    let chunks = capacity.div_ceil((logits / vocab_size).max(16)).max(1);
+    capacity.div_ceil(chunks)
 }
 
 impl LayerBuffers {
-    fn new(model: &Decoder, t: usize, needs: &[Needs; SLOTS]) -> Result<LayerBuffers> {
+    /// `needs`: of this layer; `largest`: of all layers, so that their rows are padded alike.
+    fn new(
+        model: &Decoder,
+        t: usize,
+        needs: &[Needs; SLOTS],
+        largest: &[Needs; SLOTS],
+    ) -> Result<LayerBuffers> {
         let c = &model.config;
-        let zeros = |rows: usize, cols: usize| Tensor::zeros(&model.device, rows, cols);
+        let zeros = |rows: usize, cols: usize| Tensor::activations(&model.device, rows, cols);
+        let statistics = |rows: usize| Tensor::zeros(&model.device, rows, t);
+        let Padded { norms: [attn_norm, ffn_norm], attn, act, h } = Padded::new(model, t, largest)?;
         let (queries, keys) = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim);
         let kept = |slot: super::layer::Slot| if needs[slot as usize].output { t } else { 0 };
-        let [q, k, v, o, gate, up, down] = needs.map(|n| zeros(t, n.rank));
         Ok(LayerBuffers {
-            attn_norm: zeros(t, c.hidden_size)?,
-            attn_rstd: zeros(1, t)?,
+            attn_norm,
+            attn_rstd: statistics(1)?,
             q: zeros(t, queries)?,
             k: zeros(t, keys)?,
             v: zeros(t, keys)?,
-            attn: zeros(t, queries)?,
-            lse: zeros(c.n_heads, t)?,
+            attn,
+            lse: statistics(c.n_heads)?,
             attn_out: zeros(kept(super::layer::Slot::O), c.hidden_size)?,
             middle: zeros(t, c.hidden_size)?,
-            ffn_norm: zeros(t, c.hidden_size)?,
-            ffn_rstd: zeros(1, t)?,
+            ffn_norm,
+            ffn_rstd: statistics(1)?,
             gate: zeros(t, c.intermediate_size)?,
             up: zeros(t, c.intermediate_size)?,
-            act: zeros(t, c.intermediate_size)?,
+            act,
             ffn_out: zeros(kept(super::layer::Slot::Down), c.hidden_size)?,
-            h: [q?, k?, v?, o?, gate?, up?, down?],
+            h,
         })
     }
 
@@ -283,27 +513,31 @@ impl LayerBuffers {
 }
 
 impl GradientBuffers {
-    fn new(model: &Decoder, t: usize, chunk: usize) -> Result<GradientBuffers> {
+    fn new(model: &Decoder, t: usize, chunk: usize, largest: &[Needs; SLOTS]) -> Result<GradientBuffers> {
         let c = &model.config;
-        let zeros = |rows: usize, cols: usize| Tensor::zeros(&model.device, rows, cols);
+        let zeros = |rows: usize, cols: usize| Tensor::activations(&model.device, rows, cols);
+        let Padded { norms: [norm, ffn_norm], attn, act, h } = Padded::new(model, t, largest)?;
         let (queries, keys) = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim);
         Ok(GradientBuffers {
             stream: zeros(t, c.hidden_size)?,
-            norm: zeros(t, c.hidden_size)?,
+            norm,
+            ffn_norm,
             q: zeros(t, queries)?,
             k: zeros(t, keys)?,
             v: zeros(t, keys)?,
-            attn: zeros(t, queries)?,
-            delta: zeros(c.n_heads, t)?,
+            attn,
+            delta: Tensor::zeros(&model.device, c.n_heads, t)?,
             gate: zeros(t, c.intermediate_size)?,
             up: zeros(t, c.intermediate_size)?,
-            act: zeros(t, c.intermediate_size)?,
+            act,
             hidden: zeros(chunk, c.hidden_size)?,
+            h,
         })
     }
 
     fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         let attention = [&self.stream, &self.norm, &self.q, &self.k, &self.v, &self.attn, &self.delta];
-        attention.into_iter().chain([&self.gate, &self.up, &self.act, &self.hidden])
+        let ffn = [&self.ffn_norm, &self.gate, &self.up, &self.act, &self.hidden];
+        attention.into_iter().chain(ffn).chain(&self.h)
     }
 }

@@ -1,5 +1,7 @@
 //! The decoder: embedding, layers, norm, head; forward, loss, and the mirrored backward pass.
 
+use std::ops::Range;
+
 use qpeft_kernels::ops::cross_entropy::{cross_entropy_forward, cross_entropy_forward_backward};
 use qpeft_kernels::ops::embedding::embedding_forward;
 use qpeft_kernels::ops::gather::{gather_backward, gather_forward};
@@ -8,10 +10,11 @@ use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_forward};
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
 
 use super::batch::Batch;
-use super::buffers::{Buffers, Keep};
+use super::buffers::{BatchIds, Buffers, LayerBackward, LayerForward};
 use super::config::Config;
 use super::layer::{Backward, Layer, LayerCache, Place};
-use super::linear::{BaseWeight, Linear, Pass};
+use super::linear::{BaseWeight, Linear, Parameters, Pass};
+use super::replay::Key;
 use crate::error::{Error, Result};
 
 /// A llama decoder with frozen, packed weights.
@@ -116,7 +119,7 @@ impl Decoder {
     ///
     /// # Errors
     /// An op refuses.
-    pub fn refresh(&mut self, params: View<'_>) -> Result<()> {
+    pub fn refresh(&mut self, params: &Parameters) -> Result<()> {
         for linear in self.linears_mut() {
             if let Some(adapter) = &mut linear.adapter {
                 adapter.refresh(params, &linear.weight)?;
@@ -125,36 +128,22 @@ impl Decoder {
         Ok(())
     }
 
-    /// Runs all layers on `batch` and leaves the normalized output in `buffers.final_norm`.
-    fn run(&self, buffers: &mut Buffers, batch: &Batch, pass: &Pass<'_>) -> Result<()> {
-        self.check(batch, buffers)?;
-        let (t, positions) = (batch.len(), batch.positions());
-        let place = self.place(&positions, &batch.starts, &batch.starts);
-        embedding_forward(buffers.stream_mut(0, t), &batch.tokens, &self.embedding)?;
+    /// Runs all layers on the batch whose indices are set and leaves the normalized output in
+    /// `buffers.final_norm`.
+    fn run(&self, buffers: &mut Buffers, pass: &Pass<'_>) -> Result<()> {
+        let t = buffers.ids.tokens.ids().len();
+        let (streams, ids) = buffers.stream_and_ids(0, t);
+        embedding_forward(streams, ids.tokens.ids(), &self.embedding)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let (y, x, s, branch, scratch) = buffers.layer_forward(index, t);
-            layer.forward(y, x, s, branch, &place, None, pass, scratch)?;
+            let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
+            layer.forward(y, x, s, branch, &self.place(ids), None, pass, scratch)?;
         }
         self.normalize(buffers, t)
     }
 
     fn normalize(&self, buffers: &mut Buffers, t: usize) -> Result<()> {
-        let (mut norm, mut rstd) = (
-            std::mem::replace(&mut buffers.final_norm, Tensor::zeros(&self.device, 0, 0)?),
-            std::mem::replace(&mut buffers.final_rstd, Tensor::zeros(&self.device, 0, 0)?),
-        );
-        let x = buffers.stream(self.layers.len(), t);
-        let eps = self.config.rms_norm_eps;
-        let done = rms_norm_forward(
-            norm.top_mut(t),
-            rstd.view_mut().into_column_range(0, t),
-            x,
-            self.final_norm.view(),
-            eps,
-        );
-        buffers.final_norm = norm;
-        buffers.final_rstd = rstd;
-        Ok(done?)
+        let (norm, rstd, x) = buffers.final_norm(self.layers.len(), t);
+        Ok(rms_norm_forward(norm, rstd, x, self.final_norm.view(), self.config.rms_norm_eps)?)
     }
 
     /// Mean loss over the supervised tokens of `batch`, without gradients.
@@ -162,16 +151,18 @@ impl Decoder {
     /// # Errors
     /// The batch does not fit the buffers or the vocabulary.
     pub fn loss(&self, buffers: &mut Buffers, batch: &Batch, pass: &Pass<'_>) -> Result<Loss> {
-        self.run(buffers, batch, pass)?;
-        let (rows, targets) = batch.supervised();
-        let mut loss = Loss::default();
-        for (rows, targets) in rows.chunks(buffers.chunk()).zip(targets.chunks(buffers.chunk())) {
-            self.chunk_logits(buffers, rows, batch.len())?;
-            let nll = buffers.nll.view_mut().into_column_range(0, rows.len());
-            cross_entropy_forward(nll, buffers.logits.top(rows.len()), targets)?;
-            loss += chunk_loss(buffers, rows.len())?;
+        self.check(batch, buffers)?;
+        buffers.ids.set(batch)?;
+        self.run(buffers, pass)?;
+        let n = buffers.ids.rows.ids().len();
+        buffers.next_nll(n)?;
+        for start in (0..n).step_by(buffers.chunk()) {
+            let rows = start..(start + buffers.chunk()).min(n);
+            self.chunk_logits(buffers, rows.clone(), batch.len())?;
+            let (nll, logits, targets) = buffers.chunk_loss(rows);
+            cross_entropy_forward(nll, logits.as_view(), targets)?;
         }
-        Ok(loss)
+        buffers.take_loss()
     }
 
     /// Loss of `batch` and its gradients, multiplied by `scale` and added to `dparams` (flat).
@@ -189,60 +180,92 @@ impl Decoder {
         scale: f32,
         pass: &Pass<'_>,
     ) -> Result<Loss> {
-        self.run(buffers, batch, pass)?;
-        let t = batch.len();
-        let (rows, targets) = batch.supervised();
-        let mut loss = Loss::default();
-
-        // The gradient of the normalized output is zero but in the supervised rows.
-        buffers.training()?.norm.view_mut().into_row_range(0, t).zero("loss")?;
-        for (rows, targets) in rows.chunks(buffers.chunk()).zip(targets.chunks(buffers.chunk())) {
-            self.chunk_logits(buffers, rows, t)?;
-            let n = rows.len();
-            let nll = buffers.nll.view_mut().into_column_range(0, n);
-            cross_entropy_forward_backward(nll, buffers.logits.top_mut(n), targets, scale)?;
-            loss += chunk_loss(buffers, n)?;
-            let g = buffers.grads.as_mut().expect("checked by training()");
-            let dlogits = buffers.logits.top(n);
-            quant_linear_backward(g.hidden.top_mut(n), None, dlogits, self.head(), None, None, false)?;
-            gather_backward(g.norm.top_mut(t), g.hidden.top(n), rows)?;
-        }
-        self.run_backward(buffers, batch, dparams, pass)?;
-        Ok(loss)
+        self.accumulate(buffers, batch, dparams, scale, pass)?;
+        buffers.take_loss()
     }
 
-    /// The mirror of [`Decoder::run`].
-    fn run_backward(
+    /// As [`Decoder::loss_and_gradients`], but the loss stays where it is computed until
+    /// [`Buffers::take_loss`]: on CUDA nothing waits for the device.
+    ///
+    /// # Errors
+    /// See [`Decoder::loss_and_gradients`].
+    pub fn accumulate(
         &self,
         buffers: &mut Buffers,
         batch: &Batch,
         dparams: &mut ViewMut<'_>,
+        scale: f32,
         pass: &Pass<'_>,
     ) -> Result<()> {
-        let (t, positions) = (batch.len(), batch.positions());
-        let place = self.place(&positions, &batch.starts, &batch.starts);
+        self.check(batch, buffers)?;
+        buffers.training()?;
+        buffers.ids.set(batch)?;
+        buffers.next_nll(buffers.ids.rows.ids().len())?;
+        // Dropout draws other numbers every time, and a profile wants every launch.
+        let Some(cuda) = self.device.cuda().filter(|cuda| pass.dropout.is_none() && !cuda.is_profiling())
+        else {
+            return self.forward_backward(buffers, dparams, scale, pass);
+        };
+        let key = Key {
+            sizes: [batch.len(), batch.starts.len() - 1, buffers.ids.rows.ids().len()],
+            slot: buffers.unread(),
+            scale: scale.to_bits(),
+            fresh: self.linears().all(|l| l.weight.is_fresh()),
+            scratch: cuda.scratch_moves(),
+        };
+        buffers.with_replays(|buffers, replays| {
+            replays.run(cuda, key, || self.forward_backward(buffers, dparams, scale, pass))
+        })?;
+        self.linears().for_each(|l| l.weight.set_fresh(true));
+        Ok(())
+    }
+
+    /// Everything between the indices of a micro-batch and its gradients: enqueued, never waited for.
+    fn forward_backward(
+        &self,
+        buffers: &mut Buffers,
+        dparams: &mut ViewMut<'_>,
+        scale: f32,
+        pass: &Pass<'_>,
+    ) -> Result<()> {
+        self.run(buffers, pass)?;
+        let (t, n) = (buffers.ids.tokens.ids().len(), buffers.ids.rows.ids().len());
+        // The gradient of the normalized output is zero but in the supervised rows.
+        buffers.training()?.norm.view_mut().into_row_range(0, t).zero("loss")?;
+        for start in (0..n).step_by(buffers.chunk()) {
+            let rows = start..(start + buffers.chunk()).min(n);
+            self.chunk_logits(buffers, rows.clone(), t)?;
+            let (nll, logits, targets) = buffers.chunk_loss(rows.clone());
+            cross_entropy_forward_backward(nll, logits, targets, scale)?;
+            let dlogits = buffers.logits.top(rows.len());
+            let g = buffers.grads.as_mut().expect("checked by training()");
+            let dhidden = g.hidden.top_mut(rows.len());
+            quant_linear_backward(dhidden, None, dlogits, self.head(), None, None, false)?;
+            gather_backward(g.norm.top_mut(t), g.hidden.top(rows.len()), buffers.ids.rows.ids().slice(rows))?;
+        }
+        self.run_backward(buffers, dparams, pass)
+    }
+
+    /// The mirror of [`Decoder::run`].
+    fn run_backward(&self, buffers: &mut Buffers, dparams: &mut ViewMut<'_>, pass: &Pass<'_>) -> Result<()> {
+        let t = buffers.ids.tokens.ids().len();
         // Nothing is trained below the lowest adapted layer, so its input needs no gradient.
         let adapted = |layer: &Layer| layer.linears.iter().any(|l| l.adapter.is_some());
         let Some(lowest) = self.layers.iter().position(adapted) else { return Ok(()) };
 
-        let mut stream =
-            std::mem::replace(&mut buffers.training()?.stream, Tensor::zeros(&self.device, 0, 0)?);
-        stream.view_mut().into_row_range(0, t).zero("loss")?;
-        let x = buffers.stream(self.layers.len(), t);
-        let dy = buffers.grads.as_ref().expect("checked by training()").norm.top(t);
-        let rstd = buffers.final_rstd.view().column_range(0, t);
-        rms_norm_backward(stream.top_mut(t), dy, x, rstd, self.final_norm.view())?;
-        buffers.training()?.stream = stream;
+        let (x, rstd, g) = buffers.final_backward(self.layers.len(), t);
+        g.stream.view_mut().into_row_range(0, t).zero("loss")?;
+        rms_norm_backward(g.stream.top_mut(t), g.norm.top(t), x, rstd, self.final_norm.view())?;
 
         for (index, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
-            if buffers.keep == Keep::LayerInputs {
-                let (y, x, s, branch, scratch) = buffers.layer_forward(index, t);
-                layer.forward(y, x, s, branch, &place, None, pass, scratch)?;
+            // Of the layers that share activations, the topmost has just left its own there.
+            if index + 1 < buffers.recomputed {
+                let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
+                layer.forward(y, x, s, branch, &self.place(ids), None, pass, scratch)?;
             }
-            let (x, s, g, scratch) = buffers.layer_backward(index, t);
-            let g = g.expect("checked by training()");
+            let (LayerBackward { x, s, g, scratch }, ids) = buffers.layer_backward(index, t);
             let mut to = Backward { dparams: dparams.reborrow(), pass, scratch };
-            layer.backward(g, x, s, &place, index > lowest, &mut to)?;
+            layer.backward(g, x, s, &self.place(ids), index > lowest, &mut to)?;
         }
         Ok(())
     }
@@ -258,11 +281,15 @@ impl Decoder {
         pass: &Pass<'_>,
         mut each: impl FnMut(usize, View<'_>) -> Result<()>,
     ) -> Result<()> {
-        self.run(buffers, batch, pass)?;
-        let rows: Vec<u32> = (0..batch.len() as u32).collect();
-        for rows in rows.chunks(buffers.chunk()) {
-            self.chunk_logits(buffers, rows, batch.len())?;
-            each(rows[0] as usize, buffers.logits.top(rows.len()))?;
+        self.check(batch, buffers)?;
+        buffers.ids.set(batch)?;
+        let t = batch.len();
+        buffers.ids.rows.set(&(0..t as u32).collect::<Vec<_>>())?;
+        self.run(buffers, pass)?;
+        for start in (0..t).step_by(buffers.chunk()) {
+            let rows = start..(start + buffers.chunk()).min(t);
+            self.chunk_logits(buffers, rows.clone(), t)?;
+            each(start, buffers.logits.top(rows.len()))?;
         }
         Ok(())
     }
@@ -290,39 +317,36 @@ impl Decoder {
         let mut batch = Batch::new();
         batch.push(tokens, &vec![super::batch::IGNORE; t]);
         self.check(&batch, buffers)?;
-        let positions: Vec<u32> = (cached as u32..(cached + t) as u32).collect();
-        let (q_starts, k_starts) = ([0, t as u32], [0, (cached + t) as u32]);
-        let place = self.place(&positions, &q_starts, &k_starts);
-        embedding_forward(buffers.stream_mut(0, t), tokens, &self.embedding)?;
+        buffers.ids.set_continued(tokens, cached)?;
+        let (stream, ids) = buffers.stream_and_ids(0, t);
+        embedding_forward(stream, ids.tokens.ids(), &self.embedding)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let (y, x, s, branch, scratch) = buffers.layer_forward(index, t);
-            layer.forward(
-                y,
-                x,
-                s,
-                branch,
-                &place,
-                Some((&mut cache.layers[index], cached)),
-                pass,
-                scratch,
-            )?;
+            let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
+            let keys = Some((&mut cache.layers[index], cached));
+            layer.forward(y, x, s, branch, &self.place(ids), keys, pass, scratch)?;
         }
         cache.len += t;
         self.normalize(buffers, t)?;
-        self.chunk_logits(buffers, &[t as u32 - 1], t)?;
-        let logits = buffers.logits.top(1);
-        Ok(logits.cpu("generate")?.to_vec())
+        self.chunk_logits(buffers, 0..1, t)?;
+        Ok(buffers.logits.top(1).read()?)
     }
 
-    /// logits = head of the chosen rows of the normalized output.
-    fn chunk_logits(&self, buffers: &mut Buffers, rows: &[u32], t: usize) -> Result<()> {
+    /// logits = head of the chosen rows of the normalized output; `rows` counts the supervised ones.
+    fn chunk_logits(&self, buffers: &mut Buffers, rows: Range<usize>, t: usize) -> Result<()> {
         let n = rows.len();
+        let rows = buffers.ids.rows.ids().slice(rows);
         gather_forward(buffers.hidden.top_mut(n), buffers.final_norm.top(t), rows)?;
         Ok(quant_linear_forward(buffers.logits.top_mut(n), buffers.hidden.top(n), self.head(), None, None)?)
     }
 
-    fn place<'a>(&'a self, positions: &'a [u32], q_starts: &'a [u32], k_starts: &'a [u32]) -> Place<'a> {
-        Place { config: &self.config, rope: self.rope.view(), positions, q_starts, k_starts }
+    fn place<'a>(&'a self, ids: &'a BatchIds) -> Place<'a> {
+        Place {
+            config: &self.config,
+            rope: self.rope.view(),
+            positions: ids.positions.ids(),
+            q_starts: ids.q_starts.ids(),
+            k_starts: ids.k_starts.ids(),
+        }
     }
 
     fn check(&self, batch: &Batch, buffers: &Buffers) -> Result<()> {
@@ -336,9 +360,4 @@ impl Decoder {
         let longest = batch.starts.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0) as usize;
         self.config.check_length(longest)
     }
-}
-
-fn chunk_loss(buffers: &Buffers, rows: usize) -> Result<Loss> {
-    let nll = buffers.nll.view().column_range(0, rows).cpu("loss")?;
-    Ok(Loss { sum: nll.iter().map(|&x| f64::from(x)).sum(), tokens: rows })
 }

@@ -1,15 +1,16 @@
 //! One decoder layer: the list of ops forward, and the same list mirrored backward.
 
 use qpeft_kernels::ops::attention::{AttentionShape, attention_backward, attention_forward};
+use qpeft_kernels::ops::low_rank::{low_rank_forward, low_rank_projection_backward};
 use qpeft_kernels::ops::residual::residual_forward;
-use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_forward};
+use qpeft_kernels::ops::rms_norm::{residual_rms_norm_forward, rms_norm_backward, rms_norm_forward};
 use qpeft_kernels::ops::rope::{rope_backward, rope_forward};
-use qpeft_kernels::ops::swiglu::{swiglu_backward, swiglu_forward};
-use qpeft_kernels::{Tensor, View, ViewMut};
+use qpeft_kernels::ops::swiglu::{swiglu_backward, swiglu_backward_scaled, swiglu_forward};
+use qpeft_kernels::{Ids, Tensor, View, ViewMut};
 
 use super::buffers::{GradientBuffers, LayerBuffers};
 use super::config::Config;
-use super::linear::{InputGradient, Linear, Pass, Saved, Scratch};
+use super::linear::{Entry, InputGradient, Linear, Pass, Saved, Scratch};
 use crate::error::Result;
 
 /// The linears of a layer, in forward order.
@@ -28,6 +29,10 @@ pub enum Slot {
 /// Number of [`Slot`]s.
 pub const SLOTS: usize = 7;
 
+/// The slots by the inputs that they share, in forward order.
+pub const SIBLINGS: [&[Slot]; 4] =
+    [&[Slot::Q, Slot::K, Slot::V], &[Slot::O], &[Slot::Gate, Slot::Up], &[Slot::Down]];
+
 impl Slot {
     /// All slots, in forward order.
     pub const ALL: [Slot; SLOTS] = [Slot::Q, Slot::K, Slot::V, Slot::O, Slot::Gate, Slot::Up, Slot::Down];
@@ -42,6 +47,16 @@ impl Slot {
             Slot::Gate => "mlp.gate_proj",
             Slot::Up => "mlp.up_proj",
             Slot::Down => "mlp.down_proj",
+        }
+    }
+
+    /// The slots that read the same input, itself among them.
+    pub const fn siblings(self) -> &'static [Slot] {
+        match self {
+            Slot::Q | Slot::K | Slot::V => SIBLINGS[0],
+            Slot::O => SIBLINGS[1],
+            Slot::Gate | Slot::Up => SIBLINGS[2],
+            Slot::Down => SIBLINGS[3],
         }
     }
 
@@ -87,11 +102,11 @@ pub struct Place<'a> {
     /// Rotary table.
     pub rope: View<'a>,
     /// Position of every token in its sequence.
-    pub positions: &'a [u32],
+    pub positions: Ids<'a>,
     /// Boundaries of the sequences among the queries.
-    pub q_starts: &'a [u32],
+    pub q_starts: Ids<'a>,
     /// Boundaries of the sequences among the keys: the same, unless there is a cache.
-    pub k_starts: &'a [u32],
+    pub k_starts: Ids<'a>,
 }
 
 /// What the backward pass of every linear needs besides activations and gradients.
@@ -103,6 +118,13 @@ pub struct Backward<'a> {
     pub pass: &'a Pass<'a>,
     /// Shared by all adapters.
     pub scratch: &'a mut Scratch,
+}
+
+impl Backward<'_> {
+    /// The same with another pass.
+    fn with_pass<'a>(&'a mut self, pass: &'a Pass<'a>) -> Backward<'a> {
+        Backward { dparams: self.dparams.reborrow(), pass, scratch: self.scratch }
+    }
 }
 
 fn overwrite(dx: ViewMut<'_>) -> InputGradient<'_> {
@@ -120,6 +142,8 @@ impl Place<'_> {
             n_kv_heads: self.config.n_kv_heads,
             head_dim: self.config.head_dim,
             scale: self.config.attention_scale(),
+            softcap: None,
+            window: None,
         }
     }
 }
@@ -131,6 +155,14 @@ pub struct LayerCache {
     pub k: Tensor,
     /// Values.
     pub v: Tensor,
+}
+
+/// The first rows of the tensors of `slots` as one matrix, if they lie side by side.
+fn side_by_side<'a>(h: &'a mut [Tensor; SLOTS], slots: &[Slot], rows: usize) -> Option<ViewMut<'a>> {
+    let (first, last) = (slots.first().copied()? as usize, slots.last().copied()? as usize);
+    let mut views = h[first..=last].iter_mut().map(|tensor| tensor.top_mut(rows));
+    let first = views.next()?;
+    views.try_fold(first, ViewMut::joined)
 }
 
 impl Layer {
@@ -170,9 +202,11 @@ impl Layer {
             Some((cache, cached)) => (&mut cache.k, &mut cache.v, cached),
             None => (&mut s.k, &mut s.v, 0),
         };
-        self.project(Slot::Q, s.q.top_mut(t), &mut s.h, norm, pass, scratch)?;
-        self.project(Slot::K, k_all.view_mut().into_row_range(cached, t), &mut s.h, norm, pass, scratch)?;
-        self.project(Slot::V, v_all.view_mut().into_row_range(cached, t), &mut s.h, norm, pass, scratch)?;
+        let shared = &self.shared_pass(SIBLINGS[0], &s.h, t, pass);
+        self.project_down(SIBLINGS[0], &mut s.h, norm, shared)?;
+        self.project(Slot::Q, s.q.top_mut(t), &mut s.h, norm, shared, scratch)?;
+        self.project(Slot::K, k_all.view_mut().into_row_range(cached, t), &mut s.h, norm, shared, scratch)?;
+        self.project(Slot::V, v_all.view_mut().into_row_range(cached, t), &mut s.h, norm, shared, scratch)?;
         rope_forward(s.q.top_mut(t), place.rope, place.positions, d)?;
         rope_forward(k_all.view_mut().into_row_range(cached, t), place.rope, place.positions, d)?;
         attention_forward(
@@ -187,18 +221,21 @@ impl Layer {
         )?;
         let attn_out = if s.attn_out.rows() == 0 { &mut *branch } else { &mut s.attn_out };
         self.project(Slot::O, attn_out.top_mut(t), &mut s.h, s.attn.top(t), pass, scratch)?;
-        residual_forward(s.middle.top_mut(t), x, attn_out.top(t))?;
 
-        rms_norm_forward(
+        residual_rms_norm_forward(
             s.ffn_norm.top_mut(t),
             s.ffn_rstd.view_mut().into_column_range(0, t),
-            s.middle.top(t),
+            s.middle.top_mut(t),
+            x,
+            attn_out.top(t),
             self.ffn_norm.view(),
             place.config.rms_norm_eps,
         )?;
         let norm = s.ffn_norm.top(t);
-        self.project(Slot::Gate, s.gate.top_mut(t), &mut s.h, norm, pass, scratch)?;
-        self.project(Slot::Up, s.up.top_mut(t), &mut s.h, norm, pass, scratch)?;
+        let shared = &self.shared_pass(SIBLINGS[2], &s.h, t, pass);
+        self.project_down(SIBLINGS[2], &mut s.h, norm, shared)?;
+        self.project(Slot::Gate, s.gate.top_mut(t), &mut s.h, norm, shared, scratch)?;
+        self.project(Slot::Up, s.up.top_mut(t), &mut s.h, norm, shared, scratch)?;
         swiglu_forward(s.act.top_mut(t), s.gate.top(t), s.up.top(t))?;
         let ffn_out = if s.ffn_out.rows() == 0 { branch } else { &mut s.ffn_out };
         self.project(Slot::Down, ffn_out.top_mut(t), &mut s.h, s.act.top(t), pass, scratch)?;
@@ -219,19 +256,72 @@ impl Layer {
         linear.forward(y, h, x, pass, scratch)
     }
 
+    /// `pass`, or the same that says that the products of `slots` with their first factors are made together:
+    /// where these and the low-rank matrices `h` lie side by side.
+    fn shared_pass<'p>(&self, slots: &[Slot], h: &[Tensor; SLOTS], rows: usize, pass: &Pass<'p>) -> Pass<'p> {
+        let mut views = slots.iter().map(|&slot| h[slot as usize].top(rows));
+        let first = views.next().expect("slots of one input");
+        let adjacent = views.try_fold(first, View::joined).is_some();
+        Pass { shared: adjacent && self.factors_of(slots, pass).is_some(), ..*pass }
+    }
+
+    /// The low-rank activations of all of `slots`, which share the input x, in one product if the pass is shared.
+    fn project_down(
+        &self,
+        slots: &[Slot],
+        h: &mut [Tensor; SLOTS],
+        x: View<'_>,
+        pass: &Pass<'_>,
+    ) -> Result<()> {
+        match (self.factors_of(slots, pass), side_by_side(h, slots, x.rows)) {
+            (Some(a), Some(h)) if pass.shared => Ok(low_rank_forward(h, x, a)?),
+            _ => Ok(()),
+        }
+    }
+
+    /// The mirror of [`Layer::project_down`], after the linears' own backward.
+    fn project_down_backward(
+        &self,
+        slots: &[Slot],
+        dx: Option<ViewMut<'_>>,
+        dh: &mut [Tensor; SLOTS],
+        x: View<'_>,
+        to: &mut Backward<'_>,
+    ) -> Result<()> {
+        let first = self.linear(slots[0]).projection();
+        match (self.factors_of(slots, to.pass), side_by_side(dh, slots, x.rows), first) {
+            (Some(a), Some(dh), Some(first)) if to.pass.shared => {
+                let da = to.dparams.reborrow().into_slice(first.offset, a.rows, a.cols);
+                Ok(low_rank_projection_backward(dx, da, dh.as_view(), x, a)?)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The first factors of `slots` as one matrix, if each has one and they lie side by side.
+    fn factors_of<'p>(&self, slots: &[Slot], pass: &Pass<'p>) -> Option<View<'p>> {
+        let entries: Option<Vec<&Entry>> = slots.iter().map(|&slot| self.linear(slot).projection()).collect();
+        let entries = entries.filter(|entries| entries.len() > 1)?;
+        entries.windows(2).all(|pair| pair[0].end() == pair[1].offset).then_some(())?;
+        let (first, rows) = (entries[0], entries.iter().map(|e| e.shape[0]).sum());
+        Some(pass.factors.slice(first.offset, rows, first.shape[1]))
+    }
+
     fn project_backward(
         &self,
         slot: Slot,
         dx: Option<InputGradient<'_>>,
+        dh: &mut [Tensor; SLOTS],
         dy: View<'_>,
         x: View<'_>,
-        y: View<'_>,
+        y: Option<View<'_>>,
         h: &[Tensor; SLOTS],
         to: &mut Backward<'_>,
     ) -> Result<()> {
         let linear = self.linear(slot);
         let h = h[slot as usize].top(x.rows).column_range(0, linear.rank());
-        linear.backward(dx, to.dparams.reborrow(), dy, Saved { x, h, y }, to.pass, to.scratch)
+        let dh = dh[slot as usize].top_mut(x.rows).into_column_range(0, linear.rank());
+        linear.backward(dx, dh, to.dparams.reborrow(), dy, Saved { x, h, y }, to.pass, to.scratch)
     }
 
     /// The mirror of [`Layer::forward`]: `g.stream` holds the gradient of y on entry and that of x on
@@ -256,34 +346,67 @@ impl Layer {
         self.project_backward(
             Slot::Down,
             Some(overwrite(g.act.top_mut(t))),
+            &mut g.h,
             g.stream.top(t),
             s.act.top(t),
-            ffn_out,
+            Some(ffn_out),
             &s.h,
             to,
         )?;
-        swiglu_backward(g.gate.top_mut(t), g.up.top_mut(t), g.act.top(t), s.gate.top(t), s.up.top(t))?;
+        let (gate, up) = (s.gate.top(t), s.up.top(t));
+        let scales = self.linear(Slot::Gate).output_scale().zip(self.linear(Slot::Up).output_scale());
+        if let Some((gate_scale, up_scale)) = scales {
+            // The up projection's parameters follow the gate's in the flat buffer.
+            let (first, second) = to.dparams.reborrow().split_row(up_scale.offset);
+            let dgate_scale = gate_scale.view_mut(first);
+            let dup_scale = second.into_slice(0, 1, up_scale.len());
+            let of = |entry: &Entry| entry.view(to.pass.params);
+            swiglu_backward_scaled(
+                g.gate.top_mut(t),
+                g.up.top_mut(t),
+                [dgate_scale, dup_scale],
+                g.act.top(t),
+                gate,
+                up,
+                [of(gate_scale), of(up_scale)],
+            )?;
+        } else {
+            swiglu_backward(g.gate.top_mut(t), g.up.top_mut(t), g.act.top(t), gate, up)?;
+        }
+        let unread = |y| scales.is_none().then_some(y);
+        let shared = self.shared_pass(SIBLINGS[2], &g.h, t, to.pass);
+        let mut with_shared = to.with_pass(&shared);
+        let both = &mut with_shared;
         self.project_backward(
             Slot::Up,
-            Some(overwrite(g.norm.top_mut(t))),
+            Some(overwrite(g.ffn_norm.top_mut(t))),
+            &mut g.h,
             g.up.top(t),
             s.ffn_norm.top(t),
-            s.up.top(t),
+            unread(s.up.top(t)),
             &s.h,
-            to,
+            both,
         )?;
         self.project_backward(
             Slot::Gate,
-            Some(accumulate(g.norm.top_mut(t))),
+            Some(accumulate(g.ffn_norm.top_mut(t))),
+            &mut g.h,
             g.gate.top(t),
             s.ffn_norm.top(t),
-            s.gate.top(t),
+            unread(s.gate.top(t)),
             &s.h,
-            to,
+            both,
+        )?;
+        self.project_down_backward(
+            SIBLINGS[2],
+            Some(g.ffn_norm.top_mut(t)),
+            &mut g.h,
+            s.ffn_norm.top(t),
+            both,
         )?;
         rms_norm_backward(
             g.stream.top_mut(t),
-            g.norm.top(t),
+            g.ffn_norm.top(t),
             s.middle.top(t),
             s.ffn_rstd.view().column_range(0, t),
             self.ffn_norm.view(),
@@ -294,9 +417,10 @@ impl Layer {
         self.project_backward(
             Slot::O,
             Some(overwrite(g.attn.top_mut(t))),
+            &mut g.h,
             g.stream.top(t),
             s.attn.top(t),
-            attn_out,
+            Some(attn_out),
             &s.h,
             to,
         )?;
@@ -324,34 +448,41 @@ impl Layer {
             rope_backward(s.k.top_mut(t), place.rope, place.positions, d)?;
         }
         let norm = s.attn_norm.top(t);
+        let shared = self.shared_pass(SIBLINGS[0], &g.h, t, to.pass);
+        let mut with_shared = to.with_pass(&shared);
+        let all = &mut with_shared;
         if input_gradient {
             self.project_backward(
                 Slot::Q,
                 Some(overwrite(g.norm.top_mut(t))),
+                &mut g.h,
                 g.q.top(t),
                 norm,
-                s.q.top(t),
+                Some(s.q.top(t)),
                 &s.h,
-                to,
+                all,
             )?;
             self.project_backward(
                 Slot::K,
                 Some(accumulate(g.norm.top_mut(t))),
+                &mut g.h,
                 g.k.top(t),
                 norm,
-                s.k.top(t),
+                Some(s.k.top(t)),
                 &s.h,
-                to,
+                all,
             )?;
             self.project_backward(
                 Slot::V,
                 Some(accumulate(g.norm.top_mut(t))),
+                &mut g.h,
                 g.v.top(t),
                 norm,
-                s.v.top(t),
+                Some(s.v.top(t)),
                 &s.h,
-                to,
+                all,
             )?;
+            self.project_down_backward(SIBLINGS[0], Some(g.norm.top_mut(t)), &mut g.h, norm, all)?;
             rms_norm_backward(
                 g.stream.top_mut(t),
                 g.norm.top(t),
@@ -360,9 +491,10 @@ impl Layer {
                 self.attn_norm.view(),
             )?;
         } else {
-            self.project_backward(Slot::Q, None, g.q.top(t), norm, s.q.top(t), &s.h, to)?;
-            self.project_backward(Slot::K, None, g.k.top(t), norm, s.k.top(t), &s.h, to)?;
-            self.project_backward(Slot::V, None, g.v.top(t), norm, s.v.top(t), &s.h, to)?;
+            self.project_backward(Slot::Q, None, &mut g.h, g.q.top(t), norm, Some(s.q.top(t)), &s.h, all)?;
+            self.project_backward(Slot::K, None, &mut g.h, g.k.top(t), norm, Some(s.k.top(t)), &s.h, all)?;
+            self.project_backward(Slot::V, None, &mut g.h, g.v.top(t), norm, Some(s.v.top(t)), &s.h, all)?;
+            self.project_down_backward(SIBLINGS[0], None, &mut g.h, norm, all)?;
         }
         Ok(())
     }

@@ -27,6 +27,11 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// One past the last element in the flat buffer.
+    pub fn end(&self) -> usize {
+        self.offset + self.len()
+    }
+
     /// Elements.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
@@ -68,17 +73,48 @@ impl Entry {
 pub struct Parameters {
     /// The matrices, in the order of their offsets.
     pub entries: Vec<Entry>,
-    /// (1, total).
+    /// (1, total): what the optimizer updates.
     pub values: Tensor,
+    /// (1, total): the same rounded to the type of activations, where that is another one.
+    pub rounded: Option<Tensor>,
 }
 
 impl Parameters {
+    /// Zeros for these entries.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn new(device: &Device, entries: Vec<Entry>) -> Result<Parameters> {
+        let count = entries.last().map_or(0, |e| e.range().end);
+        let values = Tensor::zeros(device, 1, count)?;
+        let rounded = device.rounds().then(|| Tensor::activations(device, 1, count)).transpose()?;
+        Ok(Parameters { entries, values, rounded })
+    }
+
     /// No parameter at all: the frozen model.
     ///
     /// # Errors
     /// The device refuses an empty tensor.
     pub fn none(device: &Device) -> Result<Parameters> {
-        Ok(Parameters { entries: Vec::new(), values: Tensor::zeros(device, 1, 0)? })
+        Parameters::new(device, Vec::new())
+    }
+
+    /// Overwrites all values.
+    ///
+    /// # Errors
+    /// Their number differs, or the device refuses.
+    pub fn write(&mut self, values: &[f32]) -> Result<()> {
+        self.values.write(values)?;
+        if let Some(rounded) = &mut self.rounded {
+            rounded.write(values)?;
+        }
+        Ok(())
+    }
+
+    /// A pass over these values.
+    pub fn pass(&self, dropout: Option<RngKey>) -> Pass<'_> {
+        let params = self.values.view();
+        Pass { params, factors: self.rounded.as_ref().map_or(params, Tensor::view), dropout, shared: false }
     }
 
     /// Trained scalars.
@@ -92,8 +128,12 @@ impl Parameters {
 pub struct Pass<'a> {
     /// The flat buffer of [`Parameters`].
     pub params: View<'a>,
+    /// The same in the type of activations: what matrix products take.
+    pub factors: View<'a>,
     /// Seed and number of this micro-batch while training; `None` switches dropout off.
     pub dropout: Option<RngKey>,
+    /// Whether the caller makes the products with [`Adapter::projection`], for all linears of an input at once.
+    pub shared: bool,
 }
 
 /// Buffers that adapters may use within one call; nothing in them outlives it.
@@ -101,8 +141,6 @@ pub struct Pass<'a> {
 pub struct Scratch {
     /// (T, largest in-features): the input after dropout. Empty when no adapter drops out.
     pub dropped: Tensor,
-    /// (T, largest rank): gradient of the low-rank activations.
-    pub dh: Tensor,
 }
 
 /// What the forward pass left for the backward pass of one linear.
@@ -112,11 +150,15 @@ pub struct Saved<'a> {
     pub x: View<'a>,
     /// (T, rank): the low-rank activations.
     pub h: View<'a>,
-    /// (T, out): the output; only there if [`Adapter::needs_output`].
-    pub y: View<'a>,
+    /// (T, out): the output, if [`Adapter::needs_output`]; `None` where the gradient of
+    /// [`Adapter::output_scale`] was made already.
+    pub y: Option<View<'a>>,
 }
 
 /// Where the gradient of a linear's input goes.
+///
+/// On CUDA the gradient of the low-rank activations lies in the padding of its rows
+/// ([`Tensor::with_padding`]), so that one product writes both.
 #[derive(Debug)]
 pub struct InputGradient<'a> {
     /// (T, in).
@@ -136,6 +178,18 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     /// Whether backward reads the linear's output.
     fn needs_output(&self) -> bool;
 
+    /// The factor A, where the low-rank activations are h = x A^T of the input as it is, so that dA = dh^T x and
+    /// dx += dh A, whoever makes them.
+    fn projection(&self) -> Option<&Entry> {
+        None
+    }
+
+    /// The trained factors of the output's channels, if there are any: y_n = m_n * (...), so that
+    /// dm_n = sum_t dy_tn y_tn / m_n. Whoever makes dy from y may make it on the way.
+    fn output_scale(&self) -> Option<&Entry> {
+        None
+    }
+
     /// Whether forward uses [`Scratch::dropped`].
     fn drops_out(&self) -> bool;
 
@@ -145,18 +199,23 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     /// An op refuses.
     fn init(&mut self, values: &mut [f32], weight: &BaseWeight, seed: u64) -> Result<()>;
 
-    /// Fills in the values that follow from given low-rank factors (DoRA's magnitudes); the others stay.
+    /// Initial values that follow from those of the low-rank factors (DoRA's magnitudes), and their place in
+    /// the flat buffer.
     ///
     /// # Errors
     /// An op refuses.
-    fn init_from_factors(&mut self, values: &mut [f32], weight: &BaseWeight) -> Result<()>;
+    fn derive(
+        &mut self,
+        params: &Parameters,
+        weight: &BaseWeight,
+    ) -> Result<Option<(Range<usize>, Vec<f32>)>>;
 
     /// Recomputes what depends on the parameters alone. Called after they are loaded and after every
     /// optimizer step, never per micro-batch.
     ///
     /// # Errors
     /// An op refuses.
-    fn refresh(&mut self, params: View<'_>, weight: &BaseWeight) -> Result<()>;
+    fn refresh(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()>;
 
     /// y (T, out) = the adapted linear of x (T, in); leaves h (T, rank).
     ///
@@ -172,13 +231,15 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
         scratch: &mut Scratch,
     ) -> Result<()>;
 
-    /// Adds the parameters' gradients to `dparams` (flat) and gives the input's gradient, if asked for.
+    /// Adds the parameters' gradients to `dparams` (flat) and gives the input's gradient, if asked for; `dh`
+    /// (T, rank) is room for that of the low-rank activations.
     ///
     /// # Errors
     /// An op refuses.
     fn backward(
         &self,
         dx: Option<InputGradient<'_>>,
+        dh: ViewMut<'_>,
         dparams: ViewMut<'_>,
         dy: View<'_>,
         saved: Saved<'_>,
@@ -213,6 +274,16 @@ impl Linear {
         self.adapter.as_ref().is_some_and(|a| a.needs_output())
     }
 
+    /// See [`Adapter::projection`].
+    pub fn projection(&self) -> Option<&Entry> {
+        self.adapter.as_ref()?.projection()
+    }
+
+    /// See [`Adapter::output_scale`].
+    pub fn output_scale(&self) -> Option<&Entry> {
+        self.adapter.as_ref()?.output_scale()
+    }
+
     /// y (T, out) = the linear of x (T, in).
     ///
     /// # Errors
@@ -238,6 +309,7 @@ impl Linear {
     pub fn backward(
         &self,
         dx: Option<InputGradient<'_>>,
+        dh: ViewMut<'_>,
         dparams: ViewMut<'_>,
         dy: View<'_>,
         saved: Saved<'_>,
@@ -245,7 +317,7 @@ impl Linear {
         scratch: &mut Scratch,
     ) -> Result<()> {
         match (&self.adapter, dx) {
-            (Some(adapter), dx) => adapter.backward(dx, dparams, dy, saved, &self.weight, pass, scratch),
+            (Some(adapter), dx) => adapter.backward(dx, dh, dparams, dy, saved, &self.weight, pass, scratch),
             (None, Some(dx)) => {
                 Ok(quant_linear_backward(dx.dx, None, dy, &self.weight, None, None, dx.accumulate)?)
             }

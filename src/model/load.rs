@@ -8,7 +8,7 @@ use super::config::Config;
 use super::decoder::Decoder;
 use super::layer::{Layer, SLOTS, Slot};
 use super::linear::{BaseWeight, Linear};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Path of a linear's module: `model.layers.0.self_attn.q_proj`.
 pub fn module_path(layer: usize, slot: Slot) -> String {
@@ -21,12 +21,25 @@ impl Decoder {
     /// # Errors
     /// A tensor is missing, has another shape, or a type that is not supported.
     pub fn load(base: &Base, device: &Device) -> Result<Decoder> {
+        Decoder::load_placed(base, device, false)
+    }
+
+    /// As [`Decoder::load`], with the embedding table in pinned host memory if asked for.
+    ///
+    /// # Errors
+    /// See [`Decoder::load`].
+    pub fn load_placed(base: &Base, device: &Device, embedding_on_host: bool) -> Result<Decoder> {
         let config = base.config()?;
         let embedding =
             base.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size, None)?;
+        let embedding =
+            if embedding_on_host { embedding.to_pinned(device)? } else { embedding.to_device(device)? };
         let head = base
             .has("lm_head.weight")
-            .then(|| base.matrix("lm_head.weight", config.vocab_size, config.hidden_size, None))
+            .then(|| {
+                let head = base.matrix("lm_head.weight", config.vocab_size, config.hidden_size, None)?;
+                Ok::<_, Error>(head.to_device(device)?)
+            })
             .transpose()?;
         Ok(Decoder {
             layers: (0..config.n_layers)
@@ -56,7 +69,7 @@ fn load_layer(base: &Base, device: &Device, config: &Config, layer: usize) -> Re
         let (rows, cols) = slot.shape(config);
         let weight: BaseWeight =
             base.matrix(&format!("{module}.weight"), rows, cols, slot.permuted_heads(config))?;
-        Ok(Linear { module, weight, adapter: None })
+        Ok(Linear { module, weight: weight.to_device(device)?, adapter: None })
     };
     let linears: Vec<Linear> = Slot::ALL.into_iter().map(linear).collect::<Result<_>>()?;
     Ok(Layer {

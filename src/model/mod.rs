@@ -11,10 +11,13 @@ pub mod decoder;
 pub mod layer;
 pub mod linear;
 pub mod load;
+pub mod memory;
+pub mod replay;
 pub mod residual;
 pub mod sample;
 pub mod save;
 pub mod save_folder;
+pub mod synthetic;
 pub mod tokenizer;
 
 pub use base::Base;

@@ -4,7 +4,7 @@ use qpeft_kernels::rng::RngKey;
 
 use super::buffers::{Buffers, Keep};
 use super::decoder::{Cache, Decoder};
-use super::linear::{Parameters, Pass};
+use super::linear::Parameters;
 use crate::error::{Error, Result};
 
 /// How the next token is chosen.
@@ -45,7 +45,7 @@ pub fn generate(
     }
     let mut buffers = Buffers::new(decoder, prompt.len(), Keep::Nothing)?;
     let mut cache = Cache::new(decoder, room.min(prompt.len() + max_new_tokens))?;
-    let pass = Pass { params: params.values.view(), dropout: None };
+    let pass = params.pass(None);
     let key = RngKey { seed: sampling.seed, stream: STREAM };
     let mut logits = decoder.step(&mut buffers, &mut cache, prompt, &pass)?;
     let mut tokens = Vec::new();

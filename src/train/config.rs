@@ -158,6 +158,8 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Keep only block inputs and compute the rest again in the backward pass.
     pub gradient_checkpointing: bool,
+    /// Bytes of device memory that the run may take; `None`: what is free.
+    pub memory_limit: Option<u64>,
 
     /// Held-out examples, JSONL.
     pub eval_data: Option<PathBuf>,
@@ -277,6 +279,7 @@ pub(crate) mod tests {
             adam_epsilon: 1e-8,
             seed: 42,
             gradient_checkpointing: false,
+            memory_limit: None,
             eval_data: None,
             eval_split: 0.0,
             eval_steps: 0,

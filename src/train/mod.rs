@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod error;
+pub mod fit;
 pub mod log;
 pub mod optimizer;
 pub mod run_files;

@@ -1,7 +1,7 @@
 //! AdamW over the flat parameter buffer: its two moments, the gradients, clipping.
 
-use qpeft_kernels::ops::adamw::{AdamW, adamw_update};
-use qpeft_kernels::ops::global_norm::{clip_factor, global_norm};
+use qpeft_kernels::ops::adamw::{AdamW, adamw_update_clipped};
+use qpeft_kernels::ops::global_norm::global_norm_clip;
 use qpeft_kernels::{Device, Tensor, ViewMut};
 
 use crate::error::Result;
@@ -22,6 +22,8 @@ pub struct Optimizer {
     m: Tensor,
     /// Running mean of their squares.
     v: Tensor,
+    /// (1, 3): norm of the last step's gradients, what they were multiplied by, and whether they were unusable.
+    clip: Tensor,
 }
 
 impl Optimizer {
@@ -31,7 +33,15 @@ impl Optimizer {
     /// The device is out of memory.
     pub fn new(device: &Device, count: usize, hyper: AdamW, max_grad_norm: f64) -> Result<Optimizer> {
         let zeros = || Tensor::zeros(device, 1, count);
-        Ok(Optimizer { hyper, max_grad_norm, updates: 0, grads: zeros()?, m: zeros()?, v: zeros()? })
+        Ok(Optimizer {
+            hyper,
+            max_grad_norm,
+            updates: 0,
+            grads: zeros()?,
+            m: zeros()?,
+            v: zeros()?,
+            clip: Tensor::zeros(device, 1, 3)?,
+        })
     }
 
     /// The flat gradients, to add to.
@@ -39,33 +49,35 @@ impl Optimizer {
         self.grads.view_mut()
     }
 
-    /// The norm of the accumulated gradients, before clipping.
+    /// Clips the accumulated gradients, updates the parameters, and empties the gradients. Gradients that are
+    /// not finite update nothing; [`Optimizer::grad_norm`] tells.
     ///
     /// # Errors
     /// An op refuses.
-    pub fn grad_norm(&self) -> Result<f64> {
-        Ok(global_norm(self.grads.view())?)
-    }
-
-    /// Clips the gradients to the norm, updates the parameters, and empties the gradients.
-    ///
-    /// # Errors
-    /// An op refuses.
-    pub fn step(&mut self, params: &mut Parameters, learning_rate: f64, grad_norm: f64) -> Result<()> {
+    pub fn step(&mut self, params: &mut Parameters, learning_rate: f64) -> Result<()> {
+        let max_norm = if self.max_grad_norm > 0.0 { self.max_grad_norm as f32 } else { f32::INFINITY };
+        global_norm_clip(self.clip.view_mut(), self.grads.view(), max_norm)?;
         self.updates += 1;
-        let clip =
-            if self.max_grad_norm > 0.0 { clip_factor(grad_norm, self.max_grad_norm as f32) } else { 1.0 };
-        adamw_update(
+        adamw_update_clipped(
             params.values.view_mut(),
             self.m.view_mut(),
             self.v.view_mut(),
+            params.rounded.as_mut().map(Tensor::view_mut),
             self.grads.view(),
+            self.clip.view(),
             &self.hyper,
             learning_rate as f32,
             self.updates,
-            clip,
         )?;
         Ok(self.grads.view_mut().zero("adamw")?)
+    }
+
+    /// The norm of the gradients of the last step, before clipping. On CUDA this waits for the stream.
+    ///
+    /// # Errors
+    /// The device refuses to be read.
+    pub fn grad_norm(&self) -> Result<f64> {
+        Ok(f64::from(self.clip.read()?[0]))
     }
 
     /// The moments (m, v) in host memory, for a checkpoint.

@@ -10,6 +10,7 @@ use qpeft_kernels::svd::SvdOptions;
 use super::checkpoint;
 use super::config::TrainConfig;
 use super::error::Result;
+use super::fit::Fit;
 use super::trainer::Observer;
 use crate::adapters::pissa::SplitError;
 use crate::adapters::staged::{self, FileId, Manifest, Settings};
@@ -37,11 +38,12 @@ impl Start<'_> {
     /// The decoder on the right base with initial adapter values.
     pub fn adapt(
         self,
+        fit: Option<&Fit>,
         observer: &mut dyn Observer,
     ) -> Result<(Decoder, Parameters, PeftConfig, Option<Manifest>, Base)> {
         let peft = self.peft_config();
         if self.config.method.info().staged {
-            return self.adapt_staged(peft, observer);
+            return self.adapt_staged(peft, fit, observer);
         }
         let base = match self.init {
             Some(folder) => {
@@ -50,7 +52,7 @@ impl Start<'_> {
             }
             None => self.model,
         };
-        let mut decoder = Decoder::load(&base, self.device)?;
+        let mut decoder = load(&base, self.device, fit)?;
         let mut params = adapters::attach(&mut decoder, &peft)?;
         match self.init {
             Some(folder) => adapters::load(&mut params, &folder.adapter)?,
@@ -63,6 +65,7 @@ impl Start<'_> {
     fn adapt_staged(
         self,
         peft: PeftConfig,
+        fit: Option<&Fit>,
         observer: &mut dyn Observer,
     ) -> Result<(Decoder, Parameters, PeftConfig, Option<Manifest>, Base)> {
         crate::model::residual::check(&self.model)?;
@@ -85,7 +88,7 @@ impl Start<'_> {
             // residual does not say what was split off.
             check_kind(&given.config, false, false)?;
         }
-        let mut decoder = Decoder::load(&self.model, self.device)?;
+        let mut decoder = Decoder::load(&self.model, &Device::Cpu)?;
         let settings = self.settings(&decoder, &peft, given)?;
         let manifest = match Manifest::read(run)? {
             Some(manifest) if continued.is_some() || self.resume => manifest,
@@ -121,7 +124,7 @@ impl Start<'_> {
             }
         };
         let base = manifest.open_residual(run)?;
-        let mut decoder = Decoder::load(&base, self.device)?;
+        let mut decoder = load(&base, self.device, fit)?;
         let mut params = adapters::attach(&mut decoder, &peft)?;
         if let Some(folder) = continued {
             adapters::load(&mut params, &folder.adapter)?;
@@ -155,7 +158,7 @@ impl Start<'_> {
     }
 
     /// The adapter's configuration: that of the saved adapter, or the one that the flags describe.
-    fn peft_config(&self) -> PeftConfig {
+    pub fn peft_config(&self) -> PeftConfig {
         let config = self.config;
         let mut peft = if let Some(folder) = self.init {
             folder.adapter.config.clone()
@@ -174,6 +177,15 @@ impl Start<'_> {
         peft.base_model_name_or_path = Some(self.model.name());
         peft
     }
+}
+
+/// The decoder with everything where `fit` wants it.
+fn load(base: &Base, device: &Device, fit: Option<&Fit>) -> Result<Decoder> {
+    let Some(Fit { settings, need, .. }) = fit else { return Ok(Decoder::load(base, device)?) };
+    if let Some(cuda) = device.cuda() {
+        cuda.reserve(need.total()).map_err(crate::Error::from)?;
+    }
+    Ok(Decoder::load_placed(base, device, settings.embedding_on_host)?)
 }
 
 /// Whether the method of a run trains a magnitude per row.

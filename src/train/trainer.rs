@@ -15,6 +15,7 @@ use super::checkpoint::{self, Checkpoint, State};
 use super::config::TrainConfig;
 use super::data::{self, Dataset, EvalSize, Sampler};
 use super::error::{Error, Result};
+use super::fit::{ALL_LAYERS, ANY_LAYERS, Fit, fit, limit_of};
 use super::log::{EvalRecord, LogWriter, StepRecord};
 use super::optimizer::Optimizer;
 use super::run_files::RunFile;
@@ -24,7 +25,7 @@ use crate::adapters::staged::{FileId, Manifest};
 use crate::adapters::{self, AdapterFolder, folder};
 use crate::model::chat;
 use crate::model::tokenizer::Tokenizer;
-use crate::model::{Base, Batch, Buffers, Decoder, Keep, Loss, Parameters, Pass};
+use crate::model::{Base, Batch, Buffers, Decoder, Keep, Loss, Parameters};
 
 /// What is about to be trained, said before the first step.
 #[derive(Debug, Clone)]
@@ -44,7 +45,9 @@ pub struct Plan {
     /// Scalars of base and adapter.
     pub total: usize,
     /// Bytes of the packed base, of activations and gradients, of the optimizer.
-    pub memory: [(&'static str, usize); 3],
+    pub memory: Vec<(&'static str, usize)>,
+    /// How it was fitted into a device's memory.
+    pub fit: Option<Fit>,
     /// Training and evaluation examples.
     pub examples: (usize, usize),
     /// Examples cut at the maximum length, and examples left out.
@@ -59,7 +62,7 @@ pub struct Plan {
     pub examples_per_step: usize,
     /// First step of this process, if resumed: one more than the steps done.
     pub resumed_at: Option<u64>,
-    /// Threads or device.
+    /// The device and the libraries it works with.
     pub device: String,
     /// The staged init, if there is one.
     pub staged: Option<Manifest>,
@@ -117,6 +120,8 @@ struct Run<'a> {
     peft: PeftConfig,
     optimizer: Optimizer,
     buffers: Buffers,
+    /// Sequences that go through the model at once.
+    batch_size: usize,
     data: Dataset,
     eval_data: Option<Dataset>,
     sampler: Sampler,
@@ -152,7 +157,15 @@ impl<'a> Run<'a> {
 
         let init = config.init_adapter.as_deref().map(AdapterFolder::open).transpose()?;
         let start = Start { config, device, model, init: init.as_ref(), resume };
-        let (decoder, mut params, peft, manifest, base) = start.adapt(observer)?;
+        let fit = match limit_of(device, config.memory_limit.map(|bytes| bytes as usize))? {
+            Some(limit) => {
+                let (peft, shape) = (start.peft_config(), (config.batch_size, longest));
+                let recomputed = if config.gradient_checkpointing { ALL_LAYERS } else { ANY_LAYERS };
+                Some(fit(&start.model, &peft, shape, recomputed, limit)?)
+            }
+            None => None,
+        };
+        let (decoder, mut params, peft, manifest, base) = start.adapt(fit.as_ref(), observer)?;
         if let Some(warning) = overridden(config, &peft) {
             observer.warn(&warning);
         }
@@ -164,10 +177,18 @@ impl<'a> Run<'a> {
             weight_decay: config.weight_decay as f32,
         };
         let mut optimizer = Optimizer::new(device, params.count(), hyper, config.max_grad_norm)?;
-        let capacity = config.batch_size * longest;
-        let keep = if config.gradient_checkpointing { Keep::LayerInputs } else { Keep::Everything };
         let mut decoder = decoder;
-        let buffers = Buffers::new(&decoder, capacity, keep)?;
+        let (batch_size, keep) = match &fit {
+            Some(Fit { settings, .. }) => {
+                if settings.copies {
+                    decoder.keep_copies()?;
+                }
+                (settings.batch, Keep::Layers(decoder.layers.len() - settings.recomputed))
+            }
+            None if config.gradient_checkpointing => (config.batch_size, Keep::LAYER_INPUTS),
+            None => (config.batch_size, Keep::EVERYTHING),
+        };
+        let buffers = Buffers::new(&decoder, batch_size * longest, keep)?;
 
         let per_step = config.batch_size * config.gradient_accumulation_steps;
         let examples = (config.num_train_epochs * data.examples.len() as f64).round().max(1.0) as u64;
@@ -199,7 +220,7 @@ impl<'a> Run<'a> {
             restore(&checkpoint, &mut params, &mut optimizer)?;
             state = checkpoint.state;
         }
-        decoder.refresh(params.values.view())?;
+        decoder.refresh(&params)?;
 
         let log = if resume {
             LogWriter::resume(&config.output, state.step)?
@@ -218,11 +239,15 @@ impl<'a> Run<'a> {
             target_names: target_names(&decoder),
             trainable: params.count(),
             total: decoder.parameter_count() + params.count(),
-            memory: [
-                ("packed base", decoder.weight_bytes()),
-                ("activations and gradients", buffers.bytes()),
-                ("adapter and optimizer", optimizer.bytes() + params.count() * size_of::<f32>()),
-            ],
+            memory: match &fit {
+                Some(fit) => fit.need.parts().into_iter().filter(|(_, bytes)| *bytes > 0).collect(),
+                None => vec![
+                    ("packed base", decoder.weight_bytes()),
+                    ("activations and gradients", buffers.bytes()),
+                    ("adapter and optimizer", optimizer.bytes() + params.count() * size_of::<f32>()),
+                ],
+            },
+            fit,
             examples: (data.examples.len(), eval_data.as_ref().map_or(0, |d| d.examples.len())),
             cut: (data.truncated, data.skipped.len()),
             masked_share: data::masked_share(&data.examples[0]),
@@ -230,7 +255,7 @@ impl<'a> Run<'a> {
             total_steps,
             examples_per_step: per_step,
             resumed_at: resume.then_some(state.step + 1),
-            device: device.to_string(),
+            device: device.describe(),
             staged: manifest,
         });
         Ok(Run {
@@ -240,6 +265,7 @@ impl<'a> Run<'a> {
             peft,
             optimizer,
             buffers,
+            batch_size,
             data,
             eval_data,
             sampler,
@@ -293,18 +319,21 @@ impl<'a> Run<'a> {
         let supervised: usize = batches.iter().map(|b| b.supervised().0.len()).sum();
         // A step whose examples carry no loss would divide by zero; its gradient is zero.
         let scale = 1.0 / supervised.max(1) as f32;
-        let mut loss = Loss::default();
         for (index, batch) in batches.iter().enumerate() {
-            let micro = self.state.step * self.config.gradient_accumulation_steps as u64 + index as u64;
-            let pass = Pass {
-                params: self.params.values.view(),
-                dropout: Some(RngKey { seed: self.config.seed, stream: micro + 1 }),
-            };
+            // A step has at most as many micro-batches as examples.
+            let per_step = self.config.batch_size * self.config.gradient_accumulation_steps;
+            let micro = self.state.step * per_step as u64 + index as u64;
+            let key = RngKey { seed: self.config.seed, stream: micro + 1 };
+            let pass = self.params.pass((self.peft.lora_dropout > 0.0).then_some(key));
             let mut grads = self.optimizer.grads();
-            loss += self.decoder.loss_and_gradients(&mut self.buffers, batch, &mut grads, scale, &pass)?;
+            self.decoder.accumulate(&mut self.buffers, batch, &mut grads, scale, &pass)?;
         }
         let step = self.state.step + 1;
-        let grad_norm = self.optimizer.grad_norm()?;
+        let learning_rate = self.schedule.learning_rate(self.state.step);
+        self.optimizer.step(&mut self.params, learning_rate)?;
+        self.decoder.refresh(&self.params)?;
+        // The only wait for the device in a step, after everything is enqueued.
+        let (loss, grad_norm) = (self.buffers.take_loss()?, self.optimizer.grad_norm()?);
         if !loss.sum.is_finite() || !grad_norm.is_finite() {
             return Err(Error::NotFinite {
                 step,
@@ -313,9 +342,6 @@ impl<'a> Run<'a> {
                 last_checkpoint: checkpoint::before(&self.config.output, self.state.step)?,
             });
         }
-        let learning_rate = self.schedule.learning_rate(self.state.step);
-        self.optimizer.step(&mut self.params, learning_rate, grad_norm)?;
-        self.decoder.refresh(self.params.values.view())?;
 
         self.state.step = step;
         self.state.optimizer_step = self.optimizer.updates;
@@ -347,12 +373,12 @@ impl<'a> Run<'a> {
         let wanted = self.config.batch_size * self.config.gradient_accumulation_steps;
         let count = left.min(wanted as u64) as usize;
         let picked: Vec<usize> = (0..count).map(|_| self.sampler.next_index()).collect();
-        picked.chunks(self.config.batch_size).map(|indices| self.data.batch(indices)).collect()
+        picked.chunks(self.batch_size).map(|indices| self.data.batch(indices)).collect()
     }
 
     fn evaluate(&mut self, start: &Instant, observer: &mut dyn Observer) -> Result<f64> {
         let data = self.eval_data.as_ref().expect("called only with evaluation data");
-        let (buffers, batch_size) = (&mut self.buffers, self.config.batch_size);
+        let (buffers, batch_size) = (&mut self.buffers, self.batch_size);
         let loss = dataset_loss(&self.decoder, buffers, &self.params, data, batch_size, &mut |_| {})?;
         let record = EvalRecord {
             step: self.state.step,
@@ -399,7 +425,7 @@ pub fn dataset_loss(
     batch_size: usize,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Loss> {
-    let pass = Pass { params: params.values.view(), dropout: None };
+    let pass = params.pass(None);
     let mut loss = Loss::default();
     let indices: Vec<usize> = (0..data.examples.len()).collect();
     for indices in indices.chunks(batch_size) {
@@ -480,7 +506,7 @@ fn restore(checkpoint: &Checkpoint, params: &mut Parameters, optimizer: &mut Opt
         let missing = || crate::Error::refused(format!("the checkpoint has no tensor `{name}`"));
         checkpoint.tensors.get(name).map(|t| t.data.as_slice()).ok_or_else(missing)
     };
-    params.values.write(tensor("parameters")?)?;
+    params.write(tensor("parameters")?)?;
     Ok(optimizer.restore(tensor("adamw.m")?, tensor("adamw.v")?, checkpoint.state.optimizer_step)?)
 }
 

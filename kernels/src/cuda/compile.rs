@@ -21,7 +21,7 @@ const PRELUDE: &str = include_str!("prelude.cuh");
 
 /// Beside the architecture: what NVRTC is told. Division, square roots and denormals stay IEEE's; a kernel that wants a
 /// fast approximation says so by name (`__expf`).
-const OPTIONS: [&str; 3] = ["--std=c++17", "--default-device", "--generate-line-info"];
+const OPTIONS: [&str; 3] = ["--std=c++17", "--device-as-default-execution-space", "--generate-line-info"];
 
 /// How an entry of the cache starts; the number changes with its layout.
 const MAGIC: &[u8; 16] = b"qpeft cubin  1\r\n";

@@ -17,7 +17,7 @@ use crate::tensor::Dtype;
 const OP: &str = "gemm";
 
 /// What cuBLASLt may use beside the operands; the size that NVIDIA recommends for Hopper.
-const WORKSPACE: usize = 32 << 20;
+pub const WORKSPACE: usize = 32 << 20;
 
 /// A row-major matrix in device memory.
 #[derive(Debug, Clone, Copy)]

@@ -75,7 +75,7 @@ impl Search {
     /// The places that the environment variables behind `get` lead to.
     fn from_environment(get: &dyn Fn(&str) -> Option<OsString>) -> Search {
         let folder = |name: &str| get(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let named = get(FOLDERS).map(|list| split(&list)).unwrap_or_default();
+        let named = get(FOLDERS).map(|list| std::env::split_paths(&list).collect()).unwrap_or_default();
         let mut roots = Vec::new();
         for prefix in ["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(|name| folder(name)) {
             roots.extend(site_packages(&prefix));
@@ -98,16 +98,24 @@ impl Search {
                 }
             }
         }
-        let expand = |folders: Vec<PathBuf>| {
-            let mut seen = BTreeSet::new();
-            let all = folders.iter().flat_map(|folder| libraries_below(folder));
-            all.filter(|folder| folder.is_dir() && seen.insert(folder.clone())).collect::<Vec<_>>()
+        let mut seen = BTreeSet::new();
+        let mut below = |root: &PathBuf| {
+            let mut folders = libraries_below(root);
+            folders.retain(|folder| folder.is_dir() && seen.insert(folder.clone()));
+            folders
         };
-        Search { named: expand(named), loader: true, known: expand(roots) }
+        let named: Vec<PathBuf> = named;
+        let named = named.iter().filter(|root| !root.as_os_str().is_empty()).flat_map(|root| {
+            // The loader takes a path without a slash for a name. A folder that is not there is named by the error.
+            let root = std::path::absolute(root).unwrap_or_else(|_| root.clone());
+            if root.is_dir() { below(&root) } else { vec![root] }
+        });
+        let named = named.collect();
+        Search { named, loader: true, known: roots.iter().flat_map(below).collect() }
     }
 }
 
-/// The existing folders of a list like that of `PATH`.
+/// The folders of a list like that of `PATH`; relative ones depend on where the process was started, and are left out.
 fn split(list: &OsStr) -> Vec<PathBuf> {
     std::env::split_paths(list).filter(|folder| folder.is_absolute()).collect()
 }
@@ -168,8 +176,11 @@ fn open(wanted: &Wanted, search: &Search, newest: u32) -> Result<String> {
         return Ok(path);
     }
     let mut reason = format!("no {} on the loader's path", names.join(" or "));
-    let folders: Vec<String> =
-        search.named.iter().chain(&search.known).map(|folder| format!("`{}`", folder.display())).collect();
+    let describe = |folder: &PathBuf| {
+        let note = if folder.is_dir() { "" } else { " (no such folder)" };
+        format!("`{}`{note}", folder.display())
+    };
+    let folders: Vec<String> = search.named.iter().chain(&search.known).map(describe).collect();
     if !folders.is_empty() {
         reason = format!("{reason}, nor in {}", folders.join(", "));
     }
@@ -212,7 +223,7 @@ fn open_in(
 }
 
 /// The first function that a library does not have.
-fn missing(library: &Library, symbols: &'static [&'static str]) -> Option<&'static str> {
+fn missing(library: &Library, symbols: &[&'static str]) -> Option<&'static str> {
     // SAFETY: the addresses are only compared with null, never called.
     symbols.iter().copied().find(|name| unsafe { library.get::<*const ()>(name.as_bytes()) }.is_err())
 }
@@ -281,11 +292,12 @@ fn load_driver() -> Result<()> {
 }
 
 fn check_driver(found: (u32, u32)) -> Result<()> {
-    if found >= OLDEST_DRIVER {
-        return Ok(());
-    }
+    if found >= OLDEST_DRIVER { Ok(()) } else { Err(too_old(found, OLDEST_DRIVER)) }
+}
+
+fn too_old(found: (u32, u32), expected: (u32, u32)) -> Error {
     let text = |(major, minor): (u32, u32)| format!("{major}.{minor}");
-    Err(Error::DriverTooOld { found: text(found), expected: text(OLDEST_DRIVER) })
+    Error::DriverTooOld { found: text(found), expected: text(expected) }
 }
 
 /// The newest CUDA version that the driver supports; the driver is there.
@@ -298,6 +310,19 @@ fn driver_version() -> Result<(u32, u32)> {
         return Err(Error::CudaLibrary { library: DRIVER, reason, hint: DRIVER_HINT });
     }
     Ok((version as u32 / 1000, version as u32 % 1000 / 10))
+}
+
+/// Refuses a driver that lacks a function which came with a later version than the engine asks for.
+///
+/// # Errors
+/// As [`driver`], or the function is missing.
+pub(crate) fn require_driver_function(name: &'static str, since: (u32, u32)) -> Result<()> {
+    driver()?;
+    // SAFETY: the library is there.
+    if missing(unsafe { cuda::sys::culib() }, &[name]).is_none() {
+        return Ok(());
+    }
+    Err(too_old(driver_version()?, since))
 }
 
 /// Opens NVRTC, or says what is missing. Needs no driver.
@@ -414,7 +439,7 @@ mod tests {
             (FOLDERS, format!("{}:{}", at("own"), at("missing"))),
         ];
         let search = Search::from_environment(&variables(&pairs));
-        assert_eq!(search.named, [own]);
+        assert_eq!(search.named, [own, root.path().join("missing")]);
         for folder in [cuda_13, cuda_12, user, system, toolkit] {
             assert!(search.known.contains(&folder), "{} in {search:?}", folder.display());
         }
@@ -431,6 +456,17 @@ mod tests {
         assert!(text.contains(&root.path().display().to_string()), "{text}");
         let hint = error.hint().unwrap();
         assert!(hint.contains("pip install nvidia-cuda-nvrtc") && hint.contains(FOLDERS), "{hint}");
+    }
+
+    #[test]
+    fn a_named_folder_that_is_not_there_is_said_to_be_missing() {
+        let search =
+            Search::from_environment(&variables(&[(FOLDERS, "/no/such/folder:relative/folder".to_owned())]));
+        assert!(search.named.iter().all(|folder| folder.is_absolute()), "{search:?}");
+        let search = Search { loader: false, known: Vec::new(), ..search };
+        let text = open(&NVRTC, &search, 13).unwrap_err().to_string();
+        assert!(text.contains("`/no/such/folder` (no such folder)"), "{text}");
+        assert!(text.contains("relative/folder"), "{text}");
     }
 
     #[test]

@@ -16,6 +16,11 @@ use crate::error::{Error, Result};
 /// Starts of buffers: what the widest vector load and cuBLASLt's fastest kernels want.
 const ALIGNMENT: usize = 256;
 
+/// What an allocation of `bytes` takes.
+pub(crate) fn rounded(bytes: usize) -> usize {
+    bytes.max(1).next_multiple_of(ALIGNMENT)
+}
+
 /// Bytes obtained from the driver at once.
 #[derive(Debug)]
 struct Block {
@@ -23,6 +28,8 @@ struct Block {
     counters: Arc<Counters>,
     ptr: u64,
     bytes: usize,
+    /// Pinned memory of the host, which the device reads over the bus.
+    on_host: bool,
 }
 
 /// Bytes held now, and the most that were held.
@@ -35,11 +42,19 @@ struct Counters {
 impl Drop for Block {
     fn drop(&mut self) {
         if self.context.bind_to_thread().is_ok() {
-            // SAFETY: `ptr` came from `malloc_sync` and nobody holds a buffer in the block any more. A device
-            // that vanished has no memory to give back, so its error says nothing new.
-            let _ = unsafe { result::free_sync(self.ptr) };
+            // SAFETY: `ptr` came from the allocation of its kind and nobody holds a buffer in the block any more. A
+            // device that vanished has no memory to give back, so its error says nothing new.
+            let _ = unsafe {
+                if self.on_host {
+                    result::free_host(self.ptr as *mut std::ffi::c_void)
+                } else {
+                    result::free_sync(self.ptr)
+                }
+            };
         }
-        self.counters.now.fetch_sub(self.bytes, Ordering::Relaxed);
+        if !self.on_host {
+            self.counters.now.fetch_sub(self.bytes, Ordering::Relaxed);
+        }
     }
 }
 
@@ -70,8 +85,6 @@ pub enum Scratch {
     Weight,
     /// cuBLASLt's workspace.
     Gemm,
-    /// What the attention kernels pass to each other.
-    Attention,
     /// Partial sums of reductions.
     Partials,
     /// Weights being unpacked into planes.
@@ -85,6 +98,8 @@ pub(super) struct Memory {
     /// The reserved block and the bytes of it that are taken.
     arena: Mutex<Option<(Arc<Block>, usize)>>,
     scratch: Mutex<HashMap<Scratch, Buffer>>,
+    /// How often a scratch buffer was put in another place.
+    moves: AtomicUsize,
 }
 
 impl Cuda {
@@ -109,7 +124,7 @@ impl Cuda {
     /// # Errors
     /// The device has not so much memory left.
     pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
-        let size = bytes.max(1).next_multiple_of(ALIGNMENT);
+        let size = rounded(bytes);
         let mut arena = self.memory.arena.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((block, used)) = &mut *arena
             && block.bytes - *used >= size
@@ -133,7 +148,23 @@ impl Cuda {
         let counters = Arc::clone(&self.memory.counters);
         let now = counters.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
         counters.peak.fetch_max(now, Ordering::Relaxed);
-        Ok(Block { context: Arc::clone(&self.context), counters, ptr, bytes })
+        Ok(Block { context: Arc::clone(&self.context), counters, ptr, bytes, on_host: false })
+    }
+
+    /// `bytes` of pinned host memory that kernels can read and write at the speed of the bus.
+    ///
+    /// # Errors
+    /// The host has not so much memory left to pin.
+    pub fn alloc_host(&self, bytes: usize) -> Result<Buffer> {
+        self.bind()?;
+        // SAFETY: the context is current; the block frees what it holds exactly once. With unified addresses,
+        // which every 64-bit device has, the device uses the same address.
+        let ptr = unsafe { result::malloc_host(bytes.max(1), 0) }
+            .map_err(|e| self.error(&format!("pinning {bytes} bytes of host memory"), e))?
+            as u64;
+        let counters = Arc::clone(&self.memory.counters);
+        let block = Block { context: Arc::clone(&self.context), counters, ptr, bytes, on_host: true };
+        Ok(Buffer { ptr, bytes, _block: Arc::new(block) })
     }
 
     /// Address of a scratch buffer of at least `bytes`, which keeps its place until a larger one is asked for.
@@ -156,7 +187,13 @@ impl Cuda {
         let buffer = self.alloc(bytes)?;
         let ptr = buffer.ptr;
         all.insert(purpose, buffer);
+        self.memory.moves.fetch_add(1, Ordering::Relaxed);
         Ok(ptr)
+    }
+
+    /// Changes when a scratch buffer gets another address, which recordings hold.
+    pub fn scratch_moves(&self) -> usize {
+        self.memory.moves.load(Ordering::Relaxed)
     }
 
     /// Bytes held from the driver now, and the most that were held at once.
@@ -201,6 +238,19 @@ impl Cuda {
         unsafe { cudarc::driver::sys::cuMemsetD2D8Async(ptr, pitch, 0, width, rows, self.stream()) }
             .result()
             .map_err(|e| self.error("clearing memory", e))
+    }
+
+    /// Copies into a buffer of pinned host memory, now.
+    ///
+    /// # Panics
+    /// The range lies outside of the buffer, or the buffer is not on the host.
+    pub fn write_host(&self, buffer: &Buffer, at: usize, bytes: &[u8]) {
+        assert!(buffer._block.on_host && at + bytes.len() <= buffer.bytes, "a range of a buffer on the host");
+        // SAFETY: the range lies inside of an allocation of the host, checked above, that nothing enqueued uses
+        // yet: buffers on the host are filled once, before they are first read.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), (buffer.ptr as *mut u8).add(at), bytes.len());
+        }
     }
 
     /// Copies host memory to the device in stream order; the host memory may be reused on return.

@@ -12,6 +12,7 @@ pub mod library;
 pub mod memory;
 mod profile;
 pub mod sources;
+pub(crate) mod spans;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -67,19 +68,20 @@ impl Cuda {
         library::driver()?;
         library::nvrtc()?;
         library::cublaslt()?;
-        let count =
-            CudaContext::device_count().map_err(|e| refuse(format!("the driver does not start: {e}")))?;
-        if ordinal >= usize::try_from(count).unwrap_or(0) {
-            return Err(refuse(format!("the driver reports {count} CUDA device(s)")));
+        let count = Cuda::count()?;
+        if ordinal >= count {
+            return Err(refuse(format!("there is no such device: the driver shows {count}")));
         }
         let context =
             CudaContext::new(ordinal).map_err(|e| refuse(format!("cannot create a context: {e}")))?;
         let ask = |e: DriverError| refuse(format!("the device does not answer: {e}"));
         let (major, minor) = context.compute_capability().map_err(ask)?;
         let arch = Arch { major: major as u32, minor: minor as u32 };
-        if arch.major < 8 {
+        if arch < Arch::OLDEST {
+            let model = context.name().map_err(ask)?;
             return Err(refuse(format!(
-                "compute capability {major}.{minor}, expected 8.0 or newer (Ampere): the kernels use bf16 tensor cores"
+                "the {model} has compute capability {major}.{minor}, expected 8.0 or newer (Ampere): the kernels \
+                 use bf16 tensor cores"
             )));
         }
         let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
@@ -96,6 +98,22 @@ impl Cuda {
             gemm,
             profile: Mutex::new(None),
         }))
+    }
+
+    /// How many devices the driver shows; `CUDA_VISIBLE_DEVICES` hides some.
+    ///
+    /// # Errors
+    /// There is no driver, or it does not start.
+    pub fn count() -> Result<usize> {
+        library::driver()?;
+        match CudaContext::device_count() {
+            Ok(count) => Ok(usize::try_from(count).unwrap_or(0)),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => Ok(0),
+            Err(e) => Err(Error::Device {
+                device: "cuda".to_owned(),
+                reason: format!("the driver does not start: {e}"),
+            }),
+        }
     }
 
     /// The number of the device.

@@ -47,17 +47,19 @@ template <typename T> __device__ __forceinline__ T from_f32(float x);
 template <> __device__ __forceinline__ float from_f32<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 from_f32<bf16>(float x) { return to_bf16(x); }
 
-// Eight neighbouring elements in registers.
-struct f32x8 {
-    float v[8];
+// N neighbouring elements in registers.
+template <int N> struct f32xn {
+    float v[N];
 };
+using f32x8 = f32xn<8>;
 
-// `p` is 16-byte aligned.
-__device__ __forceinline__ f32x8 load8(const bf16* p) {
-    const uint4 w = *reinterpret_cast<const uint4*>(p);
+__device__ __forceinline__ f32x8 unpack8(uint4 w) {
     return {{low_f32(w.x), high_f32(w.x), low_f32(w.y), high_f32(w.y), low_f32(w.z), high_f32(w.z), low_f32(w.w),
              high_f32(w.w)}};
 }
+
+// `p` is 16-byte aligned.
+__device__ __forceinline__ f32x8 load8(const bf16* p) { return unpack8(*reinterpret_cast<const uint4*>(p)); }
 
 __device__ __forceinline__ f32x8 load8(const float* p) {
     const float4 a = *reinterpret_cast<const float4*>(p);
@@ -118,3 +120,90 @@ template <int THREADS> __device__ __forceinline__ float block_max(float x) {
 }
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+// How the kernels that only move and combine elements see a matrix: as spans of neighbouring columns, eight where all
+// rows are aligned and a multiple of eight columns long (`Wide`), one otherwise (`Narrow`). A type, so that the choice
+// is made once per kernel: a branch at every load would wait for each before the next is issued.
+struct Wide {
+    static constexpr int N = 8;
+};
+struct Narrow {
+    static constexpr int N = 1;
+};
+
+struct Span {
+    u32 row;
+    u32 col;
+    // False behind the end: such a span reads as zeros and is not written.
+    bool present;
+};
+
+// Span number `i` of a matrix, counted row by row. `cols` is not 0.
+template <typename Width> __device__ __forceinline__ Span span_of_matrix(u32 i, u32 rows, u32 cols, Width) {
+    const u32 per_row = cols / Width::N;
+    const u32 row = i / per_row;
+    return {row, (i - row * per_row) * Width::N, row < rows};
+}
+
+// Span number `i` of a row.
+template <typename Width> __device__ __forceinline__ Span span_of_row(u32 row, u32 i, u32 cols, Width) {
+    return {row, i * Width::N, i * Width::N < cols};
+}
+
+template <typename T> __device__ __forceinline__ f32xn<1> load_span(const T* p, i64 stride, Span s, Narrow) {
+    return {{s.present ? to_f32(p[s.row * stride + s.col]) : 0.0f}};
+}
+
+__device__ __forceinline__ f32x8 load_span(const bf16* p, i64 stride, Span s, Wide) {
+    uint4 w = make_uint4(0, 0, 0, 0);
+    if (s.present) w = *reinterpret_cast<const uint4*>(p + s.row * stride + s.col);
+    return unpack8(w);
+}
+
+__device__ __forceinline__ f32x8 load_span(const float* p, i64 stride, Span s, Wide) {
+    float4 a = make_float4(0.0f, 0.0f, 0.0f, 0.0f), b = a;
+    p += s.row * stride + s.col;
+    if (s.present) {
+        a = *reinterpret_cast<const float4*>(p);
+        b = *reinterpret_cast<const float4*>(p + 4);
+    }
+    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+
+template <typename T>
+__device__ __forceinline__ void store_span(T* p, i64 stride, Span s, Narrow, const f32xn<1>& x) {
+    if (s.present) p[s.row * stride + s.col] = from_f32<T>(x.v[0]);
+}
+
+template <typename T> __device__ __forceinline__ void store_span(T* p, i64 stride, Span s, Wide, const f32x8& x) {
+    if (s.present) store8(p + s.row * stride + s.col, x);
+}
+
+// body(width, first): the block handles spans first, first + THREADS, ... (SPANS of them); one call if `wide`, else
+// eight, so that a block covers the same THREADS * SPANS * 8 elements either way.
+template <int THREADS, int SPANS, typename Body> __device__ __forceinline__ void for_spans(bool wide, Body body) {
+    if (wide) {
+        body(Wide{}, blockIdx.x * (THREADS * SPANS) + threadIdx.x);
+        return;
+    }
+#pragma unroll 1
+    for (u32 k = 0; k < 8; k++) body(Narrow{}, (blockIdx.x * 8 + k) * (THREADS * SPANS) + threadIdx.x);
+}
+
+// The second half of a sum over the rows of a block of 8 warps: every warp has added up some of them, lane l the
+// columns col + N l .. + N. Writes the sums of columns col .. col + 32 N that exist.
+template <int N>
+__device__ __forceinline__ void store_column_sums(float* out, const f32xn<N>& sum, u32 col, u32 cols) {
+    __shared__ float partial[8][N][33];
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < N; i++) partial[warp][i][lane] = sum.v[i];
+    __syncthreads();
+    const u32 c = threadIdx.x;
+    if (c >= 32 * N || col + c >= cols) return;
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < 8; w++) total += partial[w][c % N][c / N];
+    out[col + c] = total;
+}

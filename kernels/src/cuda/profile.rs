@@ -5,7 +5,7 @@ use std::sync::PoisonError;
 
 use cudarc::driver::{result, sys};
 
-use super::Cuda;
+use super::{Cuda, library};
 use crate::error::Result;
 
 /// One timed launch.
@@ -29,6 +29,8 @@ impl Cuda {
     pub fn stop_profile(&self) -> Result<BTreeMap<&'static str, f64>> {
         let spans = self.profile.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
         self.synchronize()?;
+        // The bindings are of CUDA 13 and ask for the function of that version.
+        library::require_driver_function("cuEventElapsedTime_v2", (12, 8))?;
         let mut sums = BTreeMap::new();
         for span in spans {
             // SAFETY: both events were recorded on this device's stream, which is idle now.
@@ -43,10 +45,14 @@ impl Cuda {
         Ok(sums)
     }
 
+    /// Whether launches are timed.
+    pub fn is_profiling(&self) -> bool {
+        self.profile.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// An event before a launch, if launches are timed.
     pub(super) fn profile_begin(&self) -> Result<Option<sys::CUevent>> {
-        let on = self.profile.lock().unwrap_or_else(PoisonError::into_inner).is_some();
-        if on { self.record().map(Some) } else { Ok(None) }
+        if self.is_profiling() { self.record().map(Some) } else { Ok(None) }
     }
 
     /// The event after it.

@@ -4,10 +4,13 @@ use rayon::prelude::*;
 
 use crate::cpu::by_isa;
 use crate::cpu::rows::{pieces, rows_per_task};
+use crate::cuda::{Arg, Cuda, Source, spans};
 use crate::error::{Result, check};
+use crate::ops::convert::convert;
 use crate::tensor::{View, ViewMut};
 
 const OP: &str = "adamw_update";
+const CLIPPED: &str = "adamw_update_clipped";
 
 /// The constants of AdamW.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -54,16 +57,72 @@ pub fn adamw_update(
     step: u64,
     grad_scale: f32,
 ) -> Result<()> {
+    check_operands(OP, &params, &m, &v, grads)?;
+    let factors = Factors::new(hyper, lr, step, grad_scale);
+    if let Some(cuda) = params.cuda() {
+        return update_cuda(OP, &cuda, [&params, &m, &v], None, grads, None, factors);
+    }
+    update_fast(params, m, v, grads, factors)
+}
+
+/// [`adamw_update`] with what [`global_norm_clip`](super::global_norm::global_norm_clip) left, and a copy of the new
+/// parameters in the type that products read.
+///
+/// With clip = (norm, factor, unusable): nothing changes if `unusable` is not 0; else [`adamw_update`] with
+/// `grad_scale` = factor, and copy = p.
+///
+/// Shapes: all alike, usually one row; `clip` (1, 3).
+/// Accumulates: `params`, `m` and `v` are updated in place, `copy` is overwritten.
+/// Precision: as [`adamw_update`]; `copy` is rounded to nearest.
+///
+/// # Errors
+/// Shapes that differ, or no kernel for the device.
+///
+/// Source: see [`adamw_update`].
+pub fn adamw_update_clipped(
+    mut params: ViewMut,
+    m: ViewMut,
+    v: ViewMut,
+    copy: Option<ViewMut>,
+    grads: View,
+    clip: View,
+    hyper: &AdamW,
+    lr: f32,
+    step: u64,
+) -> Result<()> {
+    check_operands(CLIPPED, &params, &m, &v, grads)?;
+    check(CLIPPED, "rows of clip", 1, clip.rows)?;
+    check(CLIPPED, "columns of clip", 3, clip.cols)?;
+    if let Some(copy) = &copy {
+        check(CLIPPED, "rows of copy", grads.rows, copy.rows)?;
+        check(CLIPPED, "columns of copy", grads.cols, copy.cols)?;
+    }
+    let factors = Factors::new(hyper, lr, step, 1.0);
+    if let Some(cuda) = params.cuda() {
+        return update_cuda(CLIPPED, &cuda, [&params, &m, &v], copy.as_ref(), grads, Some(clip), factors);
+    }
+    let clip = clip.cpu(CLIPPED)?;
+    if clip[2] != 0.0 {
+        return Ok(());
+    }
+    update_fast(params.reborrow(), m, v, grads, Factors { grad_scale: clip[1], ..factors })?;
+    match copy {
+        Some(copy) => convert(copy, params.as_view()),
+        None => Ok(()),
+    }
+}
+
+fn check_operands(op: &'static str, params: &ViewMut, m: &ViewMut, v: &ViewMut, grads: View) -> Result<()> {
     let operands = [
         ("rows of params", "columns of params", params.as_view()),
         ("rows of m", "columns of m", m.as_view()),
         ("rows of v", "columns of v", v.as_view()),
     ];
     for (rows, columns, operand) in operands {
-        check(OP, rows, grads.rows, operand.rows)?;
-        check(OP, columns, grads.cols, operand.cols)?;
+        check(op, rows, grads.rows, operand.rows)?;
+        check(op, columns, grads.cols, operand.cols)?;
     }
-    update_fast(params, m, v, grads, Factors::new(hyper, lr, step, grad_scale))
+    Ok(())
 }
 
 /// What is the same for all elements of a step.
@@ -99,6 +158,49 @@ impl Factors {
             step_size: (lr / (1.0 - beta1.powf(steps))) as f32,
         }
     }
+}
+
+// ----------------------------------------------------------------------------------------- CUDA
+
+pub(crate) static SOURCE: Source = Source::new("adamw.cu", include_str!("adamw.cu"));
+
+fn update_cuda(
+    op: &'static str,
+    cuda: &Cuda,
+    [params, m, v]: [&ViewMut; 3],
+    copy: Option<&ViewMut>,
+    grads: View,
+    clip: Option<View>,
+    f: Factors,
+) -> Result<()> {
+    let copy_stride = copy.map_or(grads.stride, |copy| copy.stride);
+    let strides = [params.stride, m.stride, v.stride, copy_stride, grads.stride];
+    let (rows, cols, strides) = spans::flat(grads.rows, grads.cols, strides);
+    let grid = spans::grid(op, rows, cols, 1)?;
+    let args = [
+        Arg::Ptr(params.f32(op)?),
+        Arg::size(strides[0]),
+        Arg::Ptr(m.f32(op)?),
+        Arg::size(strides[1]),
+        Arg::Ptr(v.f32(op)?),
+        Arg::size(strides[2]),
+        Arg::Ptr(copy.map_or(Ok(0), |copy| copy.bf16(op))?),
+        Arg::size(strides[3]),
+        Arg::Ptr(grads.f32(op)?),
+        Arg::size(strides[4]),
+        Arg::Ptr(clip.map_or(Ok(0), |clip| clip.f32(op))?),
+        Arg::size(rows),
+        Arg::size(cols),
+        Arg::F32(f.grad_scale),
+        Arg::F32(f.keep),
+        Arg::F32(f.blend),
+        Arg::F32(f.beta2),
+        Arg::F32(f.blend2),
+        Arg::F32(f.correction2),
+        Arg::F32(f.eps),
+        Arg::F32(f.step_size),
+    ];
+    cuda.launch(&SOURCE, "adamw_update", grid, &args)
 }
 
 // ------------------------------------------------------------------------------------------ CPU

@@ -7,7 +7,9 @@ use rayon::prelude::*;
 
 use crate::cpu::rows::{row, rows_per_task};
 use crate::cpu::{by_isa, math};
+use crate::cuda::{Arg, Cuda, Grid, Source};
 use crate::error::{Error, Result, check};
+use crate::ids::Ids;
 use crate::tensor::{View, ViewMut};
 
 const FORWARD: &str = "cross_entropy_forward";
@@ -26,9 +28,13 @@ const FORWARD_BACKWARD: &str = "cross_entropy_forward_backward";
 /// Shapes that do not belong together, a target outside of the vocabulary, or no kernel for the device.
 ///
 /// Source: the definition.
-pub fn cross_entropy_forward(nll: ViewMut, logits: View, targets: &[u32]) -> Result<()> {
-    check_operands(FORWARD, nll.as_view(), logits, targets)?;
-    forward_fast(nll, logits, targets)
+pub fn cross_entropy_forward<'a>(nll: ViewMut, logits: View, targets: impl Into<Ids<'a>>) -> Result<()> {
+    let targets = targets.into();
+    check_operands(FORWARD, nll.as_view(), logits, targets.host())?;
+    if let Some(cuda) = logits.cuda() {
+        return cuda_rows(FORWARD, cuda, &nll, logits, targets, None);
+    }
+    forward_fast(nll, logits, targets.host())
 }
 
 /// [`cross_entropy_forward`], and the gradient of `scale` times the sum of `nll` overwrites the logits.
@@ -44,14 +50,18 @@ pub fn cross_entropy_forward(nll: ViewMut, logits: View, targets: &[u32]) -> Res
 /// As [`cross_entropy_forward`].
 ///
 /// Source: derived from the formula above; in place as in Hsu et al., arXiv 2410.10989, section 3.2.
-pub fn cross_entropy_forward_backward(
+pub fn cross_entropy_forward_backward<'a>(
     nll: ViewMut,
     logits: ViewMut,
-    targets: &[u32],
+    targets: impl Into<Ids<'a>>,
     scale: f32,
 ) -> Result<()> {
-    check_operands(FORWARD_BACKWARD, nll.as_view(), logits.as_view(), targets)?;
-    forward_backward_fast(nll, logits, targets, scale)
+    let targets = targets.into();
+    check_operands(FORWARD_BACKWARD, nll.as_view(), logits.as_view(), targets.host())?;
+    if let Some(cuda) = logits.cuda() {
+        return cuda_rows(FORWARD_BACKWARD, &cuda, &nll, logits.as_view(), targets, Some(scale));
+    }
+    forward_backward_fast(nll, logits, targets.host(), scale)
 }
 
 fn check_operands(op: &'static str, nll: View, logits: View, targets: &[u32]) -> Result<()> {
@@ -64,6 +74,36 @@ fn check_operands(op: &'static str, nll: View, logits: View, targets: &[u32]) ->
         }
         None => Ok(()),
     }
+}
+
+// ----------------------------------------------------------------------------------------- CUDA
+
+pub(crate) static SOURCE: Source = Source::new("cross_entropy.cu", include_str!("cross_entropy.cu"));
+
+/// Threads of the block of a row.
+const THREADS: usize = 1024;
+
+/// The kernels have the names of the ops; the one with a scale writes the gradient over the logits.
+fn cuda_rows(
+    op: &'static str,
+    cuda: &Cuda,
+    nll: &ViewMut,
+    logits: View,
+    targets: Ids,
+    scale: Option<f32>,
+) -> Result<()> {
+    if logits.rows == 0 {
+        return Ok(());
+    }
+    let mut args = vec![
+        Arg::Ptr(nll.f32(op)?),
+        Arg::Ptr(logits.bf16(op)?),
+        Arg::size(logits.stride),
+        Arg::Ptr(targets.device(op)?),
+        Arg::size(logits.cols),
+    ];
+    args.extend(scale.map(Arg::F32));
+    cuda.launch(&SOURCE, op, Grid::of(logits.rows, THREADS), &args)
 }
 
 // ------------------------------------------------------------------------------------------ CPU

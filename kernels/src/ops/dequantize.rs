@@ -16,6 +16,7 @@ use rayon::prelude::*;
 
 use crate::cuda::{Arg, Cuda, Grid, Source};
 use crate::error::{Error, Result, check};
+use crate::ids::Ids;
 use crate::tensor::{Dtype, View, ViewMut};
 use crate::weight::device::{DeviceWeight, GROUP};
 use crate::weight::{BaseWeight, WeightType};
@@ -30,8 +31,9 @@ pub enum Packed<'a> {
 }
 
 impl<'a> From<&'a BaseWeight> for Packed<'a> {
+    /// Where its kernels read it: on the device, if it is there.
     fn from(weight: &'a BaseWeight) -> Packed<'a> {
-        Packed::Host(weight)
+        weight.device().map_or(Packed::Host(weight), Packed::Device)
     }
 }
 
@@ -130,6 +132,21 @@ pub fn row_norms_squared<'a>(out: ViewMut<'_>, weight: impl Into<Packed<'a>>) ->
     weight.cuda().launch(source, norms, Grid::of(blocks, THREADS), &args)
 }
 
+/// The rows `ids` of a table on a device, for [`embedding_forward`](super::embedding::embedding_forward).
+pub(super) fn rows_by_id(
+    op: &'static str,
+    out: &ViewMut<'_>,
+    table: &DeviceWeight,
+    ids: Ids<'_>,
+) -> Result<()> {
+    same_device(op, table, &out.as_view())?;
+    let mut args = vec![Arg::Ptr(out.bf16(op)?), Arg::I64(out.stride as i64)];
+    args.extend(packed_args(table));
+    args.extend([Arg::Ptr(ids.device(op)?), Arg::size(ids.len()), Arg::F32(table.factor())]);
+    let Kernels { source, embedding, .. } = kernels(table);
+    table.cuda().launch(source, embedding, Grid::of(ids.len().min(1 << 16), THREADS), &args)
+}
+
 // ---------------------------------------------------------------------------------------------- CPU
 
 fn rows_cpu(
@@ -171,7 +188,7 @@ const THREADS: usize = 256;
 const GROUPS_PER_THREAD: usize = 4;
 
 /// Blocks that are started for a multiprocessor at most; they go on until all is done.
-const BLOCKS_PER_SM: usize = 16;
+const BLOCKS_PER_SM: usize = 32;
 
 macro_rules! source {
     ($name:ident, $file:literal) => {
@@ -194,11 +211,12 @@ source!(BLOCKS, "dequantize_blocks.cu");
 source!(CODE_BOOKS, "dequantize_code_books.cu");
 source!(FOUR_BIT, "dequantize_four_bit.cu");
 
-/// The kernels of a type: to bf16, to f32, the squared lengths of its rows.
+/// The kernels of a type: to bf16, to f32, chosen rows to bf16, the squared lengths of its rows.
 struct Kernels {
     source: &'static Source,
     bf16: &'static str,
     f32: &'static str,
+    embedding: &'static str,
     norms: &'static str,
 }
 
@@ -210,6 +228,7 @@ fn kernels(weight: &DeviceWeight) -> Kernels {
                 source: &$source,
                 bf16: concat!("dequantize_", $name),
                 f32: concat!("dequantize_", $name, "_f32"),
+                embedding: concat!("embedding_forward_", $name),
                 norms: concat!("row_norms_squared_", $name),
             }
         };

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use crate::cpu::by_isa;
 use crate::cpu::rows::{pieces, rows_per_task};
+use crate::cuda::{Arg, Cuda, Source, spans};
 use crate::error::{Result, check};
 use crate::rng::RngKey;
 use crate::tensor::{View, ViewMut};
@@ -29,6 +30,9 @@ const BACKWARD: &str = "dropout_backward";
 pub fn dropout_forward(y: ViewMut, x: View, p: f32, key: RngKey) -> Result<()> {
     check(FORWARD, "rows of y", x.rows, y.rows)?;
     check(FORWARD, "columns of y", x.cols, y.cols)?;
+    if let Some(cuda) = y.cuda() {
+        return masked_cuda(FORWARD, &cuda, &y, x, Mask::new(p, key));
+    }
     masked_fast(FORWARD, y, x, Mask::new(p, key), forward_block)
 }
 
@@ -45,6 +49,9 @@ pub fn dropout_forward(y: ViewMut, x: View, p: f32, key: RngKey) -> Result<()> {
 pub fn dropout_backward(dx: ViewMut, dy: View, p: f32, key: RngKey) -> Result<()> {
     check(BACKWARD, "rows of dx", dy.rows, dx.rows)?;
     check(BACKWARD, "columns of dx", dy.cols, dx.cols)?;
+    if let Some(cuda) = dx.cuda() {
+        return masked_cuda(BACKWARD, &cuda, &dx, dy, Mask::new(p, key));
+    }
     masked_fast(BACKWARD, dx, dy, Mask::new(p, key), backward_block)
 }
 
@@ -70,6 +77,30 @@ impl Mask {
     fn factor(self, word: u32) -> f32 {
         if (word as u64) < self.threshold { 0.0 } else { self.scale }
     }
+}
+
+// ----------------------------------------------------------------------------------------- CUDA
+
+pub(crate) static SOURCE: Source = Source::new("dropout.cu", include_str!("dropout.cu"));
+
+/// The kernels have the names of the ops.
+fn masked_cuda(op: &'static str, cuda: &Cuda, y: &ViewMut, x: View, mask: Mask) -> Result<()> {
+    let (rows, cols, [y_stride, x_stride]) = spans::flat(x.rows, x.cols, [y.stride, x.stride]);
+    let grid = spans::grid(op, rows, cols, 1)?;
+    let args = [
+        Arg::Ptr(y.bf16(op)?),
+        Arg::size(y_stride),
+        Arg::Ptr(x.bf16(op)?),
+        Arg::size(x_stride),
+        Arg::size(rows),
+        Arg::size(cols),
+        Arg::U64(mask.key.seed),
+        Arg::U64(mask.key.stream),
+        // 2^32 drops the largest word, too: the scale is 0 then.
+        Arg::U32(u32::try_from(mask.threshold).unwrap_or(u32::MAX)),
+        Arg::F32(mask.scale),
+    ];
+    cuda.launch(&SOURCE, op, grid, &args)
 }
 
 // ------------------------------------------------------------------------------------------ CPU

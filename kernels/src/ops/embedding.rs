@@ -7,6 +7,8 @@ use rayon::prelude::*;
 
 use crate::cpu::rows::rows_per_task;
 use crate::error::{Error, Result, check};
+use crate::ids::Ids;
+use crate::ops::dequantize::rows_by_id;
 use crate::tensor::ViewMut;
 use crate::weight::BaseWeight;
 
@@ -24,12 +26,21 @@ const FORWARD: &str = "embedding_forward";
 /// A token outside of the table, shapes that do not belong together, or no kernel for the device.
 ///
 /// Source: the definition of an embedding; `torch.nn.Embedding`.
-pub fn embedding_forward(y: ViewMut, tokens: &[u32], table: &BaseWeight) -> Result<()> {
+pub fn embedding_forward<'a>(y: ViewMut, tokens: impl Into<Ids<'a>>, table: &BaseWeight) -> Result<()> {
+    let ids: Ids = tokens.into();
+    let tokens = ids.host();
     check(FORWARD, "rows of y", tokens.len(), y.rows)?;
     check(FORWARD, "columns of y", table.cols(), y.cols)?;
     if let Some(&token) = tokens.iter().find(|&&token| token as usize >= table.rows()) {
         let (index, limit) = (token as usize, table.rows());
         return Err(Error::IndexOutOfRange { op: FORWARD, what: "token", index, limit });
+    }
+    if y.cuda().is_some() {
+        let table = table.device().ok_or_else(|| Error::NoKernel {
+            op: FORWARD,
+            device: "a table in host memory and activations on a device".to_owned(),
+        })?;
+        return rows_by_id(FORWARD, &y, table, ids);
     }
     forward_fast(y, tokens, table)
 }

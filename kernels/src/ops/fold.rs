@@ -4,10 +4,13 @@
 //! No backward: the branch's gradients are those of `low_rank`, the magnitude's that of `row_scale`,
 //! and the norm is a constant (DoRA, section 4.3).
 
+use crate::cuda::{Arg, Grid, Source, spans};
 use crate::error::{Result, check};
 use crate::tensor::{View, ViewMut};
 
 const OP: &str = "fold";
+
+pub(crate) static SOURCE: Source = Source::new("fold.cu", include_str!("fold.cu"));
 
 /// The factor that brings each row of a weight to its magnitude.
 ///
@@ -20,6 +23,10 @@ const OP: &str = "fold";
 pub fn fold_row_factor(g: ViewMut<'_>, m: View<'_>, n: View<'_>) -> Result<()> {
     check(OP, "magnitudes", g.cols, m.cols)?;
     check(OP, "norms", g.cols, n.cols)?;
+    if let Some(cuda) = g.cuda() {
+        let args = [Arg::Ptr(g.f32(OP)?), Arg::Ptr(m.f32(OP)?), Arg::Ptr(n.f32(OP)?), Arg::size(g.cols)];
+        return cuda.launch(&SOURCE, "fold_row_factor", Grid::over(g.cols, spans::THREADS), &args);
+    }
     let (g, m, n) = (g.cpu(OP)?, m.cpu(OP)?, n.cpu(OP)?);
     for ((g, m), n) in g.iter_mut().zip(m).zip(n) {
         *g = if *n == 0.0 { 0.0 } else { m / n };
@@ -31,7 +38,7 @@ pub fn fold_row_factor(g: ViewMut<'_>, m: View<'_>, n: View<'_>) -> Result<()> {
 ///
 /// `folded[i, r] = scaling * g[i] * b[i, r]`, with g = 1 where there is none.
 ///
-/// Shapes: folded, b (N, R), g (1, N). Overwrites folded. Precision: f32.
+/// Shapes: folded, b (N, R), g (1, N). Overwrites folded. Precision: f32, and one rounding where folded is bf16.
 ///
 /// # Errors
 /// Shapes that differ.
@@ -40,6 +47,24 @@ pub fn fold_branch(folded: ViewMut<'_>, b: View<'_>, scaling: f32, g: Option<Vie
     check(OP, "columns of b", folded.cols, b.cols)?;
     if let Some(g) = &g {
         check(OP, "row factors", folded.rows, g.cols)?;
+    }
+    if let Some(cuda) = folded.cuda() {
+        let (kernel, to) = match folded.bf16(OP) {
+            Ok(to) => ("fold_branch_bf16", to),
+            Err(_) => ("fold_branch_f32", folded.f32(OP)?),
+        };
+        let grid = spans::grid(OP, b.rows, b.cols, 1)?;
+        let args = [
+            Arg::Ptr(to),
+            Arg::size(folded.stride),
+            Arg::Ptr(b.f32(OP)?),
+            Arg::size(b.stride),
+            Arg::Ptr(g.map_or(Ok(0), |g| g.f32(OP))?),
+            Arg::F32(scaling),
+            Arg::size(b.rows),
+            Arg::size(b.cols),
+        ];
+        return cuda.launch(&SOURCE, kernel, grid, &args);
     }
     let (rows, r, f_stride, b_stride) = (folded.rows, folded.cols, folded.stride, b.stride);
     let (folded, b) = (folded.cpu(OP)?, b.cpu(OP)?);

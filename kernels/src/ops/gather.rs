@@ -2,7 +2,9 @@
 //!
 //! Forward: `y[i] = x[rows[i]]`. Backward: `dx[rows[i]] += dy[i]`.
 
+use crate::cuda::{Arg, Cuda, Source, spans};
 use crate::error::{Error, Result, check};
+use crate::ids::Ids;
 use crate::tensor::{View, ViewMut};
 
 const OP: &str = "gather";
@@ -15,8 +17,13 @@ const OP: &str = "gather";
 ///
 /// # Errors
 /// Shapes that differ, or an index outside of x.
-pub fn gather_forward(y: ViewMut<'_>, x: View<'_>, rows: &[u32]) -> Result<()> {
-    check_rows(y.rows, y.cols, x.rows, x.cols, rows)?;
+pub fn gather_forward<'a>(y: ViewMut<'_>, x: View<'_>, rows: impl Into<Ids<'a>>) -> Result<()> {
+    let rows = rows.into();
+    check_rows(y.rows, y.cols, x.rows, x.cols, rows.host())?;
+    if let Some(cuda) = y.cuda() {
+        return forward_cuda(&cuda, &y, x, rows);
+    }
+    let rows = rows.host();
     let (n, c, y_stride, x_stride) = (y.rows, y.cols, y.stride, x.stride);
     let (y, x) = (y.cpu(OP)?, x.cpu(OP)?);
     for i in 0..n {
@@ -34,8 +41,13 @@ pub fn gather_forward(y: ViewMut<'_>, x: View<'_>, rows: &[u32]) -> Result<()> {
 ///
 /// # Errors
 /// Shapes that differ, or an index outside of dx.
-pub fn gather_backward(dx: ViewMut<'_>, dy: View<'_>, rows: &[u32]) -> Result<()> {
-    check_rows(dy.rows, dy.cols, dx.rows, dx.cols, rows)?;
+pub fn gather_backward<'a>(dx: ViewMut<'_>, dy: View<'_>, rows: impl Into<Ids<'a>>) -> Result<()> {
+    let rows = rows.into();
+    check_rows(dy.rows, dy.cols, dx.rows, dx.cols, rows.host())?;
+    if let Some(cuda) = dx.cuda() {
+        return backward_cuda(&cuda, &dx, dy, rows);
+    }
+    let rows = rows.host();
     let (n, c, dx_stride, dy_stride) = (dy.rows, dy.cols, dx.stride, dy.stride);
     let (dx, dy) = (dx.cpu(OP)?, dy.cpu(OP)?);
     for i in 0..n {
@@ -54,6 +66,53 @@ fn check_rows(n: usize, c: usize, t: usize, x_cols: usize, rows: &[u32]) -> Resu
         Some(&row) => Err(Error::IndexOutOfRange { op: OP, what: "row", index: row as usize, limit: t }),
         None => Ok(()),
     }
+}
+
+// ----------------------------------------------------------------------------------------- CUDA
+
+pub(crate) static SOURCE: Source = Source::new("gather.cu", include_str!("gather.cu"));
+
+fn forward_cuda(cuda: &Cuda, y: &ViewMut<'_>, x: View<'_>, rows: Ids<'_>) -> Result<()> {
+    if y.rows == 0 || y.cols == 0 {
+        return Ok(());
+    }
+    let grid = spans::grid(OP, y.rows, y.cols, 1)?;
+    let args = [
+        Arg::Ptr(y.bf16(OP)?),
+        Arg::size(y.stride),
+        Arg::Ptr(x.bf16(OP)?),
+        Arg::size(x.stride),
+        Arg::Ptr(rows.device(OP)?),
+        Arg::size(y.rows),
+        Arg::size(y.cols),
+    ];
+    cuda.launch(&SOURCE, "gather_forward", grid, &args)
+}
+
+/// A row may be named twice, but not in one launch: two threads would add to it. Runs of rising indices, which the
+/// rows of supervised tokens are one of, name it once each.
+fn backward_cuda(cuda: &Cuda, dx: &ViewMut<'_>, dy: View<'_>, rows: Ids<'_>) -> Result<()> {
+    if dy.cols == 0 {
+        return Ok(());
+    }
+    let mut start = 0;
+    for run in rows.host().chunk_by(|a, b| a < b) {
+        let end = start + run.len();
+        let dy = dy.row_range(start, run.len());
+        let grid = spans::grid(OP, dy.rows, dy.cols, 1)?;
+        let args = [
+            Arg::Ptr(dx.bf16(OP)?),
+            Arg::size(dx.stride),
+            Arg::Ptr(dy.bf16(OP)?),
+            Arg::size(dy.stride),
+            Arg::Ptr(rows.slice(start..end).device(OP)?),
+            Arg::size(dy.rows),
+            Arg::size(dy.cols),
+        ];
+        cuda.launch(&SOURCE, "gather_backward", grid, &args)?;
+        start = end;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -6,10 +6,12 @@ use rayon::prelude::*;
 
 use crate::cpu::by_isa;
 use crate::cpu::rows::row;
-use crate::error::Result;
-use crate::tensor::View;
+use crate::cuda::{Arg, Cuda, Grid, Scratch, Source, spans};
+use crate::error::{Result, check};
+use crate::tensor::{Tensor, View, ViewMut};
 
 const OP: &str = "global_norm";
+const CLIP: &str = "global_norm_clip";
 
 /// Elements whose squares one task adds up: a part of the definition, so that the result is the same with any
 /// number of threads.
@@ -24,15 +26,44 @@ thread_local! {
 /// norm = sqrt(sum x^2).
 ///
 /// Shapes: `x` any; usually the flat buffer of all gradients.
-/// Precision: f64 throughout, in fixed blocks. It is a host number because the CPU has it at once; a CUDA kernel
-/// will leave it in a device scalar that the optimizer reads, so that no step waits for the device.
+/// Precision: f64 throughout, in fixed blocks. On CUDA the result is rounded to f32, and this waits for the device; a
+/// step that must not wait uses [`global_norm_clip`].
 ///
 /// # Errors
 /// No kernel for the device.
 ///
 /// Source: the definition; one norm over all parameters as `torch.nn.utils.clip_grad_norm_`.
 pub fn global_norm(x: View) -> Result<f64> {
+    if let Some(cuda) = x.cuda() {
+        let mut clip = Tensor::zeros(&crate::Device::Cuda(cuda.clone()), 1, 3)?;
+        clip_cuda(cuda, &clip.view_mut(), x, f32::INFINITY)?;
+        return Ok(f64::from(clip.read()?[0]));
+    }
     norm_fast(x)
+}
+
+/// The norm, and what follows from it, where the optimizer reads it: nothing waits for a device.
+///
+/// clip = (norm, min(1, max_norm / (norm + 1e-6)), 1 if the norm is not finite, else 0).
+///
+/// Shapes: `clip` (1, 3); `x` any. An infinite `max_norm` clips nothing.
+/// Accumulates: nothing, `clip` is overwritten.
+/// Precision: as [`global_norm`], each number rounded to f32 once.
+///
+/// # Errors
+/// Another shape of `clip`, or no kernel for the device.
+///
+/// Source: `torch.nn.utils.clip_grad_norm_`.
+pub fn global_norm_clip(clip: ViewMut, x: View, max_norm: f32) -> Result<()> {
+    check(CLIP, "rows of clip", 1, clip.rows)?;
+    check(CLIP, "columns of clip", 3, clip.cols)?;
+    if let Some(cuda) = x.cuda() {
+        return clip_cuda(cuda, &clip, x, max_norm);
+    }
+    let norm = norm_fast(x)?;
+    let unusable = if norm.is_finite() { 0.0 } else { 1.0 };
+    clip.cpu(CLIP)?.copy_from_slice(&[norm as f32, clip_factor(norm, max_norm), unusable]);
+    Ok(())
 }
 
 /// What the gradients are multiplied by so that their norm is at most `max_norm`.
@@ -40,6 +71,26 @@ pub fn global_norm(x: View) -> Result<f64> {
 /// min(1, max_norm / (norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_`.
 pub fn clip_factor(norm: f64, max_norm: f32) -> f32 {
     (max_norm as f64 / (norm + 1e-6)).min(1.0) as f32
+}
+
+// ----------------------------------------------------------------------------------------- CUDA
+
+pub(crate) static SOURCE: Source = Source::new("global_norm.cu", include_str!("global_norm.cu"));
+
+/// Blocks of the first stage; the kernels have the same number.
+const CUDA_BLOCKS: usize = 512;
+
+fn clip_cuda(cuda: &Cuda, clip: &ViewMut, x: View, max_norm: f32) -> Result<()> {
+    let (rows, cols, [stride]) = spans::flat(x.rows, x.cols, [x.stride]);
+    // A kernel does not divide by zero columns: nothing to add up.
+    let (rows, cols) = if cols == 0 { (0, 1) } else { (rows, cols) };
+    spans::grid(CLIP, rows, cols, 1)?;
+    let partial = cuda.scratch(Scratch::Partials, CUDA_BLOCKS * size_of::<f64>())?;
+    let args =
+        [Arg::Ptr(partial), Arg::Ptr(x.f32(CLIP)?), Arg::size(stride), Arg::size(rows), Arg::size(cols)];
+    cuda.launch(&SOURCE, "global_norm_partial", Grid::of(CUDA_BLOCKS, spans::THREADS), &args)?;
+    let args = [Arg::Ptr(clip.f32(CLIP)?), Arg::Ptr(partial), Arg::F32(max_norm)];
+    cuda.launch(&SOURCE, "global_norm_finish", Grid::of(1, spans::THREADS), &args)
 }
 
 // ------------------------------------------------------------------------------------------ CPU

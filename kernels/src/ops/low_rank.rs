@@ -5,8 +5,10 @@
 use crate::cpu::by_isa;
 use crate::cpu::gemm::{Mat, MatMut, gemm};
 use crate::cpu::scratch::with_scratch;
-use crate::error::{Result, check};
-use crate::tensor::{View, ViewMut};
+use crate::cuda::gemm::{Matrix, transposed};
+use crate::cuda::{Arg, Cuda, Grid, Scratch, Source};
+use crate::error::{Error, Result, check};
+use crate::tensor::{Dtype, View, ViewMut};
 
 const FORWARD: &str = "low_rank_forward";
 const BACKWARD: &str = "low_rank_backward";
@@ -36,6 +38,9 @@ pub fn low_rank_forward(h: ViewMut, x: View, a: View) -> Result<()> {
     check(FORWARD, "columns of x", a.cols, x.cols)?;
     check(FORWARD, "rows of h", x.rows, h.rows)?;
     check(FORWARD, "columns of h", a.rows, h.cols)?;
+    if let Some(cuda) = x.cuda() {
+        return cuda.gemm(h.matrix(FORWARD)?, x.matrix(FORWARD)?, transposed(a.matrix(FORWARD)?), 1.0, 0.0);
+    }
     forward_fast(h.mat(FORWARD)?, x.mat(FORWARD)?, a.mat(FORWARD)?);
     Ok(())
 }
@@ -80,14 +85,11 @@ pub fn low_rank_backward(
         check(BACKWARD, "rows of dx", tokens, dx.rows)?;
         check(BACKWARD, "columns of dx", a.cols, dx.cols)?;
     }
-    let row_scale = match out_scale.rows {
-        None => None,
-        Some(rows) => {
-            check(BACKWARD, "rows of the row scale", 1, rows.rows)?;
-            check(BACKWARD, "columns of the row scale", dy.cols, rows.cols)?;
-            Some(rows.mat(BACKWARD)?.row(0))
-        }
-    };
+    check_row_scale(out_scale, dy)?;
+    if let Some(cuda) = x.cuda() {
+        return backward_cuda(cuda, dx, &da, &db, [dh, dy, h, x, a], out_scale);
+    }
+    let row_scale = out_scale.rows.map(|rows| Ok::<_, Error>(rows.mat(BACKWARD)?.row(0))).transpose()?;
     let (dh, x) = (dh.mat(BACKWARD)?, x.mat(BACKWARD)?);
     if let Some(dx) = dx {
         dx_fast(dx.mat(BACKWARD)?, dh, a.mat(BACKWARD)?);
@@ -95,6 +97,72 @@ pub fn low_rank_backward(
     da_fast(da.mat(BACKWARD)?, dh, x);
     db_fast(db.mat(BACKWARD)?, dy.mat(BACKWARD)?, h.mat(BACKWARD)?, out_scale.scaling, row_scale);
     Ok(())
+}
+
+/// The gradients of h = A x by A and by x alone: the part of [`low_rank_backward`] that linears of one input share.
+///
+/// dA += dh^T x; dx += dh A.
+///
+/// Shapes: `dx`, `x` (T, K); `da`, `a` (R, K); `dh` (T, R).
+/// Accumulates: both are added to.
+/// Precision: as [`low_rank_backward`].
+///
+/// # Errors
+/// Shapes that do not belong together, or no kernel for the device.
+///
+/// Source: see [`low_rank_backward`].
+pub fn low_rank_projection_backward(
+    dx: Option<ViewMut>,
+    da: ViewMut,
+    dh: View,
+    x: View,
+    a: View,
+) -> Result<()> {
+    check(BACKWARD, "columns of x", a.cols, x.cols)?;
+    check(BACKWARD, "rows of da", a.rows, da.rows)?;
+    check(BACKWARD, "columns of da", a.cols, da.cols)?;
+    check(BACKWARD, "rows of dh", x.rows, dh.rows)?;
+    check(BACKWARD, "columns of dh", a.rows, dh.cols)?;
+    if let Some(dx) = dx {
+        low_rank_input_gradient(dx, dh, a)?;
+    }
+    if let Some(cuda) = x.cuda() {
+        let dh = transposed(dh.matrix(BACKWARD)?);
+        return cuda.gemm(da.matrix(BACKWARD)?, dh, x.matrix(BACKWARD)?, 1.0, 1.0);
+    }
+    da_fast(da.mat(BACKWARD)?, dh.mat(BACKWARD)?, x.mat(BACKWARD)?);
+    Ok(())
+}
+
+/// The gradient by B alone: the part of [`low_rank_backward`] that every linear has for itself.
+///
+/// dB += s diag(g) dy^T h.
+///
+/// Shapes: `db` (N, R); `dy` (T, N); `h` (T, R).
+/// Accumulates: `db` is added to.
+/// Precision: as [`low_rank_backward`].
+///
+/// # Errors
+/// Shapes that do not belong together, or no kernel for the device.
+///
+/// Source: see [`low_rank_backward`].
+pub fn low_rank_branch_backward(db: ViewMut, dy: View, h: View, out_scale: OutScale) -> Result<()> {
+    check(BACKWARD, "rows of h", dy.rows, h.rows)?;
+    check(BACKWARD, "rows of db", dy.cols, db.rows)?;
+    check(BACKWARD, "columns of db", h.cols, db.cols)?;
+    check_row_scale(out_scale, dy)?;
+    if let Some(cuda) = dy.cuda() {
+        return db_cuda(cuda, &db, dy, h, out_scale);
+    }
+    let row_scale = out_scale.rows.map(|rows| Ok::<_, Error>(rows.mat(BACKWARD)?.row(0))).transpose()?;
+    db_fast(db.mat(BACKWARD)?, dy.mat(BACKWARD)?, h.mat(BACKWARD)?, out_scale.scaling, row_scale);
+    Ok(())
+}
+
+fn check_row_scale(out_scale: OutScale, dy: View) -> Result<()> {
+    let Some(rows) = out_scale.rows else { return Ok(()) };
+    check(BACKWARD, "rows of the row scale", 1, rows.rows)?;
+    check(BACKWARD, "columns of the row scale", dy.cols, rows.cols)
 }
 
 /// The gradient of the projection's input alone: dropout stands between it and dx.
@@ -113,6 +181,9 @@ pub fn low_rank_input_gradient(dx: ViewMut, dh: View, a: View) -> Result<()> {
     check(BACKWARD, "rows of dx", dh.rows, dx.rows)?;
     check(BACKWARD, "columns of dx", a.cols, dx.cols)?;
     check(BACKWARD, "columns of dh", a.rows, dh.cols)?;
+    if let Some(cuda) = dh.cuda() {
+        return cuda.gemm(dx.matrix(BACKWARD)?, dh.matrix(BACKWARD)?, a.matrix(BACKWARD)?, 1.0, 1.0);
+    }
     dx_fast(dx.mat(BACKWARD)?, dh.mat(BACKWARD)?, a.mat(BACKWARD)?);
     Ok(())
 }
@@ -133,8 +204,49 @@ pub fn low_rank_branch_gradient(dh: ViewMut, dy: View, b: View) -> Result<()> {
     check(BACKWARD, "rows of dh", dy.rows, dh.rows)?;
     check(BACKWARD, "columns of dh", b.cols, dh.cols)?;
     check(BACKWARD, "columns of dy", b.rows, dy.cols)?;
+    if let Some(cuda) = dy.cuda() {
+        return cuda.gemm(dh.matrix(BACKWARD)?, dy.matrix(BACKWARD)?, b.matrix(BACKWARD)?, 1.0, 0.0);
+    }
     forward_fast(dh.mat(BACKWARD)?, dy.mat(BACKWARD)?, b.mat(BACKWARD)?.transposed());
     Ok(())
+}
+
+// ----------------------------------------------------------------------------------------- CUDA
+
+pub(crate) static SOURCE: Source = Source::new("low_rank.cu", include_str!("low_rank.cu"));
+
+/// Products by cuBLASLt; sums over tokens are in f32 and added to f32 gradients.
+fn backward_cuda(
+    cuda: &Cuda,
+    dx: Option<ViewMut>,
+    da: &ViewMut,
+    db: &ViewMut,
+    [dh, dy, h, x, a]: [View; 5],
+    out_scale: OutScale,
+) -> Result<()> {
+    let dh = dh.matrix(BACKWARD)?;
+    if let Some(dx) = dx {
+        cuda.gemm(dx.matrix(BACKWARD)?, dh, a.matrix(BACKWARD)?, 1.0, 1.0)?;
+    }
+    cuda.gemm(da.matrix(BACKWARD)?, transposed(dh), x.matrix(BACKWARD)?, 1.0, 1.0)?;
+    db_cuda(cuda, db, dy, h, out_scale)
+}
+
+fn db_cuda(cuda: &Cuda, db: &ViewMut, dy: View, h: View, out_scale: OutScale) -> Result<()> {
+    let (dy, h, to) = (transposed(dy.matrix(BACKWARD)?), h.matrix(BACKWARD)?, db.matrix(BACKWARD)?);
+    let Some(rows) = out_scale.rows else { return cuda.gemm(to, dy, h, out_scale.scaling, 1.0) };
+    let ptr = cuda.scratch(Scratch::Partials, db.rows * db.cols * Dtype::F32.size())?;
+    cuda.gemm(Matrix { ptr, stride: db.cols, ..to }, dy, h, 1.0, 0.0)?;
+    let args = [
+        Arg::Ptr(db.f32(BACKWARD)?),
+        Arg::Ptr(ptr),
+        Arg::Ptr(rows.f32(BACKWARD)?),
+        Arg::F32(out_scale.scaling),
+        Arg::size(db.rows),
+        Arg::size(db.cols),
+        Arg::size(db.stride),
+    ];
+    cuda.launch(&SOURCE, "low_rank_add_scaled", Grid::over(db.rows * db.cols, 256), &args)
 }
 
 // ------------------------------------------------------------------------------------------ CPU

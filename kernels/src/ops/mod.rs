@@ -1,4 +1,4 @@
-//! The ops: one name each, forward and backward, naive and fast CPU, later CUDA next to it.
+//! The ops: one name each, forward and backward, naive and fast CPU, CUDA next to it.
 //!
 //! Letters used in every op: T tokens of the batch (all sequences end to end), C channels, V vocabulary,
 //! H query heads, G key/value heads, D head dimension, N output features, K input features, R rank.
@@ -9,6 +9,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod convert;
 pub mod cross_entropy;
 pub mod dequantize;
 pub mod dropout;

@@ -4,6 +4,11 @@
 //! row scale (the DoRA factor g) is multiplied into the rows while they are there. The branch adds
 //! its product to the same tile of the output, so that LoRA and DoRA cost one pass over y.
 
+mod cuda;
+
+pub(crate) use cuda::for_each_tile;
+pub use cuda::weight_scratch;
+
 use crate::cpu::gemm::{Mat, MatMut, gemm};
 use crate::cpu::scratch::with_scratch;
 use crate::cpu::{by_isa, math};
@@ -42,15 +47,19 @@ pub fn quant_linear_forward(
     check(OP, "columns of x", weight.cols(), x.cols)?;
     check(OP, "rows of y", x.rows, y.rows)?;
     check(OP, "columns of y", weight.rows(), y.cols)?;
-    let row_scale = row_scale_slice(OP, row_scale, weight)?;
+    check_row_scale(OP, row_scale, weight)?;
+    if let Some(Branch { h, b }) = &branch {
+        check(OP, "rows of h", x.rows, h.rows)?;
+        check(OP, "rows of b", weight.rows(), b.rows)?;
+        check(OP, "columns of b", h.cols, b.cols)?;
+    }
+    if let Some(device) = x.cuda() {
+        return cuda::forward(OP, device, &y, x, weight, row_scale, branch);
+    }
+    let row_scale = row_scale_slice(OP, row_scale)?;
     let branch = match branch {
         None => None,
-        Some(Branch { h, b }) => {
-            check(OP, "rows of h", x.rows, h.rows)?;
-            check(OP, "rows of b", weight.rows(), b.rows)?;
-            check(OP, "columns of b", h.cols, b.cols)?;
-            Some((h.mat(OP)?, b.mat(OP)?))
-        }
+        Some(Branch { h, b }) => Some((h.mat(OP)?, b.mat(OP)?)),
     };
     forward_fast(y.mat(OP)?, x.mat(OP)?, weight, row_scale, branch);
     Ok(())
@@ -78,29 +87,32 @@ pub fn quant_linear_backward(
     check(OP, "rows of dx", dy.rows, dx.rows)?;
     check(OP, "columns of dx", weight.cols(), dx.cols)?;
     check(OP, "number of b (as many as dh)", usize::from(dh.is_some()), usize::from(b.is_some()))?;
-    let row_scale = row_scale_slice(OP, row_scale, weight)?;
+    check_row_scale(OP, row_scale, weight)?;
+    if let (Some(dh), Some(b)) = (&dh, &b) {
+        check(OP, "rows of dh", dy.rows, dh.rows)?;
+        check(OP, "rows of b", weight.rows(), b.rows)?;
+        check(OP, "columns of dh", b.cols, dh.cols)?;
+    }
+    if let Some(device) = dy.cuda() {
+        return cuda::backward(OP, device, &dx, dh, dy, weight, row_scale, b, accumulate);
+    }
+    let row_scale = row_scale_slice(OP, row_scale)?;
     let branch = match (dh, b) {
-        (Some(dh), Some(b)) => {
-            check(OP, "rows of dh", dy.rows, dh.rows)?;
-            check(OP, "rows of b", weight.rows(), b.rows)?;
-            check(OP, "columns of dh", b.cols, dh.cols)?;
-            Some((dh.mat(OP)?, b.mat(OP)?))
-        }
+        (Some(dh), Some(b)) => Some((dh.mat(OP)?, b.mat(OP)?)),
         _ => None,
     };
     backward_fast(dx.mat(OP)?, branch, dy.mat(OP)?, weight, row_scale, accumulate);
     Ok(())
 }
 
-fn row_scale_slice<'a>(
-    op: &'static str,
-    row_scale: Option<View<'a>>,
-    weight: &BaseWeight,
-) -> Result<Option<&'a [f32]>> {
-    let Some(row_scale) = row_scale else { return Ok(None) };
+fn check_row_scale(op: &'static str, row_scale: Option<View<'_>>, weight: &BaseWeight) -> Result<()> {
+    let Some(row_scale) = row_scale else { return Ok(()) };
     check(op, "rows of row_scale", 1, row_scale.rows)?;
-    check(op, "columns of row_scale", weight.rows(), row_scale.cols)?;
-    Ok(Some(row_scale.mat(op)?.row(0)))
+    check(op, "columns of row_scale", weight.rows(), row_scale.cols)
+}
+
+fn row_scale_slice<'a>(op: &'static str, row_scale: Option<View<'a>>) -> Result<Option<&'a [f32]>> {
+    row_scale.map(|row_scale| Ok(row_scale.mat(op)?.row(0))).transpose()
 }
 
 // ---------------------------------------------------------------------------------------------- CPU

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use crate::cpu::by_isa;
 use crate::cpu::rows::{pieces, rows_per_task};
+use crate::cuda::{Arg, Cuda, Source, spans};
 use crate::error::{Result, check};
 use crate::tensor::{View, ViewMut};
 
@@ -29,6 +30,9 @@ pub fn residual_forward(y: ViewMut, x: View, branch: View) -> Result<()> {
     check(FORWARD, "columns of y", x.cols, y.cols)?;
     check(FORWARD, "rows of branch", x.rows, branch.rows)?;
     check(FORWARD, "columns of branch", x.cols, branch.cols)?;
+    if let Some(cuda) = y.cuda() {
+        return add_cuda(FORWARD, &cuda, &y, x, branch);
+    }
     forward_fast(y, x, branch)
 }
 
@@ -47,7 +51,31 @@ pub fn residual_forward(y: ViewMut, x: View, branch: View) -> Result<()> {
 pub fn residual_backward(dx: ViewMut, dy: View) -> Result<()> {
     check(BACKWARD, "rows of dx", dy.rows, dx.rows)?;
     check(BACKWARD, "columns of dx", dy.cols, dx.cols)?;
+    if let Some(cuda) = dx.cuda() {
+        return add_cuda(BACKWARD, &cuda, &dx, dx.as_view(), dy);
+    }
     backward_fast(dx, dy)
+}
+
+// ----------------------------------------------------------------------------------------- CUDA
+
+pub(crate) static SOURCE: Source = Source::new("residual.cu", include_str!("residual.cu"));
+
+/// y = x + branch; y may be x.
+fn add_cuda(op: &'static str, cuda: &Cuda, y: &ViewMut, x: View, branch: View) -> Result<()> {
+    let (rows, cols, strides) = spans::flat(x.rows, x.cols, [y.stride, x.stride, branch.stride]);
+    let grid = spans::grid(op, rows, cols, 2)?;
+    let args = [
+        Arg::Ptr(y.bf16(op)?),
+        Arg::size(strides[0]),
+        Arg::Ptr(x.bf16(op)?),
+        Arg::size(strides[1]),
+        Arg::Ptr(branch.bf16(op)?),
+        Arg::size(strides[2]),
+        Arg::size(rows),
+        Arg::size(cols),
+    ];
+    cuda.launch(&SOURCE, "residual_add", grid, &args)
 }
 
 // ------------------------------------------------------------------------------------------ CPU

@@ -6,11 +6,14 @@ use rayon::prelude::*;
 
 use crate::cpu::rows::{row, rows_per_task};
 use crate::cpu::{by_isa, math};
+use crate::cuda::{Arg, Cuda, Grid, Source};
 use crate::error::{Result, check};
+use crate::ops::residual::residual_forward;
 use crate::tensor::{View, ViewMut};
 
 const FORWARD: &str = "rms_norm_forward";
 const BACKWARD: &str = "rms_norm_backward";
+const RESIDUAL: &str = "residual_rms_norm_forward";
 
 /// Scales every token to a root mean square of one, then every channel by its weight.
 ///
@@ -28,7 +31,48 @@ pub fn rms_norm_forward(y: ViewMut, rstd: ViewMut, x: View, weight: View, eps: f
     check(FORWARD, "rows of y", x.rows, y.rows)?;
     check(FORWARD, "columns of y", x.cols, y.cols)?;
     check_saved(FORWARD, rstd.as_view(), x, weight)?;
+    if let Some(cuda) = y.cuda() {
+        return forward_cuda(&cuda, &y, &rstd, None, x, weight, eps);
+    }
     forward_fast(y, rstd, x, weight, eps)
+}
+
+/// Adds a branch to the residual stream and normalizes the sum: [`residual_forward`] and [`rms_norm_forward`] in one
+/// pass.
+///
+/// sum = x + branch; y = sum * rstd * weight, rstd = 1 / sqrt(mean(sum^2) + eps).
+///
+/// Shapes: `y`, `sum`, `x`, `branch` (T, C); `rstd` (1, T), saved for backward; `weight` (1, C).
+/// Accumulates: nothing, `y`, `rstd` and `sum` are overwritten.
+/// Precision: as the two ops; what is normalized is the sum as it is stored.
+///
+/// # Errors
+/// Shapes that do not belong together, or no kernel for the device.
+///
+/// Source: the two ops.
+pub fn residual_rms_norm_forward(
+    y: ViewMut,
+    rstd: ViewMut,
+    mut sum: ViewMut,
+    x: View,
+    branch: View,
+    weight: View,
+    eps: f32,
+) -> Result<()> {
+    for (rows, columns, operand) in [
+        ("rows of y", "columns of y", y.as_view()),
+        ("rows of sum", "columns of sum", sum.as_view()),
+        ("rows of branch", "columns of branch", branch),
+    ] {
+        check(RESIDUAL, rows, x.rows, operand.rows)?;
+        check(RESIDUAL, columns, x.cols, operand.cols)?;
+    }
+    check_saved(RESIDUAL, rstd.as_view(), x, weight)?;
+    if let Some(cuda) = y.cuda() {
+        return forward_cuda(&cuda, &y, &rstd, Some((&sum, branch)), x, weight, eps);
+    }
+    residual_forward(sum.reborrow(), x, branch)?;
+    rms_norm_forward(y, rstd, sum.as_view(), weight, eps)
 }
 
 /// The gradient of [`rms_norm_forward`] by its input, added to the gradient of the residual stream.
@@ -49,6 +93,9 @@ pub fn rms_norm_backward(dx: ViewMut, dy: View, x: View, rstd: View, weight: Vie
     check(BACKWARD, "rows of dy", x.rows, dy.rows)?;
     check(BACKWARD, "columns of dy", x.cols, dy.cols)?;
     check_saved(BACKWARD, rstd, x, weight)?;
+    if let Some(cuda) = dx.cuda() {
+        return backward_cuda(&cuda, &dx, dy, x, rstd, weight);
+    }
     backward_fast(dx, dy, x, rstd, weight)
 }
 
@@ -57,6 +104,85 @@ fn check_saved(op: &'static str, rstd: View, x: View, weight: View) -> Result<()
     check(op, "columns of rstd (tokens)", x.rows, rstd.cols)?;
     check(op, "rows of weight", 1, weight.rows)?;
     check(op, "columns of weight", x.cols, weight.cols)
+}
+
+// ----------------------------------------------------------------------------------------- CUDA
+
+pub(crate) static SOURCE: Source = Source::new("rms_norm.cu", include_str!("rms_norm.cu"));
+
+/// The three kernels for rows of one size.
+#[derive(Debug)]
+struct Kernels {
+    threads: usize,
+    forward: &'static str,
+    residual: &'static str,
+    backward: &'static str,
+}
+
+/// The suffix of a kernel is the largest number of columns that it keeps in registers.
+fn kernels(cols: usize) -> Kernels {
+    macro_rules! kernels {
+        ($threads:literal, $suffix:literal) => {
+            Kernels {
+                threads: $threads,
+                forward: concat!("rms_norm_forward_", $suffix),
+                residual: concat!("residual_rms_norm_forward_", $suffix),
+                backward: concat!("rms_norm_backward_", $suffix),
+            }
+        };
+    }
+    match cols {
+        ..=1024 => kernels!(128, "1024"),
+        ..=2048 => kernels!(256, "2048"),
+        ..=4096 => kernels!(256, "4096"),
+        ..=8192 => kernels!(512, "8192"),
+        _ => kernels!(512, "any"),
+    }
+}
+
+/// With a residual (sum, branch), x + branch is what is normalized.
+fn forward_cuda(
+    cuda: &Cuda,
+    y: &ViewMut,
+    rstd: &ViewMut,
+    residual: Option<(&ViewMut, View)>,
+    x: View,
+    weight: View,
+    eps: f32,
+) -> Result<()> {
+    let op = FORWARD;
+    let kernels = kernels(x.cols);
+    let mut args = vec![Arg::Ptr(y.bf16(op)?), Arg::size(y.stride), Arg::Ptr(rstd.f32(op)?)];
+    if let Some((sum, _)) = residual {
+        args.extend([Arg::Ptr(sum.bf16(op)?), Arg::size(sum.stride)]);
+    }
+    args.extend([Arg::Ptr(x.bf16(op)?), Arg::size(x.stride)]);
+    if let Some((_, branch)) = residual {
+        args.extend([Arg::Ptr(branch.bf16(op)?), Arg::size(branch.stride)]);
+    }
+    args.extend([Arg::Ptr(weight.f32(op)?), Arg::size(x.cols), Arg::F32(eps)]);
+    let kernel = if residual.is_some() { kernels.residual } else { kernels.forward };
+    cuda.launch(&SOURCE, kernel, Grid::of(x.rows, kernels.threads), &args)
+}
+
+fn backward_cuda(cuda: &Cuda, dx: &ViewMut, dy: View, x: View, rstd: View, weight: View) -> Result<()> {
+    let op = BACKWARD;
+    if x.cols == 0 {
+        return Ok(());
+    }
+    let kernels = kernels(x.cols);
+    let args = [
+        Arg::Ptr(dx.bf16(op)?),
+        Arg::size(dx.stride),
+        Arg::Ptr(dy.bf16(op)?),
+        Arg::size(dy.stride),
+        Arg::Ptr(x.bf16(op)?),
+        Arg::size(x.stride),
+        Arg::Ptr(rstd.f32(op)?),
+        Arg::Ptr(weight.f32(op)?),
+        Arg::size(x.cols),
+    ];
+    cuda.launch(&SOURCE, kernels.backward, Grid::of(x.rows, kernels.threads), &args)
 }
 
 // ------------------------------------------------------------------------------------------ CPU

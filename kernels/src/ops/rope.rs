@@ -6,8 +6,10 @@ use rayon::prelude::*;
 
 use crate::cpu::by_isa;
 use crate::cpu::rows::{row, rows_per_task};
+use crate::cuda::{Arg, Cuda, Source, spans};
 use crate::device::Device;
 use crate::error::{Error, Result, check};
+use crate::ids::Ids;
 use crate::tensor::{Tensor, View, ViewMut};
 
 const TABLE: &str = "rope_table";
@@ -122,9 +124,18 @@ fn frequencies(head_dim: usize, theta: f32, scaling: &RopeScaling) -> Result<Vec
 /// Shapes that do not belong together, a position outside of the table, or no kernel for the device.
 ///
 /// Source: Su et al., arXiv 2104.09864, equation 34, with the halves of transformers' `rotate_half`.
-pub fn rope_forward(x: ViewMut, table: View, positions: &[u32], head_dim: usize) -> Result<()> {
+pub fn rope_forward<'a>(
+    x: ViewMut,
+    table: View,
+    positions: impl Into<Ids<'a>>,
+    head_dim: usize,
+) -> Result<()> {
+    let positions = positions.into();
     check_operands(FORWARD, x.as_view(), table, positions, head_dim)?;
-    rotate_fast(FORWARD, x, table, positions, head_dim, false)
+    if let Some(cuda) = x.cuda() {
+        return rotate_cuda(FORWARD, &cuda, &x, table, positions, head_dim);
+    }
+    rotate_fast(FORWARD, x, table, positions.host(), head_dim, false)
 }
 
 /// The gradient of [`rope_forward`]: the inverse rotation, in place. It also undoes a rotation.
@@ -135,23 +146,62 @@ pub fn rope_forward(x: ViewMut, table: View, positions: &[u32], head_dim: usize)
 ///
 /// # Errors
 /// As [`rope_forward`].
-pub fn rope_backward(dx: ViewMut, table: View, positions: &[u32], head_dim: usize) -> Result<()> {
+pub fn rope_backward<'a>(
+    dx: ViewMut,
+    table: View,
+    positions: impl Into<Ids<'a>>,
+    head_dim: usize,
+) -> Result<()> {
+    let positions = positions.into();
     check_operands(BACKWARD, dx.as_view(), table, positions, head_dim)?;
-    rotate_fast(BACKWARD, dx, table, positions, head_dim, true)
+    if let Some(cuda) = dx.cuda() {
+        return rotate_cuda(BACKWARD, &cuda, &dx, table, positions, head_dim);
+    }
+    rotate_fast(BACKWARD, dx, table, positions.host(), head_dim, true)
 }
 
-fn check_operands(op: &'static str, x: View, table: View, positions: &[u32], head_dim: usize) -> Result<()> {
+fn check_operands(op: &'static str, x: View, table: View, positions: Ids, head_dim: usize) -> Result<()> {
     check(op, "head dimension (must be even)", head_dim & !1, head_dim)?;
     let whole_heads = x.cols.checked_div(head_dim).unwrap_or(0) * head_dim;
     check(op, "columns of x (whole heads)", whole_heads, x.cols)?;
     check(op, "columns of table", head_dim, table.cols)?;
     check(op, "number of positions", x.rows, positions.len())?;
-    match positions.iter().find(|&&position| position as usize >= table.rows) {
+    match positions.host().iter().find(|&&position| position as usize >= table.rows) {
         Some(&position) => {
             Err(Error::IndexOutOfRange { op, what: "position", index: position as usize, limit: table.rows })
         }
         None => Ok(()),
     }
+}
+
+// ----------------------------------------------------------------------------------------- CUDA
+
+pub(crate) static SOURCE: Source = Source::new("rope.cu", include_str!("rope.cu"));
+
+/// The kernels have the names of the ops.
+fn rotate_cuda(
+    op: &'static str,
+    cuda: &Cuda,
+    x: &ViewMut,
+    table: View,
+    positions: Ids,
+    head_dim: usize,
+) -> Result<()> {
+    if x.rows == 0 || x.cols == 0 {
+        return Ok(());
+    }
+    let grid = spans::grid(op, x.rows, x.cols / 2, 1)?;
+    let args = [
+        Arg::Ptr(x.bf16(op)?),
+        Arg::size(x.stride),
+        Arg::Ptr(table.f32(op)?),
+        Arg::size(table.stride),
+        Arg::Ptr(positions.device(op)?),
+        Arg::size(x.rows),
+        Arg::size(x.cols / head_dim),
+        Arg::size(head_dim / 2),
+    ];
+    cuda.launch(&SOURCE, op, grid, &args)
 }
 
 // ------------------------------------------------------------------------------------------ CPU

@@ -7,6 +7,8 @@ use rayon::prelude::*;
 
 use crate::cpu::by_isa;
 use crate::cpu::rows::{row, rows_per_task};
+use crate::cuda::spans::{self, Chunks};
+use crate::cuda::{Arg, Cuda, Grid, Scratch, Source};
 use crate::error::{Result, check};
 use crate::tensor::{View, ViewMut};
 
@@ -30,6 +32,9 @@ pub fn row_scale_forward(y: ViewMut, x: View, scale: View) -> Result<()> {
     check(FORWARD, "columns of y", x.cols, y.cols)?;
     check(FORWARD, "rows of scale", 1, scale.rows)?;
     check(FORWARD, "columns of scale", x.cols, scale.cols)?;
+    if let Some(cuda) = y.cuda() {
+        return forward_cuda(&cuda, &y, x, scale);
+    }
     forward_fast(y, x, scale)
 }
 
@@ -58,7 +63,69 @@ pub fn row_scale_backward(dscale: ViewMut, dy: View, y: View, scale: View) -> Re
     check(BACKWARD, "columns of scale", y.cols, scale.cols)?;
     check(BACKWARD, "rows of dscale", 1, dscale.rows)?;
     check(BACKWARD, "columns of dscale", y.cols, dscale.cols)?;
+    if let Some(cuda) = dy.cuda() {
+        return backward_cuda(cuda, &dscale, dy, y, scale);
+    }
     backward_fast(dscale, dy, y, scale)
+}
+
+// ----------------------------------------------------------------------------------------- CUDA
+
+pub(crate) static SOURCE: Source = Source::new("row_scale.cu", include_str!("row_scale.cu"));
+
+fn forward_cuda(cuda: &Cuda, y: &ViewMut, x: View, scale: View) -> Result<()> {
+    if x.cols == 0 {
+        return Ok(());
+    }
+    let grid = spans::grid(FORWARD, x.rows, x.cols, 1)?;
+    let args = [
+        Arg::Ptr(y.bf16(FORWARD)?),
+        Arg::size(y.stride),
+        Arg::Ptr(x.bf16(FORWARD)?),
+        Arg::size(x.stride),
+        Arg::Ptr(scale.f32(FORWARD)?),
+        Arg::size(x.rows),
+        Arg::size(x.cols),
+    ];
+    cuda.launch(&SOURCE, "row_scale_forward", grid, &args)
+}
+
+fn backward_cuda(cuda: &Cuda, dscale: &ViewMut, dy: View, y: View, scale: View) -> Result<()> {
+    let chunks = Chunks::of(y.rows, y.cols);
+    let partial = cuda.scratch(Scratch::Partials, chunks.count * y.cols * size_of::<f32>())?;
+    let args = [
+        Arg::Ptr(partial),
+        Arg::Ptr(dy.bf16(BACKWARD)?),
+        Arg::size(dy.stride),
+        Arg::Ptr(y.bf16(BACKWARD)?),
+        Arg::size(y.stride),
+        Arg::size(y.rows),
+        Arg::size(y.cols),
+        Arg::size(chunks.rows),
+    ];
+    cuda.launch(&SOURCE, "row_scale_backward_partial", chunks.grid(), &args)?;
+    add_partials_cuda(BACKWARD, cuda, dscale, partial, chunks, scale)
+}
+
+/// dscale += (the sum of the chunks' sums) / scale: the second half of a backward pass whose first half left the sums
+/// of products at `partial`.
+pub(super) fn add_partials_cuda(
+    op: &'static str,
+    cuda: &Cuda,
+    dscale: &ViewMut,
+    partial: u64,
+    chunks: Chunks,
+    scale: View,
+) -> Result<()> {
+    let args = [
+        Arg::Ptr(dscale.f32(op)?),
+        Arg::Ptr(partial),
+        Arg::Ptr(scale.f32(op)?),
+        Arg::size(chunks.count),
+        Arg::size(scale.cols),
+    ];
+    let grid = Grid::of(scale.cols.div_ceil(32), spans::THREADS);
+    cuda.launch(&SOURCE, "row_scale_backward_finish", grid, &args)
 }
 
 // ------------------------------------------------------------------------------------------ CPU

@@ -6,11 +6,15 @@ use rayon::prelude::*;
 
 use crate::cpu::rows::{pieces, rows_per_task};
 use crate::cpu::{by_isa, math};
+use crate::cuda::spans::{self, Chunks};
+use crate::cuda::{Arg, Cuda, Scratch, Source};
 use crate::error::{Result, check};
+use crate::ops::row_scale::{add_partials_cuda, row_scale_backward};
 use crate::tensor::{View, ViewMut};
 
 const FORWARD: &str = "swiglu_forward";
 const BACKWARD: &str = "swiglu_backward";
+const SCALED: &str = "swiglu_backward_scaled";
 
 /// Multiplies `up` by the SiLU of `gate`.
 ///
@@ -29,6 +33,9 @@ pub fn swiglu_forward(y: ViewMut, gate: View, up: View) -> Result<()> {
     check(FORWARD, "columns of y", gate.cols, y.cols)?;
     check(FORWARD, "rows of up", gate.rows, up.rows)?;
     check(FORWARD, "columns of up", gate.cols, up.cols)?;
+    if let Some(cuda) = y.cuda() {
+        return forward_cuda(FORWARD, &cuda, &y, gate, up);
+    }
     forward_fast(y, gate, up)
 }
 
@@ -45,6 +52,54 @@ pub fn swiglu_forward(y: ViewMut, gate: View, up: View) -> Result<()> {
 ///
 /// Source: derived from the formula above.
 pub fn swiglu_backward(dgate: ViewMut, dup: ViewMut, dy: View, gate: View, up: View) -> Result<()> {
+    check_gradients(BACKWARD, [&dgate, &dup], [dy, gate, up])?;
+    if let Some(cuda) = dy.cuda() {
+        return backward_cuda(BACKWARD, cuda, [&dgate, &dup], [dy, gate, up]);
+    }
+    backward_fast(dgate, dup, dy, gate, up)
+}
+
+/// [`swiglu_backward`], and the gradients of the factors of both inputs' columns, without another pass over them:
+/// where gate and up come from linears with magnitudes (DoRA).
+///
+/// dgate, dup as [`swiglu_backward`]; dscales\[0\]_n += sum_t dgate_tn gate_tn / scales\[0\]_n, dscales\[1\]_n += sum_t
+/// dup_tn up_tn / scales\[1\]_n, as [`row_scale_backward`], a factor of 0 included.
+///
+/// Shapes: `dgate`, `dup`, `dy`, `gate`, `up` (T, C); `dscales`, `scales` (1, C) each.
+/// Accumulates: `dscales` are added to; `dgate` and `dup` are overwritten.
+/// Precision: as the two ops; on CUDA the sums are of gradients before they are rounded to bf16.
+///
+/// # Errors
+/// Shapes that do not belong together, or no kernel for the device.
+///
+/// Source: the two ops.
+pub fn swiglu_backward_scaled(
+    mut dgate: ViewMut,
+    mut dup: ViewMut,
+    dscales: [ViewMut; 2],
+    dy: View,
+    gate: View,
+    up: View,
+    scales: [View; 2],
+) -> Result<()> {
+    check_gradients(SCALED, [&dgate, &dup], [dy, gate, up])?;
+    for (dscale, scale) in dscales.iter().zip(scales) {
+        check(SCALED, "rows of dscales", 1, dscale.rows)?;
+        check(SCALED, "columns of dscales", gate.cols, dscale.cols)?;
+        check(SCALED, "rows of scales", 1, scale.rows)?;
+        check(SCALED, "columns of scales", gate.cols, scale.cols)?;
+    }
+    if let Some(cuda) = dy.cuda() {
+        return scaled_cuda(cuda, [&dgate, &dup], dscales.each_ref(), [dy, gate, up], scales);
+    }
+    backward_fast(dgate.reborrow(), dup.reborrow(), dy, gate, up)?;
+    let [dgate_scale, dup_scale] = dscales;
+    row_scale_backward(dgate_scale, dgate.as_view(), gate, scales[0])?;
+    row_scale_backward(dup_scale, dup.as_view(), up, scales[1])
+}
+
+/// All like `gate`: the gradients, then dy, gate, up.
+fn check_gradients(op: &'static str, [dgate, dup]: [&ViewMut; 2], [dy, gate, up]: [View; 3]) -> Result<()> {
     let operands = [
         ("rows of dgate", "columns of dgate", dgate.as_view()),
         ("rows of dup", "columns of dup", dup.as_view()),
@@ -52,10 +107,92 @@ pub fn swiglu_backward(dgate: ViewMut, dup: ViewMut, dy: View, gate: View, up: V
         ("rows of up", "columns of up", up),
     ];
     for (rows, columns, operand) in operands {
-        check(BACKWARD, rows, gate.rows, operand.rows)?;
-        check(BACKWARD, columns, gate.cols, operand.cols)?;
+        check(op, rows, gate.rows, operand.rows)?;
+        check(op, columns, gate.cols, operand.cols)?;
     }
-    backward_fast(dgate, dup, dy, gate, up)
+    Ok(())
+}
+
+// ----------------------------------------------------------------------------------------- CUDA
+
+pub(crate) static SOURCE: Source = Source::new("swiglu.cu", include_str!("swiglu.cu"));
+
+/// The kernels have the names of the ops; geglu has its kernels in the same file.
+pub(super) fn forward_cuda(op: &'static str, cuda: &Cuda, y: &ViewMut, gate: View, up: View) -> Result<()> {
+    let (rows, cols, strides) = spans::flat(gate.rows, gate.cols, [y.stride, gate.stride, up.stride]);
+    let grid = spans::grid(op, rows, cols, 2)?;
+    let args = [
+        Arg::Ptr(y.bf16(op)?),
+        Arg::size(strides[0]),
+        Arg::Ptr(gate.bf16(op)?),
+        Arg::size(strides[1]),
+        Arg::Ptr(up.bf16(op)?),
+        Arg::size(strides[2]),
+        Arg::size(rows),
+        Arg::size(cols),
+    ];
+    cuda.launch(&SOURCE, op, grid, &args)
+}
+
+pub(super) fn backward_cuda(
+    op: &'static str,
+    cuda: &Cuda,
+    [dgate, dup]: [&ViewMut; 2],
+    [dy, gate, up]: [View; 3],
+) -> Result<()> {
+    let strides = [dgate.stride, dup.stride, dy.stride, gate.stride, up.stride];
+    let (rows, cols, strides) = spans::flat(gate.rows, gate.cols, strides);
+    let grid = spans::grid(op, rows, cols, 2)?;
+    let args = [
+        Arg::Ptr(dgate.bf16(op)?),
+        Arg::size(strides[0]),
+        Arg::Ptr(dup.bf16(op)?),
+        Arg::size(strides[1]),
+        Arg::Ptr(dy.bf16(op)?),
+        Arg::size(strides[2]),
+        Arg::Ptr(gate.bf16(op)?),
+        Arg::size(strides[3]),
+        Arg::Ptr(up.bf16(op)?),
+        Arg::size(strides[4]),
+        Arg::size(rows),
+        Arg::size(cols),
+    ];
+    cuda.launch(&SOURCE, op, grid, &args)
+}
+
+fn scaled_cuda(
+    cuda: &Cuda,
+    [dgate, dup]: [&ViewMut; 2],
+    dscales: [&ViewMut; 2],
+    [dy, gate, up]: [View; 3],
+    scales: [View; 2],
+) -> Result<()> {
+    let (op, chunks) = (SCALED, Chunks::of(gate.rows, gate.cols));
+    let bytes = chunks.count * gate.cols * size_of::<f32>();
+    let partials = cuda.scratch(Scratch::Partials, 2 * bytes)?;
+    let partials = [partials, partials + bytes as u64];
+    let args = [
+        Arg::Ptr(dgate.bf16(op)?),
+        Arg::size(dgate.stride),
+        Arg::Ptr(dup.bf16(op)?),
+        Arg::size(dup.stride),
+        Arg::Ptr(partials[0]),
+        Arg::Ptr(partials[1]),
+        Arg::Ptr(dy.bf16(op)?),
+        Arg::size(dy.stride),
+        Arg::Ptr(gate.bf16(op)?),
+        Arg::size(gate.stride),
+        Arg::Ptr(up.bf16(op)?),
+        Arg::size(up.stride),
+        Arg::size(gate.rows),
+        Arg::size(gate.cols),
+        Arg::size(chunks.rows),
+    ];
+    cuda.launch(&SOURCE, "swiglu_backward_columns", chunks.grid(), &args)?;
+    for i in 0..2 {
+        add_partials_cuda(op, cuda, dscales[i], partials[i], chunks, scales[i])?;
+    }
+    Ok(())
 }
 
 // ------------------------------------------------------------------------------------------ CPU

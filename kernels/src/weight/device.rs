@@ -67,14 +67,24 @@ impl DeviceWeight {
     /// # Errors
     /// The device has too little memory left, or the weight has 2^34 elements or more.
     pub fn upload(cuda: &Arc<Cuda>, weight: &BaseWeight) -> Result<DeviceWeight> {
+        DeviceWeight::place(cuda, weight, false)
+    }
+
+    fn place(cuda: &Arc<Cuda>, weight: &BaseWeight, on_host: bool) -> Result<DeviceWeight> {
         let groups = weight.rows.saturating_mul(weight.cols.div_ceil(GROUP));
         if groups >= GROUPS_MAX {
             let what = "groups of eight elements";
             return Err(Error::IndexOutOfRange { op: "upload", what, index: groups, limit: GROUPS_MAX });
         }
         let layout = Layout::of(weight);
-        let buffer = cuda.alloc(layout.bytes)?;
-        layout.write(weight, |at, bytes| cuda.write(buffer.ptr() + at as u64, bytes))?;
+        let buffer = if on_host { cuda.alloc_host(layout.bytes)? } else { cuda.alloc(layout.bytes)? };
+        layout.write(weight, |at, bytes| {
+            if on_host {
+                cuda.write_host(&buffer, at, bytes);
+                return Ok(());
+            }
+            cuda.write(buffer.ptr() + at as u64, bytes)
+        })?;
         Ok(DeviceWeight {
             cuda: Arc::clone(cuda),
             rows: weight.rows,
@@ -84,6 +94,14 @@ impl DeviceWeight {
             buffer,
             layout,
         })
+    }
+
+    /// As [`DeviceWeight::upload`], into pinned host memory that kernels read over the bus.
+    ///
+    /// # Errors
+    /// The host has not so much memory to pin.
+    pub fn pin(cuda: &Arc<Cuda>, weight: &BaseWeight) -> Result<DeviceWeight> {
+        DeviceWeight::place(cuda, weight, true)
     }
 
     /// Where it is.

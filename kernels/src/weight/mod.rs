@@ -5,6 +5,7 @@
 //! packed and usually mapped from the file: a clone is a pointer, and only the tile at work is f32.
 //! N rows are output features, K columns are input features. Each storage has a file of its own.
 
+mod copy;
 pub mod device;
 mod four_bit;
 mod ggml;
@@ -12,6 +13,7 @@ mod int8;
 mod kind;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use qpeft_formats::GgmlType;
 use qpeft_formats::bitsandbytes::{FourBit, Int8};
@@ -19,12 +21,15 @@ use qpeft_formats::file::Bytes;
 use qpeft_formats::safetensors::{Dtype, TensorView};
 use rayon::prelude::*;
 
+pub(crate) use copy::Missing;
+pub use copy::Place;
 pub use device::DeviceWeight;
 pub use ggml::dequantize_blocks;
 pub use kind::WeightType;
 
 use crate::cpu::by_isa;
 use crate::cpu::scratch::with_scratch;
+use crate::device::Device;
 use crate::error::{Error, Result, check};
 use crate::tensor::ViewMut;
 
@@ -34,6 +39,14 @@ pub struct BaseWeight {
     rows: usize,
     cols: usize,
     storage: Storage,
+    on_device: Option<Arc<OnDevice>>,
+}
+
+/// The same weight where ops on a device read it.
+#[derive(Debug)]
+struct OnDevice {
+    packed: DeviceWeight,
+    copy: Option<copy::Copy>,
 }
 
 /// How the rows are stored.
@@ -59,7 +72,7 @@ impl BaseWeight {
     pub fn from_ggml(dtype: GgmlType, rows: usize, cols: usize, bytes: Bytes) -> Result<BaseWeight> {
         let expected = dtype.row_bytes(cols)?.saturating_mul(rows);
         check("weight", "size in bytes", expected, bytes.len())?;
-        Ok(BaseWeight { rows, cols, storage: Storage::Ggml { dtype, bytes, factor: 1.0 } })
+        Ok(BaseWeight { rows, cols, storage: Storage::Ggml { dtype, bytes, factor: 1.0 }, on_device: None })
     }
 
     /// The same blocks with every element times `factor`, as a file has it that keeps a factor of the whole
@@ -93,15 +106,28 @@ impl BaseWeight {
         BaseWeight::from_ggml(GgmlType::F32, rows, cols, Bytes::from(bytes))
     }
 
+    /// A weight of this type whose values do not matter.
+    ///
+    /// # Errors
+    /// `cols` is not a whole number of blocks.
+    pub fn empty(of: WeightType, rows: usize, cols: usize) -> Result<BaseWeight> {
+        of.empty(rows, cols, Dtype::BF16)
+    }
+
     /// A weight in NF4 or FP4.
     pub fn from_four_bit(weight: FourBit) -> BaseWeight {
         let state = *weight.state();
-        BaseWeight { rows: state.rows, cols: state.cols, storage: Storage::FourBit(weight) }
+        BaseWeight { rows: state.rows, cols: state.cols, storage: Storage::FourBit(weight), on_device: None }
     }
 
     /// A weight in LLM.int8.
     pub fn from_int8(weight: Int8) -> BaseWeight {
-        BaseWeight { rows: weight.rows(), cols: weight.cols(), storage: Storage::Int8(weight) }
+        BaseWeight {
+            rows: weight.rows(),
+            cols: weight.cols(),
+            storage: Storage::Int8(weight),
+            on_device: None,
+        }
     }
 
     /// Output features, N.
@@ -112,6 +138,102 @@ impl BaseWeight {
     /// Input features, K.
     pub fn cols(&self) -> usize {
         self.cols
+    }
+
+    /// The same weight, packed, where `device` computes. The host keeps its mapped bytes.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn to_device(mut self, device: &Device) -> Result<BaseWeight> {
+        match device {
+            Device::Cpu => {}
+            Device::Cuda(cuda) => {
+                let packed = DeviceWeight::upload(cuda, &self)?;
+                self.on_device = Some(Arc::new(OnDevice { packed, copy: None }));
+            }
+            Device::Meta(meter) => meter.add(DeviceWeight::bytes_of(&self)),
+        }
+        Ok(self)
+    }
+
+    /// As [`BaseWeight::to_device`], but in pinned host memory, which kernels read over the bus: for a table of
+    /// which a step needs some rows.
+    ///
+    /// # Errors
+    /// The host has not so much memory to pin.
+    pub fn to_pinned(mut self, device: &Device) -> Result<BaseWeight> {
+        if let Device::Cuda(cuda) = device {
+            let packed = DeviceWeight::pin(cuda, &self)?;
+            self.on_device = Some(Arc::new(OnDevice { packed, copy: None }));
+        }
+        Ok(self)
+    }
+
+    /// The packed weight on the device, if it is there.
+    pub fn device(&self) -> Option<&DeviceWeight> {
+        self.on_device.as_ref().map(|on_device| &on_device.packed)
+    }
+
+    /// Gives a weight on a device room for a bf16 copy with so many columns of padding, so that products do
+    /// not dequantize it each time. `adapted`: for products with a row scale or a branch.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    ///
+    /// # Panics
+    /// The weight is shared already.
+    pub fn keep_copy(&mut self, device: &Device, padding: usize, adapted: bool) -> Result<()> {
+        let bytes = self.rows * (self.cols + padding) * crate::tensor::Dtype::Bf16.size();
+        match (device, &mut self.on_device) {
+            (Device::Cuda(cuda), Some(on_device)) => {
+                let on_device = Arc::get_mut(on_device).expect("a weight that is not shared yet");
+                on_device.copy = Some(copy::Copy::new(cuda.alloc(bytes)?, adapted));
+            }
+            (Device::Meta(meter), _) => meter.add(bytes),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Bytes that it takes, or would take, on a device.
+    pub fn device_bytes(&self) -> usize {
+        DeviceWeight::bytes_of(self)
+    }
+
+    /// Whether it has room for a bf16 copy.
+    pub fn is_cached(&self) -> bool {
+        self.on_device.as_ref().is_some_and(|on_device| on_device.copy.is_some())
+    }
+
+    /// Address of the bf16 copy for this use, and what the caller has to write there first.
+    pub(crate) fn cached_copy(&self, scaled: bool, place: Option<Place>) -> Option<(u64, Missing)> {
+        self.on_device.as_ref()?.copy.as_ref()?.take(self.rows, self.cols, scaled, place)
+    }
+
+    /// The bf16 copy, where its rows are scaled by the row scale of now: address and stride.
+    pub(crate) fn scaled_copy(&self) -> Option<(u64, usize)> {
+        let (ptr, padding) = self.on_device.as_ref()?.copy.as_ref()?.scaled()?;
+        Some((ptr, self.cols + padding))
+    }
+
+    /// Address of the rows on the device, where they are bf16 already and nothing is multiplied in.
+    pub(crate) fn dense_bf16(&self) -> Option<u64> {
+        let device = self.device()?;
+        let plain = device.weight_type() == WeightType::Ggml(GgmlType::BF16) && device.factor() == 1.0;
+        (plain && self.cols.is_multiple_of(device::GROUP)).then(|| device.address(device.layout().planes[0]))
+    }
+
+    /// Says whether row scales and adapter columns that were folded into the copy are those of now.
+    pub fn set_fresh(&self, fresh: bool) {
+        if let Some(copy) = self.on_device.as_ref().and_then(|on_device| on_device.copy.as_ref()) {
+            copy.set_fresh(fresh);
+        }
+    }
+
+    /// Whether there is no copy, or one that is up to date.
+    pub fn is_fresh(&self) -> bool {
+        let copy = self.on_device.as_ref().and_then(|on_device| on_device.copy.as_ref());
+        copy.is_none_or(copy::Copy::is_fresh)
     }
 
     /// How the rows are stored.
@@ -255,7 +377,7 @@ impl BaseWeight {
             }
             Storage::Int8(_) => Storage::Int8(Int8::quantize(self.cols, values)),
         };
-        Ok(BaseWeight { storage, ..*self })
+        Ok(BaseWeight { rows: self.rows, cols: self.cols, storage, on_device: None })
     }
 
     /// The same values in another type, rounded to it, in parallel.

@@ -237,6 +237,30 @@ __device__ __forceinline__ void row_norms_squared(float* out, const Packed& p, u
     }
 }
 
+// out[i, k] = factor * w[ids[i], k]: the rows of a table, a block per row.
+template <class D>
+__device__ __forceinline__ void embedding_forward(bf16* out, i64 stride, const Packed& p, const u32* ids, u32 tokens,
+                                                  const Scaling& scaling) {
+    __shared__ u32 table[D::TABLE > 0 ? D::TABLE : 1];
+    if (D::TABLE > 0) fill<D>(table, p);
+    const bool wide = aligned16(out, stride);
+    for (u32 i = blockIdx.x; i < tokens; i += gridDim.x) {
+        const u32 row = ids[i];
+        for (u32 group = threadIdx.x; group < p.groups; group += THREADS) {
+            const f32x8 x = value<D>(D::load(p, row, group), table, p, scaling, row, group, true);
+            bf16* to = out + i * stride + 8 * group;
+            if (wide && 8 * group + 8 <= p.cols) {
+                store8(to, x);
+                continue;
+            }
+#pragma unroll
+            for (u32 j = 0; j < 8; j++) {
+                if (8 * group + j < p.cols) to[j] = to_bf16(x.v[j]);
+            }
+        }
+    }
+}
+
 // Most types have no rounding of their own and no table.
 template <int LOADS, int TABLE_WORDS = 0> struct Decoder {
     static constexpr int IN_FLIGHT = LOADS;
@@ -262,10 +286,15 @@ template <int LOADS, int TABLE_WORDS = 0> struct Decoder {
                            {b, b_stride, (u32)rank, (u32)at});                                                     \
     }
 
-// The three kernels of a type: to bf16, to f32, and the squared lengths of the rows.
+// The kernels of a type: to bf16, to f32, chosen rows to bf16, and the squared lengths of the rows.
 #define KERNELS(name, D)                                                                                            \
     DEQUANTIZE(dequantize_##name, D, bf16)                                                                          \
     DEQUANTIZE(dequantize_##name##_f32, D, float)                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
+        embedding_forward_##name(bf16* out, i64 stride, PACKED_PARAMETERS, const u32* ids, i32 tokens,              \
+                                 float factor) {                                                                    \
+        embedding_forward<D>(out, stride, PACKED, ids, tokens, {factor, nullptr});                                  \
+    }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
         row_norms_squared_##name(float* out, PACKED_PARAMETERS, i32 rows, float factor) {                           \
         row_norms_squared<D>(out, PACKED, rows, {factor, nullptr});                                                \

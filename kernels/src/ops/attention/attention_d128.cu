@@ -1,0 +1,9 @@
+// Attention with 128 elements a head: rows of the tiles, so that two blocks fit an sm_80 or sm_90 multiprocessor and
+// one fits an sm_86, sm_89 or sm_120 (99 KiB of shared memory).
+#define HEAD_DIM 128
+#define FORWARD_QUERIES 128
+#define FORWARD_KEYS 64
+#define DQ_QUERIES 128
+#define DQ_KEYS 32
+#define DKV_KEYS 64
+#define DKV_QUERIES 64

@@ -1,0 +1,180 @@
+// The gated activations y = act(gate) up: SiLU (swiglu) and the tanh form of GELU (geglu).
+//
+// Both are gate * s(gate) with a logistic s, so one template serves them. The backward pass recomputes s. The form
+// `_columns` also adds up dgate * gate and dup * up over the tokens, from the registers that hold them: what the
+// magnitudes of DoRA need, at no pass over memory.
+
+constexpr int THREADS = 256;
+constexpr int SPANS = 2;
+
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+
+// An activation and its derivative.
+struct Act {
+    float value;
+    float slope;
+};
+
+struct Silu {
+    static __device__ __forceinline__ Act at(float x) {
+        const float s = sigmoid(x);
+        return {x * s, s * (1.0f + x * (1.0f - s))};
+    }
+};
+
+// 0.5 (1 + tanh z) = sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3). Beyond 12 the sigmoid is 0 or 1 in f32, and
+// the clamped cube keeps 0 * infinity away.
+struct GeluTanh {
+    static __device__ __forceinline__ Act at(float x) {
+        const float t = fminf(fmaxf(x, -12.0f), 12.0f);
+        const float s = sigmoid(1.5957691216f * (t + 0.044715f * t * t * t));
+        const float inner = 1.5957691216f * (1.0f + 0.134145f * t * t);
+        return {x * s, s + x * s * (1.0f - s) * inner};
+    }
+};
+
+struct Operand {
+    const bf16* p;
+    i64 stride;
+};
+
+struct Result {
+    bf16* p;
+    i64 stride;
+};
+
+__device__ __forceinline__ bool is_wide(Operand x) { return aligned16(x.p, x.stride); }
+__device__ __forceinline__ bool is_wide(Result x) { return aligned16(x.p, x.stride); }
+
+template <typename Gate>
+__device__ __forceinline__ void forward(Result y, Operand gate, Operand up, u32 rows, u32 cols) {
+    const bool wide = is_wide(y) && is_wide(gate) && is_wide(up) && cols % 8 == 0;
+    for_spans<THREADS, SPANS>(wide, [&](auto width, u32 first) {
+        constexpr int N = decltype(width)::N;
+        f32xn<N> g[SPANS], v[SPANS];
+#pragma unroll
+        for (int u = 0; u < SPANS; u++) {
+            const Span s = span_of_matrix(first + u * THREADS, rows, cols, width);
+            g[u] = load_span(gate.p, gate.stride, s, width);
+            v[u] = load_span(up.p, up.stride, s, width);
+        }
+#pragma unroll
+        for (int u = 0; u < SPANS; u++) {
+            const Span s = span_of_matrix(first + u * THREADS, rows, cols, width);
+#pragma unroll
+            for (int i = 0; i < N; i++) v[u].v[i] *= Gate::at(g[u].v[i]).value;
+            store_span(y.p, y.stride, s, width, v[u]);
+        }
+    });
+}
+
+// g becomes dgate = dy up act'(gate), v becomes dup = dy act(gate).
+template <typename Gate, int N>
+__device__ __forceinline__ void gradients(f32xn<N>& g, f32xn<N>& v, const f32xn<N>& d) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const Act act = Gate::at(g.v[i]);
+        g.v[i] = d.v[i] * v.v[i] * act.slope;
+        v.v[i] = d.v[i] * act.value;
+    }
+}
+
+// A gradient may overwrite any of the inputs: an element is written by the thread that has read it.
+template <typename Gate>
+__device__ __forceinline__ void backward(Result dgate, Result dup, Operand dy, Operand gate, Operand up, u32 rows,
+                                         u32 cols) {
+    const bool wide =
+        is_wide(dgate) && is_wide(dup) && is_wide(dy) && is_wide(gate) && is_wide(up) && cols % 8 == 0;
+    for_spans<THREADS, SPANS>(wide, [&](auto width, u32 first) {
+        constexpr int N = decltype(width)::N;
+        f32xn<N> d[SPANS], g[SPANS], v[SPANS];
+#pragma unroll
+        for (int u = 0; u < SPANS; u++) {
+            const Span s = span_of_matrix(first + u * THREADS, rows, cols, width);
+            d[u] = load_span(dy.p, dy.stride, s, width);
+            g[u] = load_span(gate.p, gate.stride, s, width);
+            v[u] = load_span(up.p, up.stride, s, width);
+        }
+#pragma unroll
+        for (int u = 0; u < SPANS; u++) {
+            const Span s = span_of_matrix(first + u * THREADS, rows, cols, width);
+            gradients<Gate>(g[u], v[u], d[u]);
+            store_span(dgate.p, dgate.stride, s, width, g[u]);
+            store_span(dup.p, dup.stride, s, width, v[u]);
+        }
+    });
+}
+
+// Columns col .. + 32 N of the rows of chunk blockIdx.y, a warp every eighth row.
+template <typename Gate, typename Width>
+__device__ __forceinline__ void backward_strip(Result dgate, Result dup, float* gate_sums, float* up_sums, Operand dy,
+                                               Operand gate, Operand up, u32 rows, u32 cols, u32 chunk, u32 col,
+                                               Width width) {
+    constexpr int N = Width::N;
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 end = min(rows, (blockIdx.y + 1) * chunk);
+    const bool inside = col + lane * N < cols;
+    f32xn<N> gate_sum = {}, up_sum = {};
+    for (u32 row = blockIdx.y * chunk + warp; row < end; row += 8 * SPANS) {
+        f32xn<N> d[SPANS], g[SPANS], v[SPANS];
+#pragma unroll
+        for (int u = 0; u < SPANS; u++) {
+            const Span s = {row + 8 * u, col + lane * N, inside && row + 8 * u < end};
+            d[u] = load_span(dy.p, dy.stride, s, width);
+            g[u] = load_span(gate.p, gate.stride, s, width);
+            v[u] = load_span(up.p, up.stride, s, width);
+        }
+#pragma unroll
+        for (int u = 0; u < SPANS; u++) {
+            const Span s = {row + 8 * u, col + lane * N, inside && row + 8 * u < end};
+            f32xn<N> dg = g[u], dv = v[u];
+            gradients<Gate>(dg, dv, d[u]);
+            store_span(dgate.p, dgate.stride, s, width, dg);
+            store_span(dup.p, dup.stride, s, width, dv);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                gate_sum.v[i] += dg.v[i] * g[u].v[i];
+                up_sum.v[i] += dv.v[i] * v[u].v[i];
+            }
+        }
+    }
+    store_column_sums(gate_sums + (i64)blockIdx.y * cols, gate_sum, col, cols);
+    store_column_sums(up_sums + (i64)blockIdx.y * cols, up_sum, col, cols);
+}
+
+// Block (x, y): columns 256 x .. + 256 of rows `chunk` y .. + chunk. gate_sums, up_sums: (gridDim.y, cols).
+template <typename Gate>
+__device__ __forceinline__ void backward_columns(Result dgate, Result dup, float* gate_sums, float* up_sums,
+                                                 Operand dy, Operand gate, Operand up, u32 rows, u32 cols, u32 chunk) {
+    const u32 col = blockIdx.x * 256;
+    if (is_wide(dgate) && is_wide(dup) && is_wide(dy) && is_wide(gate) && is_wide(up) && cols % 8 == 0) {
+        backward_strip<Gate>(dgate, dup, gate_sums, up_sums, dy, gate, up, rows, cols, chunk, col, Wide{});
+        return;
+    }
+#pragma unroll 1
+    for (u32 k = 0; k < 8; k++)
+        backward_strip<Gate>(dgate, dup, gate_sums, up_sums, dy, gate, up, rows, cols, chunk, col + 32 * k, Narrow{});
+}
+
+#define ENTRIES(NAME, GATE)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        NAME##_forward(bf16* y, i32 y_stride, const bf16* gate, i32 gate_stride, const bf16* up, i32 up_stride,        \
+                       i32 rows, i32 cols) {                                                                           \
+        forward<GATE>({y, y_stride}, {gate, gate_stride}, {up, up_stride}, rows, cols);                                \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        NAME##_backward(bf16* dgate, i32 dgate_stride, bf16* dup, i32 dup_stride, const bf16* dy, i32 dy_stride,       \
+                        const bf16* gate, i32 gate_stride, const bf16* up, i32 up_stride, i32 rows, i32 cols) {        \
+        backward<GATE>({dgate, dgate_stride}, {dup, dup_stride}, {dy, dy_stride}, {gate, gate_stride},                 \
+                       {up, up_stride}, rows, cols);                                                                   \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3)                                                           \
+        NAME##_backward_columns(bf16* dgate, i32 dgate_stride, bf16* dup, i32 dup_stride, float* gate_sums,            \
+                                float* up_sums, const bf16* dy, i32 dy_stride, const bf16* gate, i32 gate_stride,      \
+                                const bf16* up, i32 up_stride, i32 rows, i32 cols, i32 chunk) {                        \
+        backward_columns<GATE>({dgate, dgate_stride}, {dup, dup_stride}, gate_sums, up_sums, {dy, dy_stride},          \
+                               {gate, gate_stride}, {up, up_stride}, rows, cols, chunk);                               \
+    }
+
+ENTRIES(swiglu, Silu)
+ENTRIES(geglu, GeluTanh)

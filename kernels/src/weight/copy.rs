@@ -1,0 +1,99 @@
+//! A weight's own bf16 copy on a device, for runs with memory to spare: no dequantization per product.
+//!
+//! The copy holds what products read: rows scaled, adapter columns in their padding. Both change with every
+//! optimizer step, so the copy knows whether it is up to date.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use crate::cuda::Buffer;
+use crate::tensor::Dtype;
+
+/// Where a low-rank branch lies in the padding of the rows beside it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// First column of the branch, counted from the end of the row.
+    pub offset: usize,
+    /// Columns of padding.
+    pub padding: usize,
+}
+
+/// What a copy holds beside the weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Contents {
+    scaled: bool,
+    place: Option<Place>,
+}
+
+/// What the caller has to write before it reads a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Missing {
+    /// It is up to date.
+    Nothing,
+    /// The branch has changed, the rows have not.
+    Columns,
+    /// All of it.
+    Everything,
+}
+
+/// Room for rows of bf16 and what is in it.
+#[derive(Debug)]
+pub(super) struct Copy {
+    buffer: Buffer,
+    /// Whether it is for products with an adapter; products without one use scratch then.
+    adapted: bool,
+    contents: Mutex<Option<Contents>>,
+    fresh: AtomicBool,
+}
+
+impl Copy {
+    /// An empty copy in `buffer`.
+    pub(super) fn new(buffer: Buffer, adapted: bool) -> Copy {
+        Copy { buffer, adapted, contents: Mutex::new(None), fresh: AtomicBool::new(false) }
+    }
+
+    /// The address, and what the caller has to write there first. `None`: this use has no place here.
+    pub(super) fn take(
+        &self,
+        rows: usize,
+        cols: usize,
+        scaled: bool,
+        place: Option<Place>,
+    ) -> Option<(u64, Missing)> {
+        let wanted = Contents { scaled, place };
+        let stride = cols + place.map_or(0, |place| place.padding);
+        if self.adapted != (scaled || place.is_some())
+            || rows * stride * Dtype::Bf16.size() > self.buffer.bytes()
+        {
+            return None;
+        }
+        let mut contents = self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+        let missing = match (*contents == Some(wanted), self.fresh.swap(true, Ordering::Relaxed)) {
+            (false, _) => Missing::Everything,
+            (true, true) => Missing::Nothing,
+            (true, false) if scaled => Missing::Everything,
+            (true, false) => Missing::Columns,
+        };
+        *contents = Some(wanted);
+        Some((self.buffer.ptr(), missing))
+    }
+
+    /// The address and the columns of padding, where the rows are there with the row scale of now.
+    pub(super) fn scaled(&self) -> Option<(u64, usize)> {
+        let contents = *self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+        let Contents { place, .. } = contents.filter(|contents| contents.scaled && self.is_fresh())?;
+        Some((self.buffer.ptr(), place.map_or(0, |place| place.padding)))
+    }
+
+    /// Whether it holds what was last asked for.
+    pub(super) fn is_fresh(&self) -> bool {
+        self.fresh.load(Ordering::Relaxed)
+    }
+
+    /// Says whether it holds what was last asked for: a replayed recording fills it without asking.
+    pub(super) fn set_fresh(&self, fresh: bool) {
+        if self.adapted {
+            self.fresh.store(fresh, Ordering::Relaxed);
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! Memory as a dial: what a training run takes on a device, and which settings make it fit.
+//!
+//! Nothing is estimated: a candidate is built on a device that only counts ([`Device::Meta`]) by the code that
+//! builds it for real, so that a buffer cannot be forgotten. Settings are tried from the fastest to the
+//! smallest.
+
+use std::ops::RangeInclusive;
+
+use qpeft_kernels::Device;
+use qpeft_kernels::cuda::gemm::WORKSPACE;
+use qpeft_kernels::device::Meter;
+use qpeft_kernels::ops::quant_linear::weight_scratch;
+use qpeft_kernels::tensor::padding;
+
+use super::buffers::{Buffers, Keep};
+use super::decoder::Decoder;
+use super::layer::Slot;
+use super::linear::Linear;
+use crate::error::{Error, Result};
+
+/// What can be traded for memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
+    /// Every linear has a bf16 copy, so that products need not dequantize.
+    pub copies: bool,
+    /// So many of the lowest layers are computed again in the backward pass.
+    pub recomputed: usize,
+    /// The embedding table stays in pinned host memory.
+    pub embedding_on_host: bool,
+    /// Sequences of a micro-batch that go through the model at once.
+    pub batch: usize,
+}
+
+impl std::fmt::Display for Settings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (self.copies, self.recomputed) {
+            (true, _) => f.write_str("bf16 copies of the linears")?,
+            (false, 0) => f.write_str("linears dequantized in every pass")?,
+            (false, n) => write!(f, "linears dequantized in every pass, {n} layers computed again")?,
+        }
+        if self.embedding_on_host {
+            f.write_str(", embedding table in host memory")?;
+        }
+        write!(f, ", {} sequence{} at once", self.batch, if self.batch == 1 { "" } else { "s" })
+    }
+}
+
+/// Bytes on the device, by what they are for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Need {
+    /// Packed weights, norms, the rotary table.
+    pub weights: usize,
+    /// bf16 copies of linears.
+    pub copies: usize,
+    /// Activations and their gradients.
+    pub activations: usize,
+    /// Parameters, their gradients, the optimizer's moments.
+    pub adapter: usize,
+    /// What kernels use besides.
+    pub scratch: usize,
+}
+
+impl Need {
+    /// The parts by name.
+    pub fn parts(&self) -> [(&'static str, usize); 5] {
+        [
+            ("packed base", self.weights),
+            ("bf16 copies", self.copies),
+            ("activations and gradients", self.activations),
+            ("adapter and optimizer", self.adapter),
+            ("kernels", self.scratch),
+        ]
+    }
+
+    /// Everything.
+    pub fn total(&self) -> usize {
+        self.weights + self.copies + self.activations + self.adapter + self.scratch
+    }
+}
+
+/// A run built on a device that only counts.
+pub struct DryRun<'a> {
+    /// On [`Device::Meta`], with its adapters.
+    pub decoder: &'a mut Decoder,
+    /// The device's.
+    pub meter: &'a Meter,
+    /// Bytes of parameters, of what follows from them, and of the optimizer.
+    pub adapter_bytes: usize,
+    /// Tokens of one sequence.
+    pub length: usize,
+    /// How many layers may be computed again.
+    pub recomputed: RangeInclusive<usize>,
+}
+
+impl DryRun<'_> {
+    /// Bytes that a training run with these settings takes.
+    ///
+    /// # Errors
+    /// A size overflows.
+    pub fn need(&mut self, settings: Settings) -> Result<Need> {
+        let keep = Keep::Layers(self.decoder.layers.len() - settings.recomputed);
+        let capacity = settings.batch * self.length;
+        let (activations, _) = self.count(|decoder| Buffers::new(decoder, capacity, keep))?;
+        let copies = if settings.copies { self.count(Decoder::keep_copies)?.0 } else { 0 };
+        let embedding = if settings.embedding_on_host { self.decoder.embedding.device_bytes() } else { 0 };
+        let linear_scratch = self.decoder.linears().map(|l| (&l.weight, settings.copies, pads(l)));
+        let head = (self.decoder.head(), false, 0);
+        let weight = linear_scratch.chain([head]).map(|(w, copied, pad)| weight_scratch(w, pad, copied));
+        Ok(Need {
+            weights: self.decoder.device_bytes() - embedding,
+            copies,
+            activations: activations + capacity * size_of::<f32>(),
+            adapter: self.adapter_bytes,
+            scratch: WORKSPACE + weight.max().unwrap_or(0),
+        })
+    }
+
+    /// Bytes that `build` allocates.
+    fn count<T>(&mut self, build: impl FnOnce(&mut Decoder) -> Result<T>) -> Result<(usize, T)> {
+        let before = self.meter.bytes();
+        let built = build(self.decoder)?;
+        Ok((self.meter.bytes() - before, built))
+    }
+
+    /// The fastest settings that fit into `limit` bytes.
+    ///
+    /// # Errors
+    /// None does; the error says what the smallest would take.
+    pub fn fit(&mut self, batch: usize, limit: usize) -> Result<(Settings, Need)> {
+        let layers = self.decoder.layers.len();
+        let (lowest, highest) = (*self.recomputed.start().min(&layers), *self.recomputed.end().min(&layers));
+        let mut settings = Settings { copies: true, recomputed: lowest, embedding_on_host: false, batch };
+        let mut smallest;
+        for copies in [true, false] {
+            settings.copies = copies;
+            let need = self.need(settings)?;
+            if need.total() <= limit {
+                return Ok((settings, need));
+            }
+        }
+        // A tied table is the output head, too, which every token reads whole.
+        settings.embedding_on_host = self.decoder.head.is_some();
+        loop {
+            let mut fits = None;
+            // The need falls with every layer that is computed again, so the first that fits can be searched for.
+            let (mut low, mut high) = (lowest, highest + 1);
+            while low < high {
+                let recomputed = usize::midpoint(low, high);
+                let candidate = Settings { recomputed, ..settings };
+                let need = self.need(candidate)?;
+                if need.total() <= limit {
+                    fits = Some((candidate, need));
+                    high = recomputed;
+                } else {
+                    low = recomputed + 1;
+                }
+            }
+            if let Some(found) = fits {
+                return Ok(found);
+            }
+            smallest = self.need(Settings { recomputed: highest, ..settings })?;
+            if settings.batch == 1 {
+                break;
+            }
+            settings.batch = settings.batch.div_ceil(2);
+        }
+        let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+        Err(Error::refused(format!(
+            "the run does not fit into {:.2} GiB of device memory: one sequence of {} tokens with every layer \
+             recomputed takes {:.2} GiB (weights {:.2}, activations {:.2}, adapter {:.2}, scratch {:.2})",
+            gib(limit),
+            self.length,
+            gib(smallest.total()),
+            gib(smallest.weights),
+            gib(smallest.activations),
+            gib(smallest.adapter),
+            gib(smallest.scratch),
+        ))
+        .with_hint(if smallest.total() - smallest.activations <= limit {
+            "lower `--max-seq-length`, or raise `--memory-limit`".to_owned()
+        } else {
+            "a base of fewer bits (`--base-quant nf4-dq`, `q4_k`) or a smaller rank would take less".to_owned()
+        }))
+    }
+}
+
+/// Columns of padding behind the input of a linear, as its own branch needs them.
+fn pads(linear: &Linear) -> usize {
+    padding(linear.weight.cols(), &[linear.rank()])
+}
+
+impl Decoder {
+    /// Gives every linear room for a bf16 copy; see [`BaseWeight::keep_copy`](super::BaseWeight::keep_copy).
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn keep_copies(&mut self) -> Result<()> {
+        let ranks: [usize; super::layer::SLOTS] = self.largest_ranks();
+        let device = self.device.clone();
+        for layer in &mut self.layers {
+            for (slot, linear) in Slot::ALL.into_iter().zip(&mut layer.linears) {
+                let widths: Vec<usize> = slot.siblings().iter().map(|&s| ranks[s as usize]).collect();
+                let padding = padding(linear.weight.cols(), &widths);
+                linear.weight.keep_copy(&device, padding, linear.adapter.is_some())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The largest rank that any layer has in each slot.
+    pub fn largest_ranks(&self) -> [usize; super::layer::SLOTS] {
+        std::array::from_fn(|i| self.layers.iter().map(|l| l.linears[i].rank()).max().unwrap_or(0))
+    }
+
+    /// Bytes of everything that does not depend on the batch, as a device stores it.
+    pub fn device_bytes(&self) -> usize {
+        let packed = self.linears().map(|l| &l.weight).chain([&self.embedding]).chain(&self.head);
+        let norms = self.layers.iter().flat_map(|l| [&l.attn_norm, &l.ffn_norm]);
+        let dense = norms.chain([&self.final_norm, &self.rope]).map(|t| t.bytes().next_multiple_of(256));
+        packed.map(super::BaseWeight::device_bytes).sum::<usize>() + dense.sum::<usize>()
+    }
+}
+
+/// A device that only counts, and its meter.
+pub fn meta() -> (Device, std::sync::Arc<Meter>) {
+    let meter = std::sync::Arc::<Meter>::default();
+    (Device::Meta(std::sync::Arc::clone(&meter)), meter)
+}
