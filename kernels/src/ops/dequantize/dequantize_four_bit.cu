@@ -39,7 +39,7 @@ template <> struct Scale<true> {
 };
 
 // RAGGED: the columns are not a multiple of eight, so that a group may lie in two blocks.
-template <bool DOUBLE, bool RAGGED> struct FourBit : Decoder<4, DOUBLE ? 16 + 256 : 16> {
+template <bool DOUBLE, bool RAGGED> struct FourBit : Decoder<RAGGED ? 2 : 4, DOUBLE ? 16 + 256 : 16> {
     struct Raw {
         u32 codes;
         Scale<DOUBLE> scale[RAGGED ? 2 : 1];

@@ -247,7 +247,7 @@ __device__ __forceinline__ void embedding_forward(bf16* out, i64 stride, const P
     for (u32 i = blockIdx.x; i < tokens; i += gridDim.x) {
         const u32 row = ids[i];
         for (u32 group = threadIdx.x; group < p.groups; group += THREADS) {
-            const f32x8 x = value<D>(D::load(p, row, group), table, p, scaling, row, group, true);
+            const f32x8 x = value(load<D>(p, scaling, row, group), table, p, scaling, row, group, true);
             bf16* to = out + i * stride + 8 * group;
             if (wide && 8 * group + 8 <= p.cols) {
                 store8(to, x);
