@@ -207,6 +207,17 @@ impl Tensor {
         Ok(tensor)
     }
 
+    /// Another tensor over the same memory, on a device: for a kernel that may write where it reads. `None` on the
+    /// CPU, where every tensor has its own.
+    pub fn in_place(&self) -> Option<Tensor> {
+        let storage = match &self.storage {
+            Storage::Cpu(_) => return None,
+            Storage::Cuda(buffer, start) => Storage::Cuda(buffer.clone(), *start),
+            Storage::Meta => Storage::Meta,
+        };
+        Some(Tensor { device: self.device.clone(), storage, ..*self })
+    }
+
     /// Overwrites all elements from host memory, rounded to the tensor's type.
     ///
     /// # Errors
@@ -552,6 +563,7 @@ impl<'a> ViewMut<'a> {
     }
 
     /// Both as one, to write to; see [`View::joined`].
+    #[expect(clippy::needless_pass_by_value, reason = "the joined view writes to what `right` borrows")]
     pub fn joined(self, right: ViewMut<'a>) -> Option<ViewMut<'a>> {
         let View { rows, cols, stride, .. } = self.as_view().joined(right.as_view())?;
         Some(ViewMut { rows, cols, stride, data: self.data })

@@ -26,8 +26,6 @@ pub struct Dora {
     magnitude: Entry,
     /// (1, out): ‖W‖² of the dequantized rows, constant.
     w_squared: Tensor,
-    /// (r, out): A Wᵀ.
-    wa: Tensor,
     /// (1, out): ‖W + s B A‖.
     norm: Tensor,
     /// (1, out): g.
@@ -51,15 +49,13 @@ impl Dora {
         if !device.is_meta() {
             row_norms_squared(w_squared.view_mut(), weight)?;
         }
-        let wa = Tensor::zeros(device, lora.a.shape[0], out)?;
-        Ok(Dora { lora, magnitude, w_squared, wa, norm: row()?, factor: row()? })
+        Ok(Dora { lora, magnitude, w_squared, norm: row()?, factor: row()? })
     }
 
     fn refresh_norm(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
         let Pass { params, factors, .. } = params.pass(None);
         Ok(row_norm_packed(
             self.norm.view_mut(),
-            self.wa.view_mut(),
             self.w_squared.view(),
             self.lora.a.view(factors),
             self.lora.b.view(params),

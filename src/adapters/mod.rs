@@ -15,6 +15,7 @@ pub use method::Method;
 
 use crate::error::{Error, Result};
 use crate::model::layer::{SIBLINGS, SLOTS, Slot};
+use crate::model::replay::Replays;
 use crate::model::{Adapter, Decoder, Entry, Linear, Parameters};
 use dora::Dora;
 use lora::Lora;
@@ -27,6 +28,8 @@ use lora::Lora;
 pub fn attach(decoder: &mut Decoder, config: &PeftConfig) -> Result<Parameters> {
     check_targets(decoder, config)?;
     let device = decoder.device.clone();
+    // What was recorded holds the former adapters.
+    decoder.replays = Replays::default();
     let mut entries = Vec::new();
     let mut offset = 0;
     for (layer_index, layer) in decoder.layers.iter_mut().enumerate() {

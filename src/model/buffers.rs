@@ -8,9 +8,10 @@ use qpeft_kernels::{Device, IdBuffer, Ids, Tensor, View, ViewMut};
 
 use super::batch::Batch;
 use super::decoder::{Decoder, Loss};
-use super::layer::SLOTS;
+use super::layer::{Layer, SLOTS};
 use super::linear::Scratch;
 use super::replay::Replays;
+use super::streams::Streams;
 use crate::error::{Error, Result};
 
 /// What the forward pass keeps for the backward pass.
@@ -95,9 +96,9 @@ pub struct GradientBuffers {
     pub attn: Tensor,
     /// (H, T): row sums that the attention backward pass needs.
     pub delta: Tensor,
-    /// (T, F).
+    /// (T, F); no rows where the gradients take the place of the activations.
     pub gate: Tensor,
-    /// (T, F).
+    /// See `gate`.
     pub up: Tensor,
     /// (T, F).
     pub act: Tensor,
@@ -173,7 +174,7 @@ pub struct Buffers {
     /// So many of the lowest layers share one set of activations and are computed again.
     pub recomputed: usize,
     /// (T, C) each: the residual stream entering layer l, and leaving the last one.
-    streams: Vec<Tensor>,
+    pub streams: Streams,
     /// The shared activations first, if there are any, then those of the layers that keep theirs.
     layers: Vec<LayerBuffers>,
     /// (T, C): output of a residual branch that nobody reads later.
@@ -213,6 +214,14 @@ impl Buffers {
     /// # Errors
     /// The device is out of memory.
     pub fn new(model: &Decoder, capacity: usize, keep: Keep) -> Result<Buffers> {
+        Buffers::placed(model, capacity, keep, false)
+    }
+
+    /// As [`Buffers::new`], with the streams between the layers in host memory if asked for; see [`Streams`].
+    ///
+    /// # Errors
+    /// The device or the host is out of memory.
+    pub fn placed(model: &Decoder, capacity: usize, keep: Keep, streams_on_host: bool) -> Result<Buffers> {
         let c = &model.config;
         let device = &model.device;
         let zeros = |rows: usize, cols: usize| Tensor::activations(device, rows, cols);
@@ -252,7 +261,7 @@ impl Buffers {
         Ok(Buffers {
             capacity,
             recomputed,
-            streams: (0..streams).map(|_| zeros(t, c.hidden_size)).collect::<Result<_, _>>()?,
+            streams: Streams::new(device, streams, t, c.hidden_size, streams_on_host)?,
             layers,
             branch: zeros(t, c.hidden_size)?,
             final_norm: zeros(t, c.hidden_size)?,
@@ -284,7 +293,7 @@ impl Buffers {
     /// Bytes of all tensors.
     pub fn bytes(&self) -> usize {
         let own = [&self.branch, &self.final_norm, &self.final_rstd, &self.hidden, &self.logits];
-        let all = self.streams.iter().chain(own).chain([&self.scratch.dropped]).chain(&self.nll);
+        let all = self.streams.tensors().chain(own).chain([&self.scratch.dropped]).chain(&self.nll);
         let layers = self.layers.iter().flat_map(LayerBuffers::tensors);
         let grads = self.grads.iter().flat_map(GradientBuffers::tensors);
         all.chain(layers).chain(grads).map(Tensor::bytes).sum()
@@ -334,19 +343,16 @@ impl Buffers {
 
     /// The first `rows` rows of the stream entering `layer`, to write to, and the indices.
     pub fn stream_and_ids(&mut self, layer: usize, rows: usize) -> (ViewMut<'_>, &BatchIds) {
-        let index = layer % self.streams.len();
-        (self.streams[index].top_mut(rows), &self.ids)
+        (self.streams.write(layer, rows), &self.ids)
     }
 
     /// What one layer's forward pass borrows, and the indices.
     pub fn layer_forward(&mut self, layer: usize, rows: usize) -> (LayerForward<'_>, &BatchIds) {
-        let (n, index) = (self.streams.len(), self.activations_of(layer));
-        let (enter, leave) = (layer % n, (layer + 1) % n);
-        let [enter, leave] =
-            self.streams.get_disjoint_mut([enter, leave]).expect("two neighbouring streams are distinct");
+        let index = self.activations_of(layer);
+        let (x, y) = self.streams.around(layer, rows);
         let borrowed = LayerForward {
-            y: leave.top_mut(rows),
-            x: enter.top(rows),
+            y,
+            x,
             s: &mut self.layers[index],
             branch: &mut self.branch,
             scratch: &mut self.scratch,
@@ -359,10 +365,9 @@ impl Buffers {
     /// # Panics
     /// The buffers were made for evaluation; see [`Buffers::training`].
     pub fn layer_backward(&mut self, layer: usize, rows: usize) -> (LayerBackward<'_>, &BatchIds) {
-        let enter = layer % self.streams.len();
         let index = self.activations_of(layer);
         let borrowed = LayerBackward {
-            x: self.streams[enter].top(rows),
+            x: self.streams.read(layer, rows),
             s: &mut self.layers[index],
             g: self.grads.as_mut().expect("buffers with gradients"),
             scratch: &mut self.scratch,
@@ -376,7 +381,7 @@ impl Buffers {
 
     /// The normalized output and its statistics, to write to, and the stream that leaves the last layer.
     pub fn final_norm(&mut self, layers: usize, rows: usize) -> (ViewMut<'_>, ViewMut<'_>, View<'_>) {
-        let x = self.streams[layers % self.streams.len()].top(rows);
+        let x = self.streams.read(layers, rows);
         (self.final_norm.top_mut(rows), self.final_rstd.view_mut().into_column_range(0, rows), x)
     }
 
@@ -389,7 +394,7 @@ impl Buffers {
         layers: usize,
         rows: usize,
     ) -> (View<'_>, View<'_>, &mut GradientBuffers) {
-        let x = self.streams[layers % self.streams.len()].top(rows);
+        let x = self.streams.read(layers, rows);
         let rstd = self.final_rstd.view().column_range(0, rows);
         (x, rstd, self.grads.as_mut().expect("buffers with gradients"))
     }
@@ -517,6 +522,8 @@ impl GradientBuffers {
         let c = &model.config;
         let zeros = |rows: usize, cols: usize| Tensor::activations(&model.device, rows, cols);
         let Padded { norms: [norm, ffn_norm], attn, act, h } = Padded::new(model, t, largest)?;
+        let in_place = model.device.rounds() && model.layers.iter().all(Layer::swiglu_in_place);
+        let swiglu_rows = if in_place { 0 } else { t };
         let (queries, keys) = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim);
         Ok(GradientBuffers {
             stream: zeros(t, c.hidden_size)?,
@@ -527,8 +534,8 @@ impl GradientBuffers {
             v: zeros(t, keys)?,
             attn,
             delta: Tensor::zeros(&model.device, c.n_heads, t)?,
-            gate: zeros(t, c.intermediate_size)?,
-            up: zeros(t, c.intermediate_size)?,
+            gate: zeros(swiglu_rows, c.intermediate_size)?,
+            up: zeros(swiglu_rows, c.intermediate_size)?,
             act,
             hidden: zeros(chunk, c.hidden_size)?,
             h,

@@ -14,7 +14,7 @@ use super::buffers::{BatchIds, Buffers, LayerBackward, LayerForward};
 use super::config::Config;
 use super::layer::{Backward, Layer, LayerCache, Place};
 use super::linear::{BaseWeight, Linear, Parameters, Pass};
-use super::replay::Key;
+use super::replay::{Key, Replays};
 use crate::error::{Error, Result};
 
 /// A llama decoder with frozen, packed weights.
@@ -34,6 +34,8 @@ pub struct Decoder {
     pub head: Option<BaseWeight>,
     /// Rotary table, one row per position.
     pub rope: Tensor,
+    /// Recordings of [`Decoder::refresh`].
+    pub replays: Replays,
 }
 
 /// Loss of a micro-batch.
@@ -74,7 +76,7 @@ impl Cache {
     /// The device is out of memory.
     pub fn new(model: &Decoder, capacity: usize) -> Result<Cache> {
         let width = model.config.n_kv_heads * model.config.head_dim;
-        let zeros = || Tensor::zeros(&model.device, capacity, width);
+        let zeros = || Tensor::activations(&model.device, capacity, width);
         let layers = (0..model.config.n_layers)
             .map(|_| Ok(LayerCache { k: zeros()?, v: zeros()? }))
             .collect::<Result<_>>()?;
@@ -120,6 +122,28 @@ impl Decoder {
     /// # Errors
     /// An op refuses.
     pub fn refresh(&mut self, params: &Parameters) -> Result<()> {
+        let device = self.device.clone();
+        let Some(cuda) = device.cuda().filter(|cuda| !cuda.is_profiling()) else {
+            return self.refresh_each(params);
+        };
+        let Some(ptr) = params.values.view().f32("refresh").ok().filter(|_| params.count() > 0) else {
+            return Ok(());
+        };
+        let key = Key {
+            sizes: [ptr as usize, 0, 0],
+            slot: 0,
+            scale: 0,
+            fresh: self.linears().all(|l| l.weight.is_fresh()),
+            scratch: cuda.scratch_moves(),
+        };
+        let mut replays = std::mem::take(&mut self.replays);
+        let done = replays.run(cuda, key, || self.refresh_each(params));
+        self.replays = replays;
+        self.linears().for_each(|l| l.weight.set_fresh(false));
+        done
+    }
+
+    fn refresh_each(&mut self, params: &Parameters) -> Result<()> {
         for linear in self.linears_mut() {
             if let Some(adapter) = &mut linear.adapter {
                 adapter.refresh(params, &linear.weight)?;
@@ -132,11 +156,14 @@ impl Decoder {
     /// `buffers.final_norm`.
     fn run(&self, buffers: &mut Buffers, pass: &Pass<'_>) -> Result<()> {
         let t = buffers.ids.tokens.ids().len();
-        let (streams, ids) = buffers.stream_and_ids(0, t);
-        embedding_forward(streams, ids.tokens.ids(), &self.embedding)?;
+        buffers.streams.begin()?;
+        let (stream, ids) = buffers.stream_and_ids(0, t);
+        embedding_forward(stream, ids.tokens.ids(), &self.embedding)?;
         for (index, layer) in self.layers.iter().enumerate() {
+            buffers.streams.before_forward(index)?;
             let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
-            layer.forward(y, x, s, branch, &self.place(ids), None, pass, scratch)?;
+            layer.forward(Some(y), x, s, branch, &self.place(ids), None, pass, scratch)?;
+            buffers.streams.after_forward(index, t)?;
         }
         self.normalize(buffers, t)
     }
@@ -201,9 +228,9 @@ impl Decoder {
         buffers.training()?;
         buffers.ids.set(batch)?;
         buffers.next_nll(buffers.ids.rows.ids().len())?;
-        // Dropout draws other numbers every time, and a profile wants every launch.
-        let Some(cuda) = self.device.cuda().filter(|cuda| pass.dropout.is_none() && !cuda.is_profiling())
-        else {
+        // Dropout draws other numbers every time, a second stream is at work beside, a profile wants every launch.
+        let records = pass.dropout.is_none() && !buffers.streams.on_host();
+        let Some(cuda) = self.device.cuda().filter(|cuda| records && !cuda.is_profiling()) else {
             return self.forward_backward(buffers, dparams, scale, pass);
         };
         let key = Key {
@@ -258,16 +285,17 @@ impl Decoder {
         rms_norm_backward(g.stream.top_mut(t), g.norm.top(t), x, rstd, self.final_norm.view())?;
 
         for (index, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
+            buffers.streams.before_backward(index, t)?;
             // Of the layers that share activations, the topmost has just left its own there.
             if index + 1 < buffers.recomputed {
-                let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
-                layer.forward(y, x, s, branch, &self.place(ids), None, pass, scratch)?;
+                let (LayerForward { x, s, branch, scratch, .. }, ids) = buffers.layer_forward(index, t);
+                layer.forward(None, x, s, branch, &self.place(ids), None, pass, scratch)?;
             }
             let (LayerBackward { x, s, g, scratch }, ids) = buffers.layer_backward(index, t);
             let mut to = Backward { dparams: dparams.reborrow(), pass, scratch };
             layer.backward(g, x, s, &self.place(ids), index > lowest, &mut to)?;
         }
-        Ok(())
+        buffers.streams.after_backward()
     }
 
     /// Calls `each` with logits chunk by chunk: the first row's index and the (n, V) chunk.
@@ -323,7 +351,7 @@ impl Decoder {
         for (index, layer) in self.layers.iter().enumerate() {
             let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
             let keys = Some((&mut cache.layers[index], cached));
-            layer.forward(y, x, s, branch, &self.place(ids), keys, pass, scratch)?;
+            layer.forward(Some(y), x, s, branch, &self.place(ids), keys, pass, scratch)?;
         }
         cache.len += t;
         self.normalize(buffers, t)?;

@@ -166,11 +166,19 @@ fn side_by_side<'a>(h: &'a mut [Tensor; SLOTS], slots: &[Slot], rows: usize) -> 
 }
 
 impl Layer {
+    /// Whether nothing reads gate and up once their gradients are made: no adapter wants these outputs, or those
+    /// that do have their share from the same pass.
+    pub fn swiglu_in_place(&self) -> bool {
+        let both = [self.linear(Slot::Gate), self.linear(Slot::Up)];
+        both.iter().all(|linear| linear.output_scale().is_some()) || !both.iter().any(|l| l.needs_output())
+    }
+
     fn linear(&self, slot: Slot) -> &Linear {
         &self.linears[slot as usize]
     }
 
-    /// y = the layer's output for the residual stream x, both (T, C).
+    /// y = the layer's output for the residual stream x, both (T, C). Without a y only the activations are made
+    /// again that the backward pass reads: the last product of the layer is not among them, unless its adapter asks.
     ///
     /// With a cache, the new keys and values are written behind its first `cached` rows and attention
     /// looks at all of them.
@@ -179,7 +187,7 @@ impl Layer {
     /// An op refuses.
     pub fn forward(
         &self,
-        y: ViewMut<'_>,
+        y: Option<ViewMut<'_>>,
         x: View<'_>,
         s: &mut LayerBuffers,
         branch: &mut Tensor,
@@ -237,9 +245,23 @@ impl Layer {
         self.project(Slot::Gate, s.gate.top_mut(t), &mut s.h, norm, shared, scratch)?;
         self.project(Slot::Up, s.up.top_mut(t), &mut s.h, norm, shared, scratch)?;
         swiglu_forward(s.act.top_mut(t), s.gate.top(t), s.up.top(t))?;
+        let down = self.linear(Slot::Down);
+        if y.is_none() && !down.needs_output() {
+            match down.projection() {
+                Some(a) => {
+                    let h = s.h[Slot::Down as usize].top_mut(t).into_column_range(0, down.rank());
+                    return Ok(low_rank_forward(h, s.act.top(t), a.view(pass.factors))?);
+                }
+                None if down.adapter.is_none() => return Ok(()),
+                None => {}
+            }
+        }
         let ffn_out = if s.ffn_out.rows() == 0 { branch } else { &mut s.ffn_out };
         self.project(Slot::Down, ffn_out.top_mut(t), &mut s.h, s.act.top(t), pass, scratch)?;
-        Ok(residual_forward(y, s.middle.top(t), ffn_out.top(t))?)
+        match y {
+            Some(y) => Ok(residual_forward(y, s.middle.top(t), ffn_out.top(t))?),
+            None => Ok(()),
+        }
     }
 
     fn project(
@@ -319,6 +341,12 @@ impl Layer {
         to: &mut Backward<'_>,
     ) -> Result<()> {
         let linear = self.linear(slot);
+        if linear.adapter.is_none() && dx.as_ref().is_some_and(|dx| !dx.accumulate) {
+            // The product leaves the padding as it is, and those of the siblings will add to it.
+            for &sibling in slot.siblings().iter().filter(|&&sibling| self.linear(sibling).rank() > 0) {
+                dh[sibling as usize].top_mut(x.rows).zero("quant_linear_backward")?;
+            }
+        }
         let h = h[slot as usize].top(x.rows).column_range(0, linear.rank());
         let dh = dh[slot as usize].top_mut(x.rows).into_column_range(0, linear.rank());
         linear.backward(dx, dh, to.dparams.reborrow(), dy, Saved { x, h, y }, to.pass, to.scratch)
@@ -355,6 +383,12 @@ impl Layer {
         )?;
         let (gate, up) = (s.gate.top(t), s.up.top(t));
         let scales = self.linear(Slot::Gate).output_scale().zip(self.linear(Slot::Up).output_scale());
+        // On a device the gradients take the place of gate and up, which nothing reads afterwards.
+        let mut in_place = if self.swiglu_in_place() { s.gate.in_place().zip(s.up.in_place()) } else { None };
+        let (dgate, dup) = match &mut in_place {
+            Some((dgate, dup)) => (dgate, dup),
+            None => (&mut g.gate, &mut g.up),
+        };
         if let Some((gate_scale, up_scale)) = scales {
             // The up projection's parameters follow the gate's in the flat buffer.
             let (first, second) = to.dparams.reborrow().split_row(up_scale.offset);
@@ -362,8 +396,8 @@ impl Layer {
             let dup_scale = second.into_slice(0, 1, up_scale.len());
             let of = |entry: &Entry| entry.view(to.pass.params);
             swiglu_backward_scaled(
-                g.gate.top_mut(t),
-                g.up.top_mut(t),
+                dgate.top_mut(t),
+                dup.top_mut(t),
                 [dgate_scale, dup_scale],
                 g.act.top(t),
                 gate,
@@ -371,7 +405,7 @@ impl Layer {
                 [of(gate_scale), of(up_scale)],
             )?;
         } else {
-            swiglu_backward(g.gate.top_mut(t), g.up.top_mut(t), g.act.top(t), gate, up)?;
+            swiglu_backward(dgate.top_mut(t), dup.top_mut(t), g.act.top(t), gate, up)?;
         }
         let unread = |y| scales.is_none().then_some(y);
         let shared = self.shared_pass(SIBLINGS[2], &g.h, t, to.pass);
@@ -381,7 +415,7 @@ impl Layer {
             Slot::Up,
             Some(overwrite(g.ffn_norm.top_mut(t))),
             &mut g.h,
-            g.up.top(t),
+            dup.top(t),
             s.ffn_norm.top(t),
             unread(s.up.top(t)),
             &s.h,
@@ -391,7 +425,7 @@ impl Layer {
             Slot::Gate,
             Some(accumulate(g.ffn_norm.top_mut(t))),
             &mut g.h,
-            g.gate.top(t),
+            dgate.top(t),
             s.ffn_norm.top(t),
             unread(s.gate.top(t)),
             &s.h,

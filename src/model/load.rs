@@ -9,6 +9,7 @@ use super::config::Config;
 use super::decoder::Decoder;
 use super::layer::{Layer, SLOTS, Slot};
 use super::linear::{BaseWeight, Linear};
+use super::replay::Replays;
 use crate::error::{Error, Result};
 
 /// Path of a linear's module: `model.layers.0.self_attn.q_proj`.
@@ -59,6 +60,7 @@ impl Decoder {
             embedding,
             head,
             config,
+            replays: Replays::default(),
         })
     }
 }

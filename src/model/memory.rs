@@ -27,6 +27,8 @@ pub struct Settings {
     pub recomputed: usize,
     /// The embedding table stays in pinned host memory.
     pub embedding_on_host: bool,
+    /// What enters each layer waits for the backward pass in pinned host memory.
+    pub streams_on_host: bool,
     /// Sequences of a micro-batch that go through the model at once.
     pub batch: usize,
 }
@@ -40,6 +42,9 @@ impl std::fmt::Display for Settings {
         }
         if self.embedding_on_host {
             f.write_str(", embedding table in host memory")?;
+        }
+        if self.streams_on_host {
+            f.write_str(", layer inputs in host memory")?;
         }
         write!(f, ", {} sequence{} at once", self.batch, if self.batch == 1 { "" } else { "s" })
     }
@@ -100,18 +105,20 @@ impl DryRun<'_> {
     pub fn need(&mut self, settings: Settings) -> Result<Need> {
         let keep = Keep::Layers(self.decoder.layers.len() - settings.recomputed);
         let capacity = settings.batch * self.length;
-        let (activations, _) = self.count(|decoder| Buffers::new(decoder, capacity, keep))?;
+        let (activations, _) =
+            self.count(|decoder| Buffers::placed(decoder, capacity, keep, settings.streams_on_host))?;
         let copies = if settings.copies { self.count(Decoder::keep_copies)?.0 } else { 0 };
         let embedding = if settings.embedding_on_host { self.decoder.embedding.device_bytes() } else { 0 };
         let linear_scratch = self.decoder.linears().map(|l| (&l.weight, settings.copies, pads(l)));
         let head = (self.decoder.head(), false, 0);
         let weight = linear_scratch.chain([head]).map(|(w, copied, pad)| weight_scratch(w, pad, copied));
+        let products = self.decoder.linears().map(|l| l.rank() * l.weight.rows() * size_of::<f32>()).max();
         Ok(Need {
             weights: self.decoder.device_bytes() - embedding,
             copies,
             activations: activations + capacity * size_of::<f32>(),
             adapter: self.adapter_bytes,
-            scratch: WORKSPACE + weight.max().unwrap_or(0),
+            scratch: WORKSPACE + weight.max().unwrap_or(0) + 2 * products.unwrap_or(0),
         })
     }
 
@@ -129,7 +136,13 @@ impl DryRun<'_> {
     pub fn fit(&mut self, batch: usize, limit: usize) -> Result<(Settings, Need)> {
         let layers = self.decoder.layers.len();
         let (lowest, highest) = (*self.recomputed.start().min(&layers), *self.recomputed.end().min(&layers));
-        let mut settings = Settings { copies: true, recomputed: lowest, embedding_on_host: false, batch };
+        let mut settings = Settings {
+            copies: true,
+            recomputed: lowest,
+            embedding_on_host: false,
+            streams_on_host: false,
+            batch,
+        };
         let mut smallest;
         for copies in [true, false] {
             settings.copies = copies;
@@ -159,6 +172,10 @@ impl DryRun<'_> {
                 return Ok(found);
             }
             smallest = self.need(Settings { recomputed: highest, ..settings })?;
+            if !settings.streams_on_host {
+                settings.streams_on_host = true;
+                continue;
+            }
             if settings.batch == 1 {
                 break;
             }

@@ -17,6 +17,7 @@ pub mod residual;
 pub mod sample;
 pub mod save;
 pub mod save_folder;
+pub mod streams;
 pub mod synthetic;
 pub mod tokenizer;
 

@@ -133,7 +133,7 @@ impl BaseType {
     fn head(self) -> WeightType {
         match self {
             BaseType::Q4KM => WeightType::Ggml(GgmlType::Q6_K),
-            other => other.embedding(),
+            BaseType::Uniform(_) => self.embedding(),
         }
     }
 }
@@ -213,6 +213,7 @@ impl Decoder {
             },
             head,
             config: c.clone(),
+            replays: super::replay::Replays::default(),
         })
     }
 }

@@ -182,17 +182,18 @@ impl<'a> Run<'a> {
         };
         let mut optimizer = Optimizer::new(device, params.count(), hyper, config.max_grad_norm)?;
         let mut decoder = decoder;
-        let (batch_size, keep) = match &fit {
+        let (batch_size, keep, on_host) = match &fit {
             Some(Fit { settings, .. }) => {
                 if settings.copies {
                     decoder.keep_copies()?;
                 }
-                (settings.batch, Keep::Layers(decoder.layers.len() - settings.recomputed))
+                let keep = Keep::Layers(decoder.layers.len() - settings.recomputed);
+                (settings.batch, keep, settings.streams_on_host)
             }
-            None if config.gradient_checkpointing => (config.batch_size, Keep::LAYER_INPUTS),
-            None => (config.batch_size, Keep::EVERYTHING),
+            None if config.gradient_checkpointing => (config.batch_size, Keep::LAYER_INPUTS, false),
+            None => (config.batch_size, Keep::EVERYTHING, false),
         };
-        let buffers = Buffers::new(&decoder, batch_size * longest, keep)?;
+        let buffers = Buffers::placed(&decoder, batch_size * longest, keep, on_host)?;
 
         let per_step = config.batch_size * config.gradient_accumulation_steps;
         let examples = (config.num_train_epochs * data.examples.len() as f64).round().max(1.0) as u64;

@@ -149,7 +149,8 @@ fn cuda_takes_the_memory_that_was_predicted() {
                 let decoder = &mut decoder;
                 let mut dry =
                     DryRun { decoder, meter: &meter, adapter_bytes, length, recomputed: 0..=recomputed };
-                let settings = Settings { copies, recomputed, embedding_on_host: false, batch };
+                let settings =
+                    Settings { copies, recomputed, embedding_on_host: false, streams_on_host: false, batch };
                 let predicted = dry.need(settings).unwrap().total() - WORKSPACE;
 
                 // A device of its own counts from zero.

@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 use cudarc::driver::{result, sys};
 
 use super::compile::{self, Source};
-use super::{Cuda, Function};
+use super::{Cuda, Function, TensorMap};
 use crate::error::Result;
 
 /// How many blocks of how many threads, and the dynamic shared memory of each.
@@ -42,6 +42,7 @@ pub enum Arg {
     U32(u32),
     U64(u64),
     F32(f32),
+    Map(TensorMap),
 }
 
 impl Arg {
@@ -50,9 +51,10 @@ impl Arg {
         Arg::I32(i32::try_from(n).expect("sizes of matrices are checked to fit 31 bits"))
     }
 
-    /// The value in the first bytes of a little-endian word.
-    fn word(self) -> u64 {
-        match self {
+    /// The value in the first bytes of a little-endian word; a map is passed from where it is.
+    fn word(&self) -> u64 {
+        match *self {
+            Arg::Map(_) => 0,
             Arg::Ptr(x) | Arg::U64(x) => x,
             Arg::I32(x) => u64::from(x as u32),
             Arg::I64(x) => x as u64,
@@ -82,9 +84,15 @@ impl Cuda {
             return Ok(());
         }
         let function = self.function(source, kernel, grid.shared)?;
-        let words: Vec<u64> = args.iter().map(|arg| arg.word()).collect();
-        let mut params: Vec<*mut c_void> =
-            words.iter().map(|word| std::ptr::from_ref(word).cast_mut().cast()).collect();
+        let words: Vec<u64> = args.iter().map(Arg::word).collect();
+        let mut params: Vec<*mut c_void> = args
+            .iter()
+            .zip(&words)
+            .map(|(arg, word)| match arg {
+                Arg::Map(map) => std::ptr::from_ref(map).cast_mut().cast(),
+                _ => std::ptr::from_ref(word).cast_mut().cast(),
+            })
+            .collect();
         let began = self.profile_begin()?;
         // SAFETY: the argument types are those that the kernel declares: each op passes them next to its kernel,
         // and the tests run every launch. The driver copies the arguments before it returns; kernels write
@@ -115,16 +123,16 @@ impl Cuda {
         let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (source.name, kernel);
         if !modules.functions.contains_key(&key) {
-            let module = match modules.loaded.get(source.name) {
-                Some(module) => *module,
-                None => {
-                    let cubin = compile::cubin(source, self.arch())?;
-                    // SAFETY: the image is a whole cubin that NVRTC made, checked against its hash by the cache.
-                    let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }
-                        .map_err(|e| self.error(source.name, e))?;
-                    modules.loaded.insert(source.name, module);
-                    module
-                }
+            let loaded = modules.loaded.get(source.name).copied();
+            let module = if let Some(module) = loaded {
+                module
+            } else {
+                let cubin = compile::cubin(source, self.arch())?;
+                // SAFETY: the image is a whole cubin that NVRTC made, checked against its hash by the cache.
+                let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }
+                    .map_err(|e| self.error(source.name, e))?;
+                modules.loaded.insert(source.name, module);
+                module
             };
             let name = CString::new(kernel).expect("kernel names have no NUL");
             // SAFETY: the module stays loaded as long as the device is open.

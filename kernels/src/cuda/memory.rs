@@ -61,7 +61,7 @@ impl Drop for Block {
 /// A piece of device memory.
 #[derive(Debug, Clone)]
 pub struct Buffer {
-    _block: Arc<Block>,
+    block: Arc<Block>,
     ptr: u64,
     bytes: usize,
 }
@@ -87,8 +87,8 @@ pub enum Scratch {
     Gemm,
     /// Partial sums of reductions.
     Partials,
-    /// Weights being unpacked into planes.
-    Upload,
+    /// A small product on its way into another kernel.
+    Products,
 }
 
 /// All memory of one device.
@@ -131,11 +131,11 @@ impl Cuda {
         {
             let ptr = block.ptr + *used as u64;
             *used += size;
-            return Ok(Buffer { _block: Arc::clone(block), ptr, bytes });
+            return Ok(Buffer { block: Arc::clone(block), ptr, bytes });
         }
         drop(arena);
         let block = self.block(size)?;
-        Ok(Buffer { ptr: block.ptr, _block: Arc::new(block), bytes })
+        Ok(Buffer { ptr: block.ptr, block: Arc::new(block), bytes })
     }
 
     fn block(&self, bytes: usize) -> Result<Block> {
@@ -165,7 +165,7 @@ impl Cuda {
             as u64;
         let counters = Arc::clone(&self.memory.counters);
         let block = Block { context: Arc::clone(&self.context), counters, ptr, bytes, on_host: true };
-        Ok(Buffer { ptr, bytes, _block: Arc::new(block) })
+        Ok(Buffer { ptr, bytes, block: Arc::new(block) })
     }
 
     /// Address of a scratch buffer of at least `bytes`, which keeps its place until a larger one is asked for.
@@ -246,7 +246,7 @@ impl Cuda {
     /// # Panics
     /// The range lies outside of the buffer, or the buffer is not on the host.
     pub fn write_host(&self, buffer: &Buffer, at: usize, bytes: &[u8]) {
-        assert!(buffer._block.on_host && at + bytes.len() <= buffer.bytes, "a range of a buffer on the host");
+        assert!(buffer.block.on_host && at + bytes.len() <= buffer.bytes, "a range of a buffer on the host");
         // SAFETY: the range lies inside of an allocation of the host, checked above, that nothing enqueued uses
         // yet: buffers on the host are filled once, before they are first read.
         unsafe {

@@ -13,6 +13,8 @@ pub mod memory;
 mod profile;
 pub mod sources;
 pub(crate) mod spans;
+pub mod tensor_map;
+pub mod transfer;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -23,6 +25,7 @@ use cudarc::driver::{CudaContext, CudaStream, sys};
 pub use compile::{Arch, Source};
 pub use launch::{Arg, Grid};
 pub use memory::{Buffer, Scratch};
+pub use tensor_map::TensorMap;
 
 use crate::error::{Error, Result};
 

@@ -16,6 +16,8 @@ pub static SOURCES: &[&Source] = &[
     &attention::cuda::D96.source,
     &attention::cuda::D128.source,
     &attention::cuda::D256.source,
+    &attention::hopper::D64.source,
+    &attention::hopper::D128.source,
     &convert::SOURCE,
     &cross_entropy::SOURCE,
     &dequantize::DENSE,

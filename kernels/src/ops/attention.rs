@@ -1,11 +1,12 @@
 //! Causal grouped-query attention over sequences laid end to end.
 //!
-//! The op and its checks; [`cpu`] and [`cuda`] compute it, without ever holding a T x T matrix.
+//! The op and its checks; [`cpu`], [`cuda`] and [`hopper`] compute it, without ever holding a T x T matrix.
 
 mod cpu;
 pub(crate) mod cuda;
 #[cfg(test)]
 mod cuda_tests;
+pub(crate) mod hopper;
 #[cfg(test)]
 mod naive;
 #[cfg(test)]

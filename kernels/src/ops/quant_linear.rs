@@ -68,7 +68,9 @@ pub fn quant_linear_forward(
 /// Backward of [`quant_linear_forward`] to its inputs: `dx = dy diag(g) W` and `dh = dy b`.
 ///
 /// - `Shapes`: dx (T, K), dh (T, R), dy (T, N), weight (N, K), row_scale (1, N), b (N, R).
-/// - `Accumulates`: `dx =`, or `dx +=` with `accumulate`; `dh =` always.
+/// - `Accumulates`: `dx =`, or `dx +=` with `accumulate`; `dh =` always, except that on CUDA with `accumulate` a dh
+///   in the padding of dx is added to: it holds zeros after a product that overwrote the same rows with its own
+///   branch beside.
 /// - `Precision`: as forward, relative to `Σ |dy| |g w|`.
 /// - `Errors`: shapes that do not belong together; one of dh and b without the other; a device
 ///   without this kernel.

@@ -56,10 +56,10 @@ pub fn row_norm_forward(
 
 /// [`row_norm_forward`] with the product W A^T made on the way: on CUDA both read the same dequantized rows.
 ///
-/// Shapes: as [`row_norm_forward`]; `wa` (R, N) is overwritten with A W^T. `a` is of the type of activations.
+/// Shapes: as [`row_norm_forward`]. `a` is of the type of activations.
 /// `folded`: the row scale g that a copy of the weight on the device has in its rows, if there is such a copy; then
 /// its rows, divided by g, serve. A row of g = 0 keeps |W|^2 + s^2 |B A|^2: its factor m / norm stays 0.
-/// Accumulates: nothing, `norm` and `wa` are overwritten.
+/// Accumulates: nothing, `norm` is overwritten.
 /// Precision: as [`row_norm_forward`]; on CUDA W and A enter as bf16, which moves a norm by about 1e-5 of itself where
 /// B A is a tenth of W.
 ///
@@ -69,7 +69,6 @@ pub fn row_norm_forward(
 /// Source: see [`row_norm_forward`].
 pub fn row_norm_packed(
     mut norm: ViewMut,
-    mut wa: ViewMut,
     w_squared: View,
     a: View,
     b: View,
@@ -77,10 +76,17 @@ pub fn row_norm_packed(
     weight: &BaseWeight,
     folded: View,
 ) -> Result<()> {
+    let (rank, n) = (a.rows, weight.rows());
     let Some(cuda) = norm.cuda() else {
-        quant_linear_forward(wa.reborrow(), a, weight, None, None)?;
-        return row_norm_forward(norm, w_squared, wa.as_view(), a, b, scaling, weight);
+        return with_scratch(rank * n, |wa| {
+            let mut wa = ViewMut::from_slice(wa, rank, n);
+            quant_linear_forward(wa.reborrow(), a, weight, None, None)?;
+            row_norm_forward(norm, w_squared, wa.as_view(), a, b, scaling, weight)
+        });
     };
+    let ptr = cuda.scratch(Scratch::Products, rank * n * Dtype::F32.size())?;
+    let wa = Matrix { ptr, rows: rank, cols: n, stride: n, dtype: Dtype::F32 };
+    let mut wa = ViewMut::on_cuda(&cuda, wa);
     let operands = Operands { w_squared, wa: wa.as_view(), a, b, scaling };
     check_operands(&norm, &operands, weight.rows(), weight.cols())?;
     if let Some((ptr, stride)) = weight.scaled_copy() {

@@ -1,29 +1,19 @@
 // Attention over packed sequences with mma.sync (sm_80 and newer): what forward and backward share.
 //
-// Compiled once per head dimension: `attention_d128.cu` and its siblings define it and the tile sizes; this file,
-// `attention_forward.cuh` and `attention_backward.cuh` follow. A block is four warps; each warp owns 16 or 32 rows
-// of the block's tile and keeps their sums in registers, while tiles of the other side stream through two stages
-// of shared memory. There are no atomics: in the backward some blocks walk over queries and sum dK and dV (of all
+// Compiled once per head dimension: `attention_d128.cu` and its siblings define it and the tile sizes;
+// `attention_common.cuh`, this file, `attention_forward.cuh` and `attention_backward.cuh` follow. A block is four
+// warps; each warp owns 16 or 32 rows of the block's tile and keeps their sums in registers, while tiles of the other
+// side stream through two stages of shared memory. There are no atomics: in the backward some blocks walk over queries and sum dK and dV (of all
 // query heads of the group), the others walk over keys and sum dQ; both recompute the probabilities from lse.
 
-constexpr int D = HEAD_DIM;
 constexpr int THREADS = 128;
 constexpr int CHUNKS = D / 8;
 // Eight rows at one chunk of 16 bytes must hit all banks: by XOR where a row is whole 128-byte lines, else by a
 // row of an odd number of chunks.
 constexpr bool SWIZZLED = CHUNKS % 8 == 0;
 constexpr int PITCH = (SWIZZLED ? CHUNKS : CHUNKS + 1) * 16;
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float LN2 = 0.6931471805599453f;
-#define HIDDEN __int_as_float(0xff800000)
 
 // ------------------------------------------------------------------------------------ instructions
-
-__device__ __forceinline__ u32 shared_address(const void* p) {
-    u32 address;
-    asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(address) : "l"(p));
-    return address;
-}
 
 // Copies `bytes`, all or none, and fills the rest with zeros; with none, `from` is not read.
 __device__ __forceinline__ void copy16(u32 to, const void* from, u32 bytes) {
@@ -59,12 +49,6 @@ __device__ __forceinline__ uint4 load_shared16(u32 address) {
     return x;
 }
 
-__device__ __forceinline__ float2 load_shared_pair(u32 address) {
-    float2 x;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
-    return x;
-}
-
 __device__ __forceinline__ void store_shared16(u32 address, uint4 x) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                  : "memory");
@@ -82,12 +66,6 @@ __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u3
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 __device__ __forceinline__ float reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -95,9 +73,6 @@ __device__ __forceinline__ float reciprocal(float x) {
 }
 
 // ------------------------------------------------------------------------------------ tiles in shared memory
-
-__device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
-__device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
 
 __device__ __forceinline__ u32 chunk_at(int row, int chunk) {
     return row * PITCH + ((SWIZZLED ? chunk ^ (row & 7) : chunk) << 4);
@@ -318,32 +293,6 @@ template <int MT, int NT> __device__ __forceinline__ void hide_queries(float (&s
                 const int row = m * 16 + i / 2 * 8 + lane_id() / 4, column = n * 8 + lane_id() % 4 * 2 + i % 2;
                 if (column < first + row || (window > 0 && column >= first + row + window)) s[m][n][i] = HIDDEN;
             }
-}
-
-// ------------------------------------------------------------------------------------ where a block works
-
-struct Place {
-    int sequence, start, length, tile, tiles;
-};
-
-// The tiles of sequence s, each ROWS of its tokens, have the slots from starts[s] / ROWS + s on; so the number of
-// slots, tokens / ROWS + sequences, is known without the starts, and few slots are empty.
-template <int ROWS>
-__device__ __forceinline__ bool find_place(Place& place, const u32* starts, int n_sequences, int slot) {
-    int first = 0, n = n_sequences;
-    while (n > 1) {
-        const int step = (n + 31) / 32, i = first + lane_id() * step;
-        const bool before = lane_id() * step < n && (int)(starts[i] / ROWS) + i <= slot;
-        const int skipped = (__popc(__ballot_sync(0xffffffffu, before)) - 1) * step;
-        first += skipped;
-        n = min(step, n - skipped);
-    }
-    place.sequence = first;
-    place.start = starts[first];
-    place.length = starts[first + 1] - starts[first];
-    place.tile = slot - (place.start / ROWS + first);
-    place.tiles = (place.length + ROWS - 1) / ROWS;
-    return place.tile < place.tiles;
 }
 
 extern __shared__ __align__(128) unsigned char tiles[];

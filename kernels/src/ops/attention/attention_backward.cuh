@@ -1,29 +1,3 @@
-// delta = the sum of do * o over each head. Blocks: tokens * n_heads * DELTA_LANES / THREADS, rounded up.
-constexpr int DELTA_LANES = CHUNKS <= 2 ? 2 : CHUNKS <= 4 ? 4 : CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32;
-
-extern "C" __global__ void __launch_bounds__(THREADS)
-    attention_delta(float* delta, const bf16* do_, const bf16* o, int n_tokens, int n_heads, int delta_stride,
-                    int do_stride, int o_stride) {
-    const i64 item = ((i64)blockIdx.x * THREADS + threadIdx.x) / DELTA_LANES;
-    const int chunk = threadIdx.x % DELTA_LANES, head = item % n_heads;
-    const i64 token = item / n_heads;
-    float sum = 0.0f;
-    if (token < n_tokens && chunk < CHUNKS) {
-        const bf16* x = do_ + token * do_stride + head * D + chunk * 8;
-        const bf16* y = o + token * o_stride + head * D + chunk * 8;
-        if (aligned16(x, 8) && aligned16(y, 8)) {
-            const f32x8 a = load8(x), b = load8(y);
-#pragma unroll
-            for (int i = 0; i < 8; i++) sum += a.v[i] * b.v[i];
-        } else {
-            for (int i = 0; i < 8; i++) sum += to_f32(x[i]) * to_f32(y[i]);
-        }
-    }
-#pragma unroll
-    for (int lanes = DELTA_LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-    if (token < n_tokens && chunk == 0) delta[(i64)head * delta_stride + token] = sum;
-}
-
 struct Backward {
     bf16 *dq, *dk, *dv;
     const bf16 *do_, *q, *k, *v;

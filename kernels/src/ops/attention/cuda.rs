@@ -1,11 +1,11 @@
 //! The CUDA twin: one kernel file per head dimension, FlashAttention-2 style, without atomics or workspace.
 //!
-//! `attention.cuh` says how the kernels work. Their grids depend on token and sequence counts alone: a block finds
+//! `attention.cuh` says how the kernels work; what [`super::hopper`] serves goes there. Their grids depend on token and sequence counts alone: a block finds
 //! its sequence and tile from the starts on the device, so a captured graph serves every packing.
 
 use std::sync::Arc;
 
-use super::AttentionShape;
+use super::{AttentionShape, hopper};
 use crate::cuda::{Arg, Cuda, Grid, Source};
 use crate::error::{Error, Result};
 use crate::ids::Ids;
@@ -13,6 +13,8 @@ use crate::tensor::{View, ViewMut};
 
 /// Threads of a block.
 const THREADS: usize = 128;
+/// Of a block of `attention_delta`.
+const DELTA_THREADS: usize = 128;
 
 /// The kernels for one head dimension, and the rows of their tiles.
 #[derive(Debug)]
@@ -35,6 +37,8 @@ macro_rules! kernels {
                 $file,
                 concat!(
                     include_str!($file),
+                    "\n#line 1 \"attention_common.cuh\"\n",
+                    include_str!("attention_common.cuh"),
                     "\n#line 1 \"attention.cuh\"\n",
                     include_str!("attention.cuh"),
                     "\n#line 1 \"attention_forward.cuh\"\n",
@@ -102,11 +106,6 @@ impl Kernels {
         dq.max(dkv)
     }
 
-    /// Threads that add up the delta of one head of one token.
-    fn delta_lanes(&self) -> usize {
-        (self.head_dim / 8).next_power_of_two()
-    }
-
     /// Whether a block sums both dk and dv; else each has its own.
     fn dk_with_dv(&self) -> bool {
         self.head_dim <= 128
@@ -114,7 +113,7 @@ impl Kernels {
 }
 
 /// Places for tiles of `rows` tokens in all sequences: at least as many as there are tiles.
-fn slots(tokens: usize, sequences: usize, rows: usize) -> usize {
+pub(super) fn slots(tokens: usize, sequences: usize, rows: usize) -> usize {
     tokens / rows + sequences
 }
 
@@ -136,6 +135,9 @@ pub(super) fn forward(
     k_starts: Ids<'_>,
     shape: &AttentionShape,
 ) -> Result<()> {
+    if let Some(kernels) = hopper::forward_kernels(op, cuda, o, [q, k, v], shape)? {
+        return kernels.forward(op, cuda, o, lse, [q, k, v], q_starts, shape);
+    }
     let kernels = Kernels::of(op, &cuda.name(), shape.head_dim)?;
     let sequences = q_starts.len() - 1;
     let mut args = vec![
@@ -165,20 +167,19 @@ pub(super) fn backward(
     starts: Ids<'_>,
     shape: &AttentionShape,
 ) -> Result<()> {
+    if let Some(kernels) = hopper::backward_kernels(op, cuda, [dq, dk, dv], [do_, q, k, v], shape)? {
+        return kernels.backward(op, cuda, [dq, dk, dv, delta], [do_, o, lse, q, k, v], starts, shape);
+    }
     let kernels = Kernels::of(op, &cuda.name(), shape.head_dim)?;
     let (tokens, sequences) = (q.rows, starts.len() - 1);
-    let delta_ptr = Arg::Ptr(delta.f32(op)?);
-    let grid = Grid::over(tokens * shape.n_heads * kernels.delta_lanes(), THREADS);
-    let mut args = vec![delta_ptr, Arg::Ptr(do_.bf16(op)?), Arg::Ptr(o.bf16(op)?)];
-    args.extend([tokens, shape.n_heads, delta.stride, do_.stride, o.stride].map(Arg::size));
-    cuda.launch(&kernels.source, "attention_delta", grid, &args)?;
+    sum_delta(op, cuda, &kernels.source, delta, [do_, o], shape)?;
 
     let key_blocks = slots(tokens, sequences, kernels.dkv_keys) * shape.n_kv_heads;
     let mut args = vec![
         Arg::Ptr(dq.bf16(op)?),
         Arg::Ptr(dk.bf16(op)?),
         Arg::Ptr(dv.bf16(op)?),
-        delta_ptr,
+        Arg::Ptr(delta.f32(op)?),
         Arg::Ptr(do_.bf16(op)?),
         Arg::Ptr(lse.f32(op)?),
         Arg::Ptr(q.bf16(op)?),
@@ -197,6 +198,23 @@ pub(super) fn backward(
     let of_queries = slots(tokens, sequences, kernels.dq_queries) * shape.n_heads;
     let grid = Grid { shared: kernels.backward_shared(), ..Grid::of(of_keys + of_queries, THREADS) };
     cuda.launch(&kernels.source, "attention_backward", grid, &args)
+}
+
+/// delta, which every kernel file has a kernel for.
+pub(super) fn sum_delta(
+    op: &'static str,
+    cuda: &Arc<Cuda>,
+    source: &'static Source,
+    delta: &ViewMut<'_>,
+    [do_, o]: [View<'_>; 2],
+    shape: &AttentionShape,
+) -> Result<()> {
+    // Threads that add up one head of one token.
+    let lanes = (shape.head_dim / 8).next_power_of_two();
+    let grid = Grid::over(o.rows * shape.n_heads * lanes, DELTA_THREADS);
+    let mut args = vec![Arg::Ptr(delta.f32(op)?), Arg::Ptr(do_.bf16(op)?), Arg::Ptr(o.bf16(op)?)];
+    args.extend([o.rows, shape.n_heads, delta.stride, do_.stride, o.stride].map(Arg::size));
+    cuda.launch(source, "attention_delta", grid, &args)
 }
 
 #[cfg(test)]

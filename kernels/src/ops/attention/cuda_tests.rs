@@ -111,6 +111,10 @@ fn cases() -> Vec<(AttentionShape, Vec<u32>)> {
         cases.push((AttentionShape { softcap: Some(20.0), scale: 1.0, ..shape(2, 1, dim) }, vec![0, 150]));
         cases.push((AttentionShape { scale: -0.1, ..shape(2, 1, dim) }, vec![0, 150]));
     }
+    // Rings of tiles that wrap around, and tiles that end in the next sequence.
+    for dim in [64, 128] {
+        cases.push((shape(4, 2, dim), vec![0, 900, 1410]));
+    }
     // More sequences than a warp has lanes.
     let starts = (0..200u32).scan(0, |start, i| Some(std::mem::replace(start, *start + i * 7 % 4))).collect();
     cases.push((shape(2, 1, 64), starts));
@@ -120,6 +124,7 @@ fn cases() -> Vec<(AttentionShape, Vec<u32>)> {
 #[test]
 fn cuda_forward_and_backward_equal_the_naive_ones() {
     let Some(device) = device() else { return };
+    let cuda = device.cuda().unwrap();
     for (shape, starts) in cases() {
         let tokens = *starts.last().unwrap() as usize;
         let (q_cols, k_cols) = (shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim);
@@ -186,8 +191,11 @@ fn cuda_forward_and_backward_equal_the_naive_ones() {
                 assert_near(&format!("{name} of {what}"), found, expected);
             }
             assert_close(&format!("delta of {what}"), &found[5], &expected[3], tolerance(1e-5, 1e-4));
+            // Hopper's own kernels ask for aligned rows; the portable ones add in another order.
+            let portable = padding == PADDINGS[2] && hopper::kernels(cuda, &shape).is_some();
             match &first {
                 None => first = Some(found.to_vec()),
+                Some(_) if portable => {}
                 Some(first) => assert!(first[..] == found, "{what}: other bits than without padding"),
             }
         }

@@ -137,7 +137,7 @@ struct IQ2_XXS : Decoder<2, 2 * 256> {
 };
 
 // 512 points of eight. Planes: of each group point and seven signs; d; scales of sub-blocks of 16.
-struct IQ2_XS : Decoder<4, 2 * 512> {
+struct IQ2_XS : Decoder<2, 2 * 512> {
     struct Raw {
         u16 point, d;
         u8 sc;

@@ -39,7 +39,7 @@ template <> struct Scale<true> {
 };
 
 // RAGGED: the columns are not a multiple of eight, so that a group may lie in two blocks.
-template <bool DOUBLE, bool RAGGED> struct FourBit : Decoder<4, DOUBLE ? 16 + 256 : 16> {
+template <bool DOUBLE, bool RAGGED> struct FourBit : Decoder<RAGGED ? 2 : 4, DOUBLE ? 16 + 256 : 16> {
     struct Raw {
         u32 codes;
         Scale<DOUBLE> scale[RAGGED ? 2 : 1];
@@ -50,15 +50,15 @@ template <bool DOUBLE, bool RAGGED> struct FourBit : Decoder<4, DOUBLE ? 16 + 25
     }
 
     static __device__ __forceinline__ Raw load(const Packed& p, u32 row, u32 group) {
-        const u64 i = (u64)row * p.groups + group;
+        const u32 i = row * p.groups + group;
         Raw raw;
-        raw.codes = stream<u32>(p.plane[0] + 4 * i);
+        raw.codes = stream<u32>(p.plane[0] + 4 * (u64)i);
         if (RAGGED) {
             const u64 first = first_element(p, row, group), last = first + min(7u, p.cols - 8 * group - 1);
             raw.scale[0] = Scale<DOUBLE>::load(p, (u32)(first >> p.shift));
             raw.scale[RAGGED] = Scale<DOUBLE>::load(p, (u32)(last >> p.shift));
         } else {
-            raw.scale[0] = Scale<DOUBLE>::load(p, (u32)(i >> (p.shift - 3)));
+            raw.scale[0] = Scale<DOUBLE>::load(p, i >> (p.shift - 3));
         }
         return raw;
     }
@@ -78,7 +78,11 @@ template <bool DOUBLE, bool RAGGED> struct FourBit : Decoder<4, DOUBLE ? 16 + 25
     static __device__ __forceinline__ void round(f32x8& x, const Packed& p, bool rounds_anyway) {
         if (p.rounding == TO_BF16 && !rounds_anyway) {
 #pragma unroll
-            for (int j = 0; j < 8; j++) x.v[j] = to_f32(to_bf16(x.v[j]));
+            for (int j = 0; j < 8; j += 2) {
+                const u32 pair = pack_bf16(x.v[j], x.v[j + 1]);
+                x.v[j] = low_f32(pair);
+                x.v[j + 1] = high_f32(pair);
+            }
         } else if (p.rounding == TO_F16) {
 #pragma unroll
             for (int j = 0; j < 8; j++) x.v[j] = round_to_f16(x.v[j]);

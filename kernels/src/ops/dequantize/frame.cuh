@@ -121,70 +121,97 @@ __device__ __forceinline__ f32x8 affine(f32x8 x, float scale, float min) {
 }
 
 template <class D> __device__ __forceinline__ void fill(u32* table, const Packed& p) {
+#pragma unroll 1
     for (u32 i = threadIdx.x; i < D::TABLE; i += THREADS) table[i] = reinterpret_cast<const u32*>(p.table)[i];
     __syncthreads();
 }
 
+// What a thread reads for a group.
+template <class D> struct Loaded {
+    typename D::Raw raw;
+    float gain;  // the row's g
+};
+
 template <class D>
-__device__ __forceinline__ f32x8 value(const typename D::Raw& raw, const u32* table, const Packed& p,
-                                       const Scaling& scaling, u32 row, u32 col, bool rounds_anyway) {
-    f32x8 x = D::decode(raw, table, p, row, col);
+__device__ __forceinline__ Loaded<D> load(const Packed& p, const Scaling& scaling, u32 row, u32 group) {
+    return {D::load(p, row, group), scaling.row == nullptr ? 1.0f : __ldg(scaling.row + row)};
+}
+
+// `rounds_anyway`: the values end as bf16, so that rounding to it is left to the end where nothing comes between.
+template <class D>
+__device__ __forceinline__ f32x8 value(const Loaded<D>& loaded, const u32* table, const Packed& p,
+                                       const Scaling& scaling, u32 row, u32 group, bool rounds_anyway) {
+    f32x8 x = D::decode(loaded.raw, table, p, row, group);
     const bool scaled = scaling.factor != 1.0f || scaling.row != nullptr;
     D::round(x, p, rounds_anyway && !scaled);
-    if (scaling.factor != 1.0f) x = times(x, scaling.factor);
-    if (scaling.row != nullptr) x = times(x, __ldg(scaling.row + row));
+    // One of the two may be 1, which changes no bit.
+    if (scaled) x = times(times(x, scaling.factor), loaded.gain);
     return x;
 }
 
-__device__ __forceinline__ float branch_value(const Branch& branch, u32 row, u32 col) {
-    const u32 r = col - branch.at;
-    return branch.b != nullptr && r < branch.rank ? to_f32(branch.b[row * branch.stride + r]) : 0.0f;
+// Eight columns from `col` on behind those of the weight; fewer may come before.
+__device__ __forceinline__ f32x8 branch_values(const Branch& branch, u32 row, i32 col) {
+    const bf16* b = branch.b + row * branch.stride;
+    const i32 first = col - (i32)branch.at, rank = (i32)branch.rank;
+    if (first >= 0 && first + 8 <= rank && ((u64)(b + first) & 15) == 0) return load8(b + first);
+    f32x8 x;
+#pragma unroll
+    for (i32 j = 0; j < 8; j++) x.v[j] = (u32)(first + j) < (u32)rank ? to_f32(b[first + j]) : 0.0f;
+    return x;
 }
 
 // out[i, k] = g[first + i] * (factor * w[first + i, k]) for k < K, then zeros and b up to `width` columns.
 //
-// Whole groups first, where rows are aligned; then what is left, each element by itself.
+// Whole groups first, where rows are aligned; then what is left.
 template <class D, typename Out>
 __device__ __forceinline__ void dequantize(Out* out, i64 stride, const Packed& p, u32 first_row, u32 rows, u32 width,
                                            const Divisor& whole_groups, const Scaling& scaling, const Branch& branch) {
-    constexpr int N = D::IN_FLIGHT;
+    // Rows in f32 are no part of a step.
+    constexpr int N = sizeof(Out) == 2 ? D::IN_FLIGHT : 1;
     __shared__ u32 table[D::TABLE > 0 ? D::TABLE : 1];
     bool filled = D::TABLE == 0;
     const bool wide = aligned16(out, stride);
     const u32 total = wide ? rows * whole_groups.by : 0;
     for (u32 tile = blockIdx.x * (THREADS * N); tile < total; tile += gridDim.x * (THREADS * N)) {
-        typename D::Raw raw[N];
+        Loaded<D> loaded[N];
         u32 row[N], group[N];
 #pragma unroll
         for (int n = 0; n < N; n++) {
-            const u32 i = tile + n * THREADS + threadIdx.x;
+            // Beyond the end threads do the last group again, and store the same bits in the same place.
+            const u32 i = min(tile + n * THREADS + threadIdx.x, total - 1);
             row[n] = whole_groups.of(i);
             group[n] = i - row[n] * whole_groups.by;
-            if (i < total) raw[n] = D::load(p, first_row + row[n], group[n]);
+            loaded[n] = load<D>(p, scaling, first_row + row[n], group[n]);
         }
         // After the first loads, so that they travel meanwhile.
         if (!filled) fill<D>(table, p);
         filled = true;
 #pragma unroll
         for (int n = 0; n < N; n++) {
-            if (tile + n * THREADS + threadIdx.x < total) {
-                const f32x8 x = value<D>(raw[n], table, p, scaling, first_row + row[n], group[n], sizeof(Out) == 2);
-                store8(out + row[n] * stride + 8 * group[n], x);
-            }
+            const f32x8 x = value(loaded[n], table, p, scaling, first_row + row[n], group[n], sizeof(Out) == 2);
+            store8(out + row[n] * stride + 8 * group[n], x);
         }
     }
     const u32 first_group = wide ? whole_groups.by : 0, edge = (width + 7) / 8 - first_group;
     if (edge == 0) return;
     if (!filled) fill<D>(table, p);
     for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < rows * edge; i += gridDim.x * THREADS) {
-        const u32 row = first_row + i / edge, group = first_group + i % edge;
+        const u32 row = first_row + i / edge, group = first_group + i % edge, col = 8 * group;
         f32x8 x;
-        if (group < p.groups) x = value<D>(D::load(p, row, group), table, p, scaling, row, group, sizeof(Out) == 2);
-        Out* to = out + (i / edge) * stride + 8 * group;
+        if (col + 8 > p.cols) x = branch_values(branch, row, (i32)col - (i32)p.cols);
+        if (group < p.groups) {
+            const f32x8 w = value(load<D>(p, scaling, row, group), table, p, scaling, row, group, sizeof(Out) == 2);
 #pragma unroll
-        for (u32 j = 0; j < 8; j++) {
-            const u32 col = 8 * group + j;
-            if (col < width) to[j] = from_f32<Out>(col < p.cols ? x.v[j] : branch_value(branch, row, col - p.cols));
+            for (u32 j = 0; j < 8; j++) x.v[j] = col + j < p.cols ? w.v[j] : x.v[j];
+        }
+        Out* to = out + (i / edge) * stride + col;
+        if (wide && col + 8 <= width) {
+            store8(to, x);
+        } else {
+#pragma unroll
+            for (u32 j = 0; j < 8; j++) {
+                if (col + j < width) to[j] = from_f32<Out>(x.v[j]);
+            }
         }
     }
 }
@@ -197,7 +224,7 @@ __device__ __forceinline__ void row_norms_squared(float* out, const Packed& p, u
     for (u32 row = blockIdx.x; row < rows; row += gridDim.x) {
         float sum = 0.0f;
         for (u32 group = threadIdx.x; group < p.groups; group += THREADS) {
-            const f32x8 x = value<D>(D::load(p, row, group), table, p, scaling, row, group, false);
+            const f32x8 x = value(load<D>(p, scaling, row, group), table, p, scaling, row, group, false);
             float part = 0.0f;
 #pragma unroll
             for (int j = 0; j < 8; j++) {
@@ -220,7 +247,7 @@ __device__ __forceinline__ void embedding_forward(bf16* out, i64 stride, const P
     for (u32 i = blockIdx.x; i < tokens; i += gridDim.x) {
         const u32 row = ids[i];
         for (u32 group = threadIdx.x; group < p.groups; group += THREADS) {
-            const f32x8 x = value<D>(D::load(p, row, group), table, p, scaling, row, group, true);
+            const f32x8 x = value(load<D>(p, scaling, row, group), table, p, scaling, row, group, true);
             bf16* to = out + i * stride + 8 * group;
             if (wide && 8 * group + 8 <= p.cols) {
                 store8(to, x);

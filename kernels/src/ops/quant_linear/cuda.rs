@@ -60,6 +60,8 @@ pub(super) fn forward(
     }
 }
 
+/// With `accumulate` the product adds to the padding, too: dh must hold zeros, as a product that overwrites the same
+/// rows with its own branch elsewhere in the padding leaves them.
 pub(super) fn backward(
     op: &'static str,
     cuda: &Arc<Cuda>,
@@ -80,13 +82,10 @@ pub(super) fn backward(
     let beside = branch.as_ref().zip(place).map(|((_, b), place)| (*b, place));
     let depth = weight.cols() + place.map_or(0, |place| place.padding);
     let dx = Matrix { cols: depth, ..dx };
-    if let Some((dh, b)) = branch {
-        if place.is_none() {
-            cuda.gemm(dh.matrix(op)?, dy, b.matrix(op)?, 1.0, 0.0)?;
-        } else if accumulate {
-            // The product adds to the padding, too.
-            dh.zero(op)?;
-        }
+    if let Some((dh, b)) = branch
+        && place.is_none()
+    {
+        cuda.gemm(dh.matrix(op)?, dy, b.matrix(op)?, 1.0, 0.0)?;
     }
     for (i, rows) in tiles(weight, depth).enumerate() {
         let w = folded(cuda, weight, rows.clone(), row_scale, beside)?;
@@ -149,12 +148,11 @@ fn folded(
         let ptr = dense + (rows.start * weight.cols() * Dtype::Bf16.size()) as u64;
         return Ok(Matrix { ptr, rows: rows.len(), cols: stride, stride, dtype: Dtype::Bf16 });
     }
-    let (ptr, missing) = match weight.cached_copy(row_scale.is_some(), place) {
-        Some(cached) => cached,
-        None => {
-            let bytes = rows.len() * stride * Dtype::Bf16.size();
-            (cuda.scratch(Scratch::Weight, bytes)?, Missing::Everything)
-        }
+    let (ptr, missing) = if let Some(cached) = weight.cached_copy(row_scale.is_some(), place) {
+        cached
+    } else {
+        let bytes = rows.len() * stride * Dtype::Bf16.size();
+        (cuda.scratch(Scratch::Weight, bytes)?, Missing::Everything)
     };
     let matrix = Matrix { ptr, rows: rows.len(), cols: stride, stride, dtype: Dtype::Bf16 };
     let to = ViewMut::on_cuda(cuda, matrix);
