@@ -57,7 +57,7 @@ __device__ __forceinline__ bool find_place(Place& place, const u32* starts, int 
 // ------------------------------------------------------------------------------------ delta
 
 // delta = the sum of do * o over each head. Blocks: tokens * n_heads * DELTA_LANES / 128, rounded up.
-constexpr int DELTA_LANES = D <= 64 ? 8 : D <= 128 ? 16 : 32;
+constexpr int DELTA_LANES = D <= 16 ? 2 : D <= 32 ? 4 : D <= 64 ? 8 : D <= 128 ? 16 : 32;
 
 extern "C" __global__ void __launch_bounds__(128)
     attention_delta(float* delta, const bf16* do_, const bf16* o, int n_tokens, int n_heads, int delta_stride,
