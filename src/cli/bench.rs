@@ -3,6 +3,7 @@
 pub mod dequantize;
 mod floor;
 pub mod quantize;
+pub mod svd;
 pub mod train;
 
 use std::time::{Duration, Instant};
