@@ -15,8 +15,8 @@ use qpeft_formats::mixture::{FileType, Mixture, TypeOverride};
 use qpeft_kernels::weight::WeightType;
 
 pub use bench::{
-    BenchAttentionArgs, BenchDequantizeArgs, BenchLinearArgs, BenchQuantizeArgs, BenchTrainArgs, PlanArgs,
-    Recompute,
+    BenchAttentionArgs, BenchDequantizeArgs, BenchLinearArgs, BenchQuantizeArgs, BenchSvdArgs,
+    BenchTrainArgs, PlanArgs, Recompute,
 };
 
 use super::report::Usage;
@@ -95,6 +95,8 @@ pub enum BenchCommand {
     Attention(BenchAttentionArgs),
     /// Measure a linear layer on a packed weight, forward and backward, with and without a branch
     Linear(BenchLinearArgs),
+    /// Measure how fast PiSSA splits the weights of a model
+    Svd(BenchSvdArgs),
 }
 
 /// Where and on how many threads a command computes.

@@ -5,6 +5,7 @@ pub mod dequantize;
 mod floor;
 pub mod linear;
 pub mod quantize;
+pub mod svd;
 pub mod train;
 
 use std::time::{Duration, Instant};

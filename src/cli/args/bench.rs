@@ -212,3 +212,35 @@ pub struct PlanArgs {
     #[arg(long)]
     pub json: bool,
 }
+
+/// `qpeft bench svd`
+#[derive(Debug, Clone, Args)]
+pub struct BenchSvdArgs {
+    /// Random weights in the shape of a known model: llama-3.1-8b, llama-3.2-1b, ...
+    #[arg(long, value_name = "NAME", required_unless_present = "rows", value_parser = str::parse::<Shape>)]
+    pub shape: Option<Shape>,
+    /// Rows of a single matrix in place of a model's
+    #[arg(long, value_name = "N", requires = "cols", conflicts_with = "shape", value_parser = at_least_one::<usize>)]
+    pub rows: Option<usize>,
+    /// Columns of a single matrix
+    #[arg(long, value_name = "N", requires = "rows", value_parser = at_least_one::<usize>)]
+    pub cols: Option<usize>,
+    /// Type of the weights: nf4, nf4-dq, bf16, q4_k, q8_0, ...
+    #[arg(long, value_name = "TYPE", default_value = "nf4", value_parser = weight_type)]
+    pub base: WeightType,
+    /// Rank r
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one::<usize>, aliases = ["lora-rank", "rank", "r"])]
+    pub lora_r: usize,
+    /// Iterations of the SVD
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub pissa_niter: usize,
+    /// Also split the smallest matrix on the CPU, and compare what is left
+    #[arg(long)]
+    pub check: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Where to compute.
+    #[command(flatten)]
+    pub compute: ComputeArgs,
+}
