@@ -376,5 +376,5 @@ fn bench_linear_measures_with_and_without_a_branch() {
     }
     let out = qpeft(&[&["bench", "linear", "--base", "nf4", "--device", "cpu"][..], &sizes].concat());
     let table = text(&out.stdout);
-    assert!(table.contains("\nNF4 ") && table.contains("\nNF4, branch "), "{table}");
+    assert!(table.contains("\nnf4 ") && table.contains("\nnf4, branch "), "{table}");
 }

@@ -134,7 +134,9 @@ fn with_fixed_signs(mut svd: LowRankSvd, rank: usize) -> LowRankSvd {
     }
     let cols = svd.v.len() / rank;
     for (row, sign) in svd.v.chunks_exact_mut(cols.max(1)).zip(&signs) {
-        row.iter_mut().for_each(|x| *x *= sign);
+        for x in &mut *row {
+            *x *= sign;
+        }
     }
     svd
 }

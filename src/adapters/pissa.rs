@@ -92,7 +92,9 @@ pub fn factorize(weight: &BaseWeight, rank: usize, scaling: f32, options: &SvdOp
     let roots: Vec<f32> = svd.s.iter().map(|s| (s / scaling).sqrt()).collect();
     let (mut a, mut b) = (svd.v, svd.u);
     for (a, root) in a.chunks_exact_mut(weight.cols().max(1)).zip(&roots) {
-        a.iter_mut().for_each(|a| *a *= root);
+        for a in a {
+            *a *= root;
+        }
     }
     for b in b.chunks_exact_mut(rank) {
         b.iter_mut().zip(&roots).for_each(|(b, root)| *b *= root);

@@ -102,7 +102,7 @@ pub enum BenchCommand {
 /// Where and on how many threads a command computes.
 #[derive(Debug, Clone, Args)]
 pub struct ComputeArgs {
-    /// Device: auto (a GPU if one can be used), cpu, cuda or cuda:N
+    /// auto (a GPU if there is one), cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", help_heading = "Compute")]
     pub device: String,
     /// CPU threads [default: all cores]
@@ -270,7 +270,7 @@ pub struct TrainArgs {
     /// Compute activations again: less memory, slower
     #[arg(long, help_heading = "Compute", aliases = ["grad-checkpoint", "use-gradient-checkpointing"])]
     pub gradient_checkpointing: bool,
-    /// Device memory that the run may take, as 8GiB [default: what is free]
+    /// Device memory to stay within, as 8GiB [default: what is free]
     #[arg(long, value_name = "SIZE", value_parser = bytes, help_heading = "Compute")]
     pub memory_limit: Option<u64>,
     /// Where to compute.

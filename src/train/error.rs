@@ -121,7 +121,7 @@ pub enum Error {
         /// The last step that was taken.
         step: u64,
         /// What the device says.
-        source: qpeft_kernels::Error,
+        source: Box<qpeft_kernels::Error>,
         /// What the run can be resumed from.
         last_checkpoint: Option<PathBuf>,
     },
@@ -163,7 +163,7 @@ impl Error {
         match error {
             Error::Pipeline(crate::Error::Kernel(
                 source @ (Kernel::Device { .. } | Kernel::OutOfMemory { .. }),
-            )) => Error::Interrupted { step, source, last_checkpoint },
+            )) => Error::Interrupted { step, source: Box::new(source), last_checkpoint },
             other => other,
         }
     }
@@ -203,7 +203,7 @@ impl Error {
                 Some(format!("{lower}{}", on.unwrap_or_default()))
             }
             Error::Interrupted { source, last_checkpoint, .. } => {
-                let cause = match source {
+                let cause = match source.as_ref() {
                     qpeft_kernels::Error::OutOfMemory { .. } => {
                         "stop what else uses the device, set `--gradient-checkpointing`, or lower `--memory-limit`"
                     }

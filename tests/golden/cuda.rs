@@ -136,9 +136,12 @@ fn cuda_takes_the_memory_that_was_predicted() {
         config.target_modules = Some(TargetModules::AllLinear);
         config.use_dora = use_dora;
         for synthetic in [false, true] {
-            let build = |device: &Device| match synthetic {
-                false => Decoder::load(&tiny, device).unwrap(),
-                true => Decoder::synthetic(&shape, "nf4-dq".parse().unwrap(), device, false).unwrap(),
+            let build = |device: &Device| {
+                if synthetic {
+                    Decoder::synthetic(&shape, "nf4-dq".parse().unwrap(), device, false).unwrap()
+                } else {
+                    Decoder::load(&tiny, device).unwrap()
+                }
             };
             let hyper = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
             let (batch, length) = (4, 256);

@@ -196,7 +196,7 @@ fn gradient_errors(run_of: (&str, &str), run: &Run, found: &[f32]) -> Vec<(Strin
         (entry.key.clone(), error, norm(&mut expected.iter().map(|&x| f64::from(x))))
     });
     let errors: Vec<_> = entries.collect();
-    assert_eq!(run.params.entries.iter().map(|e| e.len()).sum::<usize>(), run.params.count());
+    assert_eq!(run.params.entries.iter().map(qpeft::model::Entry::len).sum::<usize>(), run.params.count());
     errors
 }
 
@@ -223,9 +223,10 @@ fn the_initial_loss_and_every_gradient_are_those_of_peft() {
 /// Ten steps of a run as PEFT took them: at a fixed rate, or clipped and on a schedule.
 fn ten_steps(mut run: Run, clipped: bool, what: &str, [loss_tolerance, norm_tolerance]: [f64; 2]) {
     let peak = run.golden["adamw"]["lr"].as_f64().unwrap();
-    let (which, kind, warmup_steps, max_grad_norm) = match clipped {
-        false => ("run_fixed_lr", SchedulerType::Constant, 0, 0.0),
-        true => ("run_clip1_warmup3_cosine", SchedulerType::Cosine, 3, 1.0),
+    let (which, kind, warmup_steps, max_grad_norm) = if clipped {
+        ("run_clip1_warmup3_cosine", SchedulerType::Cosine, 3, 1.0)
+    } else {
+        ("run_fixed_lr", SchedulerType::Constant, 0, 0.0)
     };
     let schedule = Schedule { kind, peak, warmup_steps, total_steps: 10 };
     let mut optimizer = run.optimizer(max_grad_norm);

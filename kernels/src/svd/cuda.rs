@@ -219,13 +219,13 @@ impl TriangularFactor {
                     row[j] = (g - dot(&row[..j], &other[..j])) / other[j];
                 }
             }
-            if !is_zero {
+            if is_zero {
+                is_weak[i] = true;
+            } else {
                 deviation = deviation.max((diagonal - 1.0).abs());
                 let pivot = diagonal - dot(&row[..i], &row[..i]);
                 is_weak[i] = pivot < LEAST_PIVOT * diagonal;
                 row[i] = pivot.max(LEAST_PIVOT * diagonal).sqrt();
-            } else {
-                is_weak[i] = true;
             }
         }
         // Row i of the inverse: (e_i - sum_j L_ij inverse_j) / L_ii.
@@ -281,7 +281,9 @@ fn triples(u: Vec<f32>, mut scaled: Vec<f32>, rank: usize) -> Option<LowRankSvd>
         return None;
     }
     for (row, s) in scaled.chunks_exact_mut(cols).zip(&s) {
-        row.iter_mut().for_each(|x| *x /= s);
+        for x in &mut *row {
+            *x /= s;
+        }
     }
     Some(with_fixed_signs(LowRankSvd { u, s, v: scaled }, rank))
 }
