@@ -1,6 +1,6 @@
 //! Causal grouped-query attention over sequences laid end to end.
 //!
-//! The op and its checks; [`cpu`], [`cuda`] and [`hopper`] compute it, without ever holding a T x T matrix.
+//! The op and its checks; `cpu`, `cuda` and `hopper` compute it, without ever holding a T x T matrix.
 
 mod cpu;
 pub(crate) mod cuda;

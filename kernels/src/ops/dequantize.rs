@@ -5,7 +5,7 @@
 //! each cost a pass of their own over the activations, are written with the rows.
 //!
 //! The kernels are in `dequantize/`: a frame that all types share and a decoder for each type. A new type is a
-//! decoder there, its row of the table in `weight/device/planes.rs` and its row in [`kernels`].
+//! decoder there, its row of the table in `weight/device/planes.rs` and its row in `kernels`.
 
 use std::ops::Range;
 

@@ -27,7 +27,7 @@ const FORWARD: &str = "row_norm_forward";
 ///
 /// Shapes: `norm`, `w_squared` (1, N), the latter from
 /// [`row_norms_squared`](BaseWeight::row_norms_squared); `wa` (R, N) = A W^T, a
-/// [`quant_linear_forward`](super::quant_linear::quant_linear_forward) of A; `a` (R, K); `b` (N, R);
+/// [`quant_linear_forward`] of A; `a` (R, K); `b` (N, R);
 /// `weight` (N, K).
 /// Accumulates: nothing, `norm` is overwritten.
 /// Precision: sums in f64 over f32 operands; within 1e-6 of f64, relative, and within 1e-4 near the

@@ -1,6 +1,6 @@
 //! The packed weight in the memory of a CUDA device, for the kernels of `ops/dequantize`.
 //!
-//! Its bytes lie in planes of aligned words ([`planes`]), then the code book of its type, all in one buffer: a weight needs nothing
+//! Its bytes lie in planes of aligned words (`planes`), then the code book of its type, all in one buffer: a weight needs nothing
 //! else there. Nothing is lost or rounded on the way, only moved. Rows of dense elements and of 8-bit and
 //! 4-bit codes are filled up to whole groups of eight elements, which the kernels read at once.
 
