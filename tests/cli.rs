@@ -9,7 +9,7 @@ use qpeft_formats::gguf::{Array, GgufWriter, Metadata, TensorDecl, Value};
 use qpeft_formats::peft::{HostTensor, Part, PeftAdapter, PeftConfig, TargetModules};
 use qpeft_formats::safetensors::write_safetensors_f32;
 
-const COMMANDS: [&[&str]; 13] = [
+const COMMANDS: [&[&str]; 16] = [
     &["train"],
     &["convert", "pissa-to-lora"],
     &["convert", "hf-to-gguf"],
@@ -22,6 +22,9 @@ const COMMANDS: [&[&str]; 13] = [
     &["bench", "train"],
     &["bench", "quantize"],
     &["bench", "dequantize"],
+    &["bench", "attention"],
+    &["bench", "linear"],
+    &["plan"],
     &["demo"],
 ];
 
@@ -315,17 +318,63 @@ fn bench_quantize_refuses_what_cannot_be_measured() {
     );
 }
 
+/// A benchmark on one core of the CPU: its report.
+fn bench(args: &[&str]) -> serde_json::Value {
+    let out = qpeft(&[&["bench"], args, &["--device", "cpu", "--json"]].concat());
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    serde_json::from_slice(&out.stdout).expect("one JSON object")
+}
+
 #[test]
 fn bench_dequantize_measures_one_core() {
-    let out = qpeft(&["bench", "dequantize", "--type", "q8_0,mxfp4", "--json"]);
-    assert!(out.status.success(), "{}", text(&out.stderr));
-    let report: serde_json::Value = serde_json::from_slice(&out.stdout).expect("one JSON object");
+    let report = bench(&["dequantize", "--type", "q8_0,mxfp4"]);
+    assert_eq!(
+        (&report["device"], &report["rows"], &report["cols"]),
+        (&"cpu".into(), &16.into(), &1024.into())
+    );
     for (row, (name, bits)) in
         report["types"].as_array().unwrap().iter().zip([("Q8_0", 8.5), ("MXFP4", 4.25)])
     {
         assert_eq!((&row["type"], &row["bits_per_weight"]), (&name.into(), &bits.into()));
         assert!(row["gelem_per_second"].as_f64().unwrap() > 0.0);
     }
-    let table = qpeft(&["bench", "dequantize", "--type", "q8_0"]);
-    assert_eq!(text(&table.stdout).lines().count(), 2, "{}", text(&table.stdout));
+    let report = bench(&["dequantize", "--type", "q4_k,nf4-dq", "--rows", "3", "--cols", "512"]);
+    assert_eq!((&report["rows"], &report["cols"]), (&3.into(), &512.into()));
+    let args = ["bench", "dequantize", "--type", "q8_0", "--device", "cpu"];
+    assert_eq!(text(&qpeft(&args).stdout).lines().count(), 2);
+    let (code, errors) = refused(&[&args[..], &["--cols", "33"]].concat());
+    assert_eq!(code, 1, "{errors}");
+    assert!(errors.contains("33"), "{errors}");
+}
+
+#[test]
+fn bench_attention_measures_both_passes() {
+    let heads = ["attention", "--heads", "4", "--kv-heads", "2", "--head-dim", "24", "--threads", "1"];
+    let report = bench(&[&heads[..], &["--batch-size", "2", "--max-seq-length", "70"]].concat());
+    assert_eq!((&report["sequence_length"], &report["head_dim"]), (&70.into(), &24.into()));
+    for pass in ["forward", "backward"] {
+        assert!(report[pass]["ms"].as_f64().unwrap() > 0.0 && report[pass]["tflops"].as_f64().unwrap() > 0.0);
+    }
+    assert_eq!(
+        refused(&["bench", "attention", "--heads", "4", "--kv-heads", "3"]),
+        (2, "error: `--heads 4` is no multiple of `--kv-heads 3`\n".to_owned())
+    );
+}
+
+#[test]
+fn bench_linear_measures_with_and_without_a_branch() {
+    let sizes = ["--rows", "96", "--cols", "256", "--tokens", "40", "--lora-r", "4", "--threads", "1"];
+    let report = bench(&[&["linear", "--base", "q4_k"][..], &sizes].concat());
+    assert_eq!((&report["type"], &report["tokens"]), (&"Q4_K".into(), &40.into()));
+    let ways = report["ways"].as_array().unwrap();
+    assert_eq!(ways.len(), 2, "the CPU always dequantizes");
+    for (way, branch) in ways.iter().zip([false, true]) {
+        assert_eq!((&way["branch"], &way["dequantized"]), (&branch.into(), &true.into()));
+        assert!(
+            way["forward"]["ms"].as_f64().unwrap() > 0.0 && way["backward"]["ms"].as_f64().unwrap() > 0.0
+        );
+    }
+    let out = qpeft(&[&["bench", "linear", "--base", "nf4", "--device", "cpu"][..], &sizes].concat());
+    let table = text(&out.stdout);
+    assert!(table.contains("\nNF4 ") && table.contains("\nNF4, branch "), "{table}");
 }

@@ -549,3 +549,38 @@ fn an_adapter_is_trained_further_only_as_what_it_is() {
         refusal.says(1, &["--init-adapter"]).hints(&[&format!("`--method {is}`")]);
     }
 }
+
+#[test]
+fn a_run_that_does_not_fit_into_the_memory_limit_is_refused_before_any_weight_is_loaded() {
+    let shape = ["plan", "--shape", "llama-3.1-8b", "--memory-limit"];
+    let refusal = refuse(&[&shape[..], &["1GiB"]].concat());
+    refusal.says(1, &["does not fit into 1.00 GiB", "one sequence of 2048 tokens", "weights 4.34"]);
+    refusal.hints(&["fewer bits"]);
+    // Where the weights fit, the length is at fault.
+    let refusal = refuse(&[&shape[..], &["9GiB", "--max-seq-length", "60000"]].concat());
+    refusal.says(1, &["does not fit into 9.00 GiB", "one sequence of 60000 tokens"]);
+    refusal.hints(&["--max-seq-length", "--memory-limit"]);
+    let fits = common::json(&[&shape[..], &["9GiB"]].concat());
+    let peak = fits["peak_bytes"].as_u64().unwrap();
+    assert!(peak <= 9 << 30 && fits["parts"].as_object().unwrap().len() == 5, "{fits}");
+    assert_eq!(fits["parts"].as_object().unwrap().values().map(|v| v.as_u64().unwrap()).sum::<u64>(), peak);
+}
+
+#[test]
+fn heads_that_no_kernel_serves_are_refused_with_those_that_are_served() {
+    let dir = Scratch::new();
+    let model = dir.copy(DENSE, "model");
+    let path = format!("{model}/config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    // The same matrices, cut into heads of eight.
+    for (key, value) in [("head_dim", 8), ("num_attention_heads", 16), ("num_key_value_heads", 8)] {
+        config[key] = value.into();
+    }
+    std::fs::write(&path, config.to_string()).unwrap();
+    let refusal = refuse(&["plan", "--model", &model, "--memory-limit", "1GiB"]);
+    refusal.says(2, &["8 elements a head (it has one for 16, 32, 64, 80, 96, 128, 256)"]);
+    refusal.hints(&["--device cpu"]);
+    // The CPU serves any.
+    let data = dir.write("data.jsonl", sequences(2, 12, 1));
+    succeed(&train_args(&model, &data, &dir.path("run"), "--lora-r 2 --batch-size 1 --max-steps 1"));
+}

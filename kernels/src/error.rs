@@ -48,7 +48,9 @@ pub enum Error {
         reason: String,
     },
     /// The device has too little memory left.
-    #[error("device `{device}` is out of memory: {wanted} bytes wanted, {free} of {total} free ({cause})")]
+    #[error(
+        "device `{device}` is out of memory: {wanted} bytes wanted, {free} of {total} free, {held} held by this run ({cause})"
+    )]
     OutOfMemory {
         /// The device.
         device: String,
@@ -58,6 +60,8 @@ pub enum Error {
         free: usize,
         /// Bytes that it has.
         total: usize,
+        /// Bytes that this program holds.
+        held: usize,
         /// What the driver says.
         cause: String,
     },
@@ -137,7 +141,7 @@ impl Error {
             Error::Device { .. } | Error::NoKernel { .. } => Some("run with `--device cpu`".to_owned()),
             Error::OutOfMemory { .. } => Some(
                 "lower `--batch-size` or `--max-seq-length`, set `--gradient-checkpointing`, or stop what else \
-                 uses the device"
+                 uses the device; a `--memory-limit` below what is free leaves room for it"
                     .to_owned(),
             ),
             Error::CudaLibrary { hint, .. } => Some(format!("{hint}, or run with `--device cpu`")),

@@ -16,7 +16,7 @@ pub use method::Method;
 use crate::error::{Error, Result};
 use crate::model::layer::{SIBLINGS, SLOTS, Slot};
 use crate::model::replay::Replays;
-use crate::model::{Adapter, Decoder, Entry, Linear, Parameters};
+use crate::model::{Adapter, BaseWeight, Decoder, Entry, Linear, Parameters};
 use dora::Dora;
 use lora::Lora;
 
@@ -205,7 +205,7 @@ pub fn save(params: &Parameters, config: &PeftConfig) -> Result<PeftAdapter> {
 /// Splits every target of `decoder` by PiSSA: the targets' weights become their residuals, and the
 /// factors come back as the values of an adapter of `config`.
 ///
-/// `given`: factors to take in place of computing them.
+/// `given`: factors to take in place of computing them. `device`: where to compute.
 ///
 /// # Errors
 /// A rank exceeds its weight, given factors do not fit, or a residual is not finite.
@@ -214,6 +214,7 @@ pub fn split_targets(
     config: &PeftConfig,
     given: Option<&PeftAdapter>,
     options: &qpeft_kernels::svd::SvdOptions,
+    device: &qpeft_kernels::Device,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<(PeftAdapter, Vec<(String, pissa::SplitError)>)> {
     let mut plain = config.clone();
@@ -223,23 +224,39 @@ pub fn split_targets(
         load(&mut params, given)?;
     }
     let mut values = params.values.read()?;
-    let mut errors = Vec::new();
-    let device = decoder.device.clone();
-    let targets = decoder.linears().filter(|l| l.adapter.is_some()).count();
-    for (id, linear) in decoder.linears_mut().enumerate() {
-        let Some(adapter) = &linear.adapter else { continue };
+    let (mut jobs, mut places, mut errors) = (Vec::new(), Vec::new(), Vec::new());
+    for linear in decoder.linears_mut() {
+        let Some(adapter) = linear.adapter.take() else { continue };
         let [a, b] = adapter.entries()[..] else {
             unreachable!("an adapter without magnitudes has two matrices")
         };
-        let lora = new_lora(&plain, linear, [a.offset, b.offset], id as u64, &device)?;
-        if given.is_none() {
-            pissa::factorize(&lora, &mut values, &linear.weight, options)?;
+        let given =
+            given.map(|_| pissa::Pair { a: values[a.range()].to_vec(), b: values[b.range()].to_vec() });
+        let scaling = plain.scaling(&linear.module)? as f32;
+        jobs.push(pissa::Job { weight: linear.weight.clone(), rank: adapter.rank(), scaling, given });
+        places.push([a.range(), b.range()]);
+        errors.push((linear.module.clone(), pissa::SplitError::default()));
+    }
+    let mut residuals: Vec<Option<BaseWeight>> = jobs.iter().map(|_| None).collect();
+    let mut count = 0;
+    pissa::split_all(&jobs, device, options, |i, split| {
+        let [a, b] = places[i].clone();
+        values[a].copy_from_slice(&split.pair.a);
+        values[b].copy_from_slice(&split.pair.b);
+        errors[i].1 = split.error;
+        residuals[i] = Some(split.residual);
+        count += 1;
+        progress(count, jobs.len());
+        Ok(())
+    })?;
+    let home = decoder.device.clone();
+    let mut residuals = residuals.into_iter();
+    let mut modules = errors.iter().map(|(module, _)| module).peekable();
+    for linear in decoder.linears_mut() {
+        if modules.next_if(|module| **module == linear.module).is_some() {
+            let residual = residuals.next().flatten().expect("every job was done");
+            linear.weight = residual.to_device(&home)?;
         }
-        let split = pissa::split(&lora, &values, &linear.weight)?;
-        linear.weight = split.residual.to_device(&device)?;
-        linear.adapter = None;
-        errors.push((linear.module.clone(), split.error));
-        progress(errors.len(), targets);
     }
     params.write(&values)?;
     Ok((save(&params, &plain)?, errors))

@@ -6,17 +6,44 @@
 //! the residual; this file only splits. The split is computed once and written down (see `staged`): a
 //! second SVD would give other factors, and a raw PiSSA pair fits no base but its own residual.
 
-use qpeft_kernels::View;
-use qpeft_kernels::svd::{SvdOptions, randomized_svd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 
-use super::lora::Lora;
+use qpeft_kernels::cuda::Cuda;
+use qpeft_kernels::svd::{Remainder, SvdOptions, subtract, weight_svd};
+use qpeft_kernels::{Device, Dtype};
+
 use crate::error::Result;
 use crate::model::linear::BaseWeight;
+
+/// The low-rank part of a split: s B A.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pair {
+    /// (r, in).
+    pub a: Vec<f32>,
+    /// (out, r).
+    pub b: Vec<f32>,
+}
+
+/// A linear to split.
+#[derive(Debug)]
+pub struct Job {
+    /// W, in host memory.
+    pub weight: BaseWeight,
+    /// r.
+    pub rank: usize,
+    /// s.
+    pub scaling: f32,
+    /// The pair to take out, in place of the principal one.
+    pub given: Option<Pair>,
+}
 
 /// One linear, split.
 #[derive(Debug)]
 pub struct Split {
-    /// `Q(W_res)`, in the base's block type.
+    /// What was taken out.
+    pub pair: Pair,
+    /// `Q(W_res)`, in the base's block type, in host memory.
     pub residual: BaseWeight,
     /// What the split costs and what it leaves.
     pub error: SplitError,
@@ -53,44 +80,90 @@ impl SplitError {
     }
 }
 
-/// Writes the principal factors of `weight` into the pair's place in `values`.
+/// The principal factors of `weight`, computed where it is.
 ///
-/// Shapes: weight (out, in); A (r, in), B (out, r). Precision: f32 randomized SVD of the dequantized
-/// weight. Source: PEFT's `pissa_niter_N` for the convention (S divided by the scaling, its root on both
-/// sides); factors are unique up to the sign of each pair.
+/// Shapes: weight (out, in). Precision: f32 randomized SVD of the dequantized weight. Source: PEFT's `pissa_niter_N`
+/// for the convention (S divided by the scaling, its root on both sides); factors are unique up to the sign of each pair.
 ///
 /// # Errors
 /// The rank exceeds the smaller side of the weight.
-pub fn factorize(lora: &Lora, values: &mut [f32], weight: &BaseWeight, options: &SvdOptions) -> Result<()> {
-    let (rows, cols, rank) = (weight.rows(), weight.cols(), lora.a.shape[0]);
-    let dense = weight.dequantize();
-    let svd = randomized_svd(View::from_slice(&dense, rows, cols), rank, options)?;
-    let roots: Vec<f32> = svd.s.iter().map(|s| (s / lora.scaling).sqrt()).collect();
-    for (a, (v, root)) in
-        values[lora.a.range()].chunks_exact_mut(cols).zip(svd.v.chunks_exact(cols).zip(&roots))
-    {
-        a.iter_mut().zip(v).for_each(|(a, v)| *a = root * v);
+pub fn factorize(weight: &BaseWeight, rank: usize, scaling: f32, options: &SvdOptions) -> Result<Pair> {
+    let svd = weight_svd(weight, rank, options)?;
+    let roots: Vec<f32> = svd.s.iter().map(|s| (s / scaling).sqrt()).collect();
+    let (mut a, mut b) = (svd.v, svd.u);
+    for (a, root) in a.chunks_exact_mut(weight.cols().max(1)).zip(&roots) {
+        a.iter_mut().for_each(|a| *a *= root);
     }
-    for (b, u) in values[lora.b.range()].chunks_exact_mut(rank).zip(svd.u.chunks_exact(rank)) {
-        b.iter_mut().zip(u).zip(&roots).for_each(|((b, u), root)| *b = u * root);
+    for b in b.chunks_exact_mut(rank) {
+        b.iter_mut().zip(&roots).for_each(|(b, root)| *b *= root);
     }
-    Ok(())
+    Ok(Pair { a, b })
 }
 
-/// Takes `s B A` out of `weight` and packs the rest in the weight's own type.
+/// Takes `s B A` out of `weight` and packs the rest in the weight's own type, where it is.
 ///
 /// # Errors
 /// The residual is not finite.
-pub fn split(lora: &Lora, values: &[f32], weight: &BaseWeight) -> Result<Split> {
-    let (rows, cols) = (weight.rows(), weight.cols());
-    let dense = weight.dequantize();
-    let mut residual = dense.clone();
-    lora.add_product(-lora.scaling, 0..rows, &mut residual, values);
-    let packed = weight.requantize(&residual)?;
-    let mut stored = vec![0.0; rows * cols];
-    packed.dequantize_rows(0..rows, &mut stored);
-    let square = |x: &[f32]| x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
-    let quantization = residual.iter().zip(&stored).map(|(r, q)| f64::from(r - q).powi(2)).sum();
-    let error = SplitError { weight: square(&dense), residual: square(&residual), quantization };
-    Ok(Split { residual: packed, error })
+pub fn split(weight: &BaseWeight, pair: Pair, scaling: f32) -> Result<Split> {
+    let Remainder { packed, weight, remainder, quantization } = subtract(weight, &pair.b, &pair.a, scaling)?;
+    let error = SplitError { weight, residual: remainder, quantization };
+    Ok(Split { pair, residual: packed, error })
+}
+
+/// Splits all, on a device several at once: some compute on the host what others wait for on the device. Weights are
+/// uploaded for their own split only.
+///
+/// `done` hears of every job by its number; on a device in any order.
+///
+/// # Errors
+/// A rank exceeds its weight, a residual is not finite, or `done` refuses.
+pub fn split_all(
+    jobs: &[Job],
+    device: &Device,
+    options: &SvdOptions,
+    mut done: impl FnMut(usize, Split) -> Result<()>,
+) -> Result<()> {
+    let split_one = |job: &Job| {
+        let weight = job.weight.clone().to_device(device)?;
+        let pair = match &job.given {
+            Some(given) => given.clone(),
+            None => factorize(&weight, job.rank, job.scaling, options)?,
+        };
+        split(&weight, pair, job.scaling)
+    };
+    let Some(cuda) = device.cuda() else {
+        return jobs.iter().enumerate().try_for_each(|(i, job)| done(i, split_one(job)?));
+    };
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        let (send, receive) = mpsc::sync_channel(1);
+        for _ in 0..workers(cuda, jobs)? {
+            let (send, next) = (send.clone(), &next);
+            scope.spawn(move || {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(job) = jobs.get(i) else { break };
+                    // Nobody listens any more after an error.
+                    if send.send((i, split_one(job))).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        drop(send);
+        for (i, split) in receive {
+            done(i, split?)?;
+        }
+        Ok(())
+    })
+}
+
+/// Splits at once: as many as there are threads, if the device has memory for two f32 copies of each weight.
+fn workers(cuda: &Cuda, jobs: &[Job]) -> Result<usize> {
+    /// Beyond this the device is never idle.
+    const MOST: usize = 16;
+    let largest = jobs.iter().map(|job| job.weight.rows() * job.weight.cols()).max().unwrap_or(0);
+    let need = 3 * largest * Dtype::F32.size();
+    let (free, _) = cuda.free_memory()?;
+    Ok(rayon::current_num_threads().min(MOST).min(jobs.len()).min(free / need.max(1)).max(1))
 }

@@ -60,6 +60,9 @@ pub struct Settings {
     pub seed: u64,
     /// Hash of given factors (`--init-adapter`).
     pub factors: Option<String>,
+    /// The kind of device that computed, where it is not the CPU: its results differ in the last bits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// The split modules, in model order.
     pub targets: Vec<String>,
 }

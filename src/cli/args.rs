@@ -4,6 +4,8 @@
 //! (see [`super::config`]), so a key cannot exist without its flag nor differ from it. The aliases
 //! are the names that other trainers use.
 
+mod bench;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -12,13 +14,17 @@ use qpeft_formats::gguf::split::SplitLimit;
 use qpeft_formats::mixture::{FileType, Mixture, TypeOverride};
 use qpeft_kernels::weight::WeightType;
 
+pub use bench::{
+    BenchAttentionArgs, BenchDequantizeArgs, BenchLinearArgs, BenchQuantizeArgs, BenchSvdArgs,
+    BenchTrainArgs, PlanArgs, Recompute,
+};
+
 use super::report::Usage;
 use super::values::{
     Quant, at_least_one, at_least_zero, bytes, dense_type, file_type, fraction, ggml_type, out_type,
-    packed_type, positive, probability, quant, share, type_override, up_to_2_pow_32, weight_type,
+    positive, probability, quant, share, type_override, weight_type,
 };
 use crate::convert::hf_to_gguf::OutType;
-use crate::model::synthetic::{BaseType, Shape};
 use crate::train::TrainConfig;
 use crate::train::config::{Method, TargetModules};
 use crate::train::schedule::SchedulerType;
@@ -83,8 +89,14 @@ pub enum BenchCommand {
     Train(BenchTrainArgs),
     /// Measure how fast each type is quantized, beside llama.cpp's own quantizer if there is one
     Quantize(BenchQuantizeArgs),
-    /// Measure how fast one core dequantizes each type
+    /// Measure how fast one core or a GPU dequantizes each type
     Dequantize(BenchDequantizeArgs),
+    /// Measure causal attention, forward and backward
+    Attention(BenchAttentionArgs),
+    /// Measure a linear layer on a packed weight, forward and backward, with and without a branch
+    Linear(BenchLinearArgs),
+    /// Measure how fast PiSSA splits the weights of a model
+    Svd(BenchSvdArgs),
 }
 
 /// Where and on how many threads a command computes.
@@ -652,146 +664,6 @@ pub struct GenerateArgs {
 pub struct InspectArgs {
     /// GGUF or safetensors file, model folder, or adapter folder
     pub path: PathBuf,
-    /// Print one JSON object
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// `qpeft bench train`
-#[derive(Debug, Clone, Args)]
-pub struct BenchTrainArgs {
-    /// GGUF file or Hugging Face folder
-    #[arg(long, short, value_name = "PATH", required_unless_present = "shape")]
-    pub model: Option<PathBuf>,
-    /// Random weights in the shape of a known model, in place of a file: llama-3.1-8b, llama-3.2-1b, ...
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "base_quant"], value_parser = str::parse::<Shape>)]
-    pub shape: Option<Shape>,
-    /// Type of the random weights: nf4, nf4-dq, bf16, q4_k, q8_0, ... or q4_k_m
-    #[arg(long, value_name = "TYPE", default_value = "nf4-dq", value_parser = str::parse::<BaseType>)]
-    pub base: BaseType,
-    /// Random tokens and, with --shape, random weights; what this benchmark always uses
-    #[arg(long)]
-    pub synthetic: bool,
-    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
-    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
-    pub base_quant: Option<WeightType>,
-    /// Method: lora, dora or pissa
-    #[arg(long, value_name = "NAME", default_value_t, value_parser = str::parse::<Method>)]
-    pub method: Method,
-    /// Rank r
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one::<usize>, aliases = ["lora-rank", "rank", "r"])]
-    pub lora_r: usize,
-    /// Second method that takes turns with the first, step by step
-    #[arg(long, value_name = "NAME", value_parser = str::parse::<Method>)]
-    pub compare: Option<Method>,
-    /// Sequences per forward pass
-    #[arg(long, short, value_name = "N", default_value_t = 4, value_parser = at_least_one::<usize>)]
-    pub batch_size: usize,
-    /// Tokens per sequence
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = at_least_one::<usize>)]
-    pub max_seq_length: usize,
-    /// Measured steps
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = at_least_one::<u64>)]
-    pub steps: u64,
-    /// Steps before the measurement
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_zero::<u64>)]
-    pub warmup: u64,
-    /// Layers whose activations are computed again in the backward pass: all, none, or auto for what memory allows
-    #[arg(long, value_enum, value_name = "LAYERS", default_value_t)]
-    pub recompute: Recompute,
-    /// Device memory that the run may take, as 8GiB [default: what is free]
-    #[arg(long, value_name = "SIZE", value_parser = bytes)]
-    pub memory_limit: Option<u64>,
-    /// Print one JSON object
-    #[arg(long)]
-    pub json: bool,
-    /// Where to compute.
-    #[command(flatten)]
-    pub compute: ComputeArgs,
-}
-
-/// Layers whose activations are computed again in the backward pass.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-pub enum Recompute {
-    /// As many as do not fit into memory.
-    #[default]
-    Auto,
-    /// Every layer: least memory.
-    All,
-    /// No layer: fastest.
-    None,
-}
-
-/// `qpeft plan`
-#[derive(Debug, Clone, Args)]
-pub struct PlanArgs {
-    /// GGUF file or Hugging Face folder
-    #[arg(long, short, value_name = "PATH", required_unless_present = "shape")]
-    pub model: Option<PathBuf>,
-    /// A known model's shape in place of a file: llama-3.1-8b, llama-3.2-1b, ...
-    #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "base_quant"], value_parser = str::parse::<Shape>)]
-    pub shape: Option<Shape>,
-    /// Type of the weights of --shape: nf4, nf4-dq, bf16, q4_k, q8_0, ... or q4_k_m
-    #[arg(long, value_name = "TYPE", default_value = "nf4-dq", value_parser = str::parse::<BaseType>)]
-    pub base: BaseType,
-    /// Quantize the linears of the base at load: nf4, nf4-dq, fp4, int8 or a ggml type
-    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
-    pub base_quant: Option<WeightType>,
-    /// Method: lora, dora or pissa
-    #[arg(long, value_name = "NAME", default_value_t, value_parser = str::parse::<Method>)]
-    pub method: Method,
-    /// Rank r
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one::<usize>, aliases = ["lora-rank", "rank", "r"])]
-    pub lora_r: usize,
-    /// Sequences per forward pass
-    #[arg(long, short, value_name = "N", default_value_t = 4, value_parser = at_least_one::<usize>)]
-    pub batch_size: usize,
-    /// Tokens per sequence
-    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = at_least_one::<usize>)]
-    pub max_seq_length: usize,
-    /// Compute the activations of every layer again
-    #[arg(long)]
-    pub gradient_checkpointing: bool,
-    /// Device memory that the run may take, as 8GiB [default: what is free]
-    #[arg(long, value_name = "SIZE", value_parser = bytes)]
-    pub memory_limit: Option<u64>,
-    /// Device whose free memory counts: auto, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
-    pub device: String,
-    /// Print one JSON object
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// `qpeft bench quantize`
-#[derive(Debug, Clone, Args)]
-pub struct BenchQuantizeArgs {
-    /// Types, as q4_k,q8_0 [default: all that can be written]
-    #[arg(long = "type", value_name = "TYPES", value_delimiter = ',', value_parser = ggml_type)]
-    pub types: Vec<GgmlType>,
-    /// CPU threads, of both sides
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one::<usize>)]
-    pub threads: usize,
-    /// llama.cpp's libggml-base.so, to compare speed and bytes with; its code is run
-    #[arg(long, value_name = "FILE")]
-    pub ggml_library: Option<PathBuf>,
-    /// Elements to quantize, in rows of 4096
-    #[arg(long, value_name = "N", default_value_t = 1 << 20, value_parser = up_to_2_pow_32)]
-    pub elements: usize,
-    /// Quantize with importance: the types that take it
-    #[arg(long)]
-    pub importance: bool,
-    /// Print one JSON object
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// `qpeft bench dequantize`
-#[derive(Debug, Clone, Args)]
-pub struct BenchDequantizeArgs {
-    /// Types, as q4_k,q8_0 [default: all that can be written]
-    #[arg(long = "type", value_name = "TYPES", value_delimiter = ',', value_parser = packed_type)]
-    pub types: Vec<WeightType>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,

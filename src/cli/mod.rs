@@ -61,6 +61,9 @@ pub fn run(command: &Command, printer: &Printer) -> anyhow::Result<()> {
         Command::Bench(BenchCommand::Train(args)) => bench::train::run(args, printer),
         Command::Bench(BenchCommand::Quantize(args)) => bench::quantize::run(args, printer),
         Command::Bench(BenchCommand::Dequantize(args)) => bench::dequantize::run(args, printer),
+        Command::Bench(BenchCommand::Attention(args)) => bench::attention::run(args, printer),
+        Command::Bench(BenchCommand::Linear(args)) => bench::linear::run(args, printer),
+        Command::Bench(BenchCommand::Svd(args)) => bench::svd::run(args, printer),
         Command::Plan(args) => plan::run(args, printer),
         Command::Demo(args) => demo::run(args, printer),
     }

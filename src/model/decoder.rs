@@ -130,7 +130,8 @@ impl Decoder {
             return Ok(());
         };
         let key = Key {
-            sizes: [ptr as usize, 0, 0],
+            sizes: [0; 3],
+            places: [ptr, 0],
             slot: 0,
             scale: 0,
             fresh: self.linears().all(|l| l.weight.is_fresh()),
@@ -235,6 +236,7 @@ impl Decoder {
         };
         let key = Key {
             sizes: [batch.len(), batch.starts.len() - 1, buffers.ids.rows.ids().len()],
+            places: [pass.params.f32("loss")?, dparams.f32("loss")?],
             slot: buffers.unread(),
             scale: scale.to_bits(),
             fresh: self.linears().all(|l| l.weight.is_fresh()),

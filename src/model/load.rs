@@ -1,6 +1,7 @@
 //! From an opened base to a decoder: every weight fetched by name, nothing converted.
 
 use qpeft_kernels::Device;
+use qpeft_kernels::ops::attention::check_head_dim;
 use qpeft_kernels::ops::rope::rope_table;
 
 use super::base::Base;
@@ -31,6 +32,7 @@ impl Decoder {
     /// See [`Decoder::load`].
     pub fn load_placed(base: &Base, device: &Device, embedding_on_host: bool) -> Result<Decoder> {
         let config = base.config()?;
+        check_head_dim(device, config.head_dim)?;
         let embedding =
             base.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size, None)?;
         let embedding =

@@ -14,6 +14,8 @@ use crate::error::Result;
 pub struct Key {
     /// Tokens, sequences, supervised rows.
     pub sizes: [usize; 3],
+    /// Where the parameters and their gradients are.
+    pub places: [u64; 2],
     /// Which buffer of losses is written to.
     pub slot: usize,
     /// Bits of the factor of the gradients.

@@ -152,18 +152,26 @@ impl Weights<'_> {
         if self.device.is_meta() {
             return Ok(BaseWeight::empty(of, rows, cols)?);
         }
-        // Rows of a unit input give outputs of about its size.
-        let std = 1.0 / (cols as f32).sqrt();
-        let mut values = vec![0.0; rows * cols];
-        values.par_chunks_mut(cols).enumerate().for_each(|(row, values)| {
-            RngKey { seed: cols as u64, stream: row as u64 }.fill_normal(values, std);
-        });
-        let dense = BaseWeight::from_f32(rows, cols, &values)?;
-        drop(values);
-        let weight = dense.quantized_from(of, Dtype::BF16)?;
+        let weight = random_weight(of, rows, cols)?;
         self.made.insert((of, rows, cols), weight.clone());
         Ok(weight)
     }
+}
+
+/// A weight of normal numbers; the same one for the same type and shape.
+///
+/// # Errors
+/// The type cannot be written or does not divide the rows.
+pub fn random_weight(of: WeightType, rows: usize, cols: usize) -> Result<BaseWeight> {
+    // Rows of a unit input give outputs of about its size.
+    let std = 1.0 / (cols as f32).sqrt();
+    let mut values = vec![0.0; rows * cols];
+    values.par_chunks_mut(cols).enumerate().for_each(|(row, values)| {
+        RngKey { seed: cols as u64, stream: row as u64 }.fill_normal(values, std);
+    });
+    let dense = BaseWeight::from_f32(rows, cols, &values)?;
+    drop(values);
+    Ok(dense.quantized_from(of, Dtype::BF16)?)
 }
 
 impl Decoder {

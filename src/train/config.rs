@@ -199,14 +199,15 @@ mod base_quant {
     }
 }
 
-/// Settings that may differ between a run and its resumption: they change where and how often
-/// something is written, or a file that is compared by its content.
-const FREE_ON_RESUME: [&str; 10] = [
+/// Settings that may differ between a run and its resumption: they change where and how often something is
+/// written, how a run is fitted into memory, or a file that is compared by its content.
+const FREE_ON_RESUME: [&str; 11] = [
     "model",
     "data",
     "output",
     "tokenizer",
     "gradient_checkpointing",
+    "memory_limit",
     "eval_data",
     "eval_steps",
     "save_steps",

@@ -115,6 +115,16 @@ pub enum Error {
         /// The newest checkpoint that gave a finite loss.
         last_checkpoint: Option<PathBuf>,
     },
+    /// The device failed in the middle of a run.
+    #[error("the device failed after step {step}: {source}{}", resumable(last_checkpoint.as_deref()))]
+    Interrupted {
+        /// The last step that was taken.
+        step: u64,
+        /// What the device says.
+        source: qpeft_kernels::Error,
+        /// What the run can be resumed from.
+        last_checkpoint: Option<PathBuf>,
+    },
     /// The training or evaluation data cannot be used.
     #[error(transparent)]
     Data(#[from] super::data::DataError),
@@ -133,6 +143,10 @@ fn kept(checkpoint: Option<&Path>) -> String {
     }
 }
 
+fn resumable(checkpoint: Option<&Path>) -> String {
+    checkpoint.map_or_else(String::new, |path| format!("; `{}` is kept", path.display()))
+}
+
 fn differences(settings: &[(String, String, String)]) -> String {
     let each = settings.iter().map(|(key, then, now)| format!("`{key}` is `{now}`, expected `{then}`"));
     each.collect::<Vec<_>>().join("; ")
@@ -141,6 +155,17 @@ fn differences(settings: &[(String, String, String)]) -> String {
 impl Error {
     pub(crate) fn io(doing: &'static str, path: &Path, source: std::io::Error) -> Error {
         Error::Io { doing, path: path.to_owned(), source }
+    }
+
+    /// `error` as the end of a run whose last step was `step`, if the device is at fault.
+    pub(crate) fn interrupted(error: Error, step: u64, last_checkpoint: Option<PathBuf>) -> Error {
+        use qpeft_kernels::Error as Kernel;
+        match error {
+            Error::Pipeline(crate::Error::Kernel(
+                source @ (Kernel::Device { .. } | Kernel::OutOfMemory { .. }),
+            )) => Error::Interrupted { step, source, last_checkpoint },
+            other => other,
+        }
     }
 
     /// What the user can do about it, if there is something.
@@ -177,6 +202,18 @@ impl Error {
                 });
                 Some(format!("{lower}{}", on.unwrap_or_default()))
             }
+            Error::Interrupted { source, last_checkpoint, .. } => {
+                let cause = match source {
+                    qpeft_kernels::Error::OutOfMemory { .. } => {
+                        "stop what else uses the device, set `--gradient-checkpointing`, or lower `--memory-limit`"
+                    }
+                    _ => "the driver's log (`nvidia-smi`, `dmesg`) says more",
+                };
+                Some(match last_checkpoint {
+                    Some(_) => format!("{cause}; `--resume` goes on from the checkpoint"),
+                    None => format!("{cause}; a smaller `--save-steps` leaves checkpoints to resume from"),
+                })
+            }
             Error::Data(e) => e.hint(),
             Error::Pipeline(e) => e.hint(),
             Error::Format(e) => e.hint(),
@@ -187,5 +224,45 @@ impl Error {
 impl From<qpeft_kernels::Error> for Error {
     fn from(error: qpeft_kernels::Error) -> Error {
         Error::Pipeline(error.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_fails_in_the_middle_says_what_is_held_and_how_to_go_on() {
+        let memory = qpeft_kernels::Error::OutOfMemory {
+            device: "cuda:0".to_owned(),
+            wanted: 300,
+            free: 200,
+            total: 1000,
+            held: 700,
+            cause: "out of memory".to_owned(),
+        };
+        let checkpoint = Path::new("run").join("checkpoints").join("step-20");
+        let failed = Error::interrupted(memory.into(), 25, Some(checkpoint.clone()));
+        assert_eq!(
+            failed.to_string(),
+            format!(
+                "the device failed after step 25: device `cuda:0` is out of memory: 300 bytes wanted, 200 of 1000 \
+                 free, 700 held by this run (out of memory); `{}` is kept",
+                checkpoint.display()
+            )
+        );
+        let hint = failed.hint().unwrap();
+        assert!(hint.contains("`--gradient-checkpointing`") && hint.contains("`--resume`"), "{hint}");
+
+        let gone = qpeft_kernels::Error::Device {
+            device: "cuda:0".to_owned(),
+            reason: "waiting for the device: the GPU has fallen off the bus".to_owned(),
+        };
+        let failed = Error::interrupted(gone.into(), 3, None);
+        assert!(failed.to_string().ends_with("fallen off the bus"), "{failed}");
+        assert!(failed.hint().unwrap().contains("`--save-steps`"), "{failed:?}");
+        // Whatever else is wrong stays as it is.
+        let other = crate::Error::refused("a batch does not fit");
+        assert_eq!(Error::interrupted(other.into(), 3, None).to_string(), "a batch does not fit");
     }
 }

@@ -107,10 +107,20 @@ impl Start<'_> {
                     seed: self.config.seed ^ SVD_STREAM,
                     ..SvdOptions::default()
                 };
-                let (factors, errors) =
-                    adapters::split_targets(&mut decoder, &peft, given, &options, |done, total| {
+                let (factors, errors) = adapters::split_targets(
+                    &mut decoder,
+                    &peft,
+                    given,
+                    &options,
+                    self.device,
+                    |done, total| {
                         observer.phase("split (PiSSA)", done, total);
-                    })?;
+                    },
+                )?;
+                if let Some(cuda) = self.device.cuda() {
+                    // The model comes into this memory.
+                    cuda.release();
+                }
                 let mut total = SplitError::default();
                 for (_, error) in &errors {
                     total += *error;
@@ -153,6 +163,7 @@ impl Start<'_> {
             iterations: given.is_none().then_some(self.config.pissa_niter),
             seed: self.config.seed,
             factors: given.map(staged::hash_of),
+            device: self.device.cuda().map(|_| "cuda".to_owned()),
             targets,
         })
     }

@@ -101,7 +101,7 @@ pub struct Outcome {
 /// with `resume` and replaced without.
 ///
 /// # Errors
-/// The base, the data, the adapter or the output folder is refused, or the loss stops being finite.
+/// The base, the data, the adapter or the output folder is refused, the loss stops being finite, or the device fails.
 pub fn train(
     config: &TrainConfig,
     device: &Device,
@@ -109,7 +109,11 @@ pub fn train(
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
     let mut run = Run::prepare(config, device, resume, observer)?;
-    run.train(observer)
+    run.train(observer).map_err(|e| {
+        // What is there to resume from; that there is nothing is no further error.
+        let last_checkpoint = checkpoint::latest(&config.output).ok();
+        Error::interrupted(e, run.state.step, last_checkpoint)
+    })
 }
 
 /// The pieces of a run in progress.

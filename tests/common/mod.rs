@@ -138,13 +138,16 @@ fn utf8(bytes: Vec<u8>) -> String {
     String::from_utf8(bytes).expect("the output is UTF-8")
 }
 
-/// `qpeft train` on one thread, with flags that are short to write: `train(&[...], "--lora-r 4")`.
+/// `qpeft train` on one thread of the CPU, with flags that are short to write: `train(&[...], "--lora-r 4")`.
 pub fn train_args(model: &str, data: &str, output: &str, flags: &str) -> Vec<String> {
     let mut args: Vec<String> =
         ["train", "--model", model, "--data", data, "--output", output].map(str::to_owned).to_vec();
     args.extend(flags.split_whitespace().map(str::to_owned));
     if !flags.contains("--threads") {
         args.extend(["--threads".to_owned(), "1".to_owned()]);
+    }
+    if !flags.contains("--device") {
+        args.extend(["--device".to_owned(), "cpu".to_owned()]);
     }
     args
 }
@@ -177,6 +180,7 @@ fn last_step(output: &str) -> u64 {
 /// `qpeft eval --json`: the loss.
 pub fn eval_loss(model: &str, data: &str, adapter: Option<&str>) -> f64 {
     let mut args = vec!["eval", "--model", model, "--data", data, "--batch-size", "2", "--threads", "1"];
+    args.extend(["--device", "cpu"]);
     args.extend(adapter.into_iter().flat_map(|dir| ["--adapter", dir]));
     let result = json(&args);
     let (loss, perplexity) = (result["loss"].as_f64().unwrap(), result["perplexity"].as_f64().unwrap());

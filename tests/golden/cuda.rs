@@ -2,6 +2,8 @@
 //! f32; equal bits of equal runs, whatever is computed again or kept dequantized; and the memory that was
 //! predicted. Without a GPU these tests print why and pass.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use qpeft::adapters;
 use qpeft::model::memory::{DryRun, Settings, meta};
 use qpeft::model::synthetic::Shape;
@@ -19,9 +21,13 @@ const GRADIENT: f64 = 3e-2;
 /// The loss is a mean over tokens of numbers with independent errors.
 const LOSS: f64 = 2e-3;
 
-/// The GPU, or why there is none.
-fn device() -> Option<Device> {
-    Device::open("cuda").inspect_err(|e| println!("skipped: {e}")).ok()
+/// One test at a time: while one records a graph, the driver refuses others to open devices and streams.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// The GPU for as long as the guard lives, or why there is none.
+fn device() -> Option<(MutexGuard<'static, ()>, Device)> {
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    Some((turn, Device::open("cuda").inspect_err(|e| println!("skipped: {e}")).ok()?))
 }
 
 /// Loss and gradients several times, first launch by launch and in the end replayed from a recording: the same
@@ -45,7 +51,7 @@ fn initial(run: &mut Run, what: &str) -> (f64, Vec<f32>) {
 
 #[test]
 fn cuda_initial_loss_and_every_gradient_are_those_of_peft() {
-    let Some(device) = device() else { return };
+    let Some((_turn, device)) = device() else { return };
     for run_of @ (base, method) in RUNS {
         let what = format!("{base} {method}");
         let mut run = Run::on(&device, run_of, Keep::EVERYTHING, false);
@@ -71,7 +77,7 @@ fn cuda_initial_loss_and_every_gradient_are_those_of_peft() {
 
 #[test]
 fn cuda_bits_do_not_depend_on_what_is_computed_again_or_kept() {
-    let Some(device) = device() else { return };
+    let Some((_turn, device)) = device() else { return };
     for run_of in RUNS {
         let mut expected = None;
         for (keep, copies) in [
@@ -93,7 +99,7 @@ fn cuda_bits_do_not_depend_on_what_is_computed_again_or_kept() {
 
 #[test]
 fn cuda_ten_steps_give_the_losses_of_peft() {
-    let Some(device) = device() else { return };
+    let Some((_turn, device)) = device() else { return };
     for run_of in RUNS {
         for (clipped, copies) in [(false, false), (true, false), (false, true)] {
             let what = format!("{run_of:?}, clipped {clipped}, copies {copies}");
@@ -104,7 +110,7 @@ fn cuda_ten_steps_give_the_losses_of_peft() {
 
 #[test]
 fn cuda_equal_runs_write_equal_parameters() {
-    let Some(device) = device() else { return };
+    let Some((_turn, device)) = device() else { return };
     for run_of in RUNS {
         for copies in [false, true] {
             let trained = || {

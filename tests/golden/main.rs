@@ -73,7 +73,8 @@ impl Run {
         let init = PeftAdapter::read(&file("init")).unwrap();
         if method == "pissa" {
             let options = SvdOptions::default();
-            adapters::split_targets(&mut decoder, &init.config, Some(&init), &options, |_, _| {}).unwrap();
+            let (config, given) = (&init.config, Some(&init));
+            adapters::split_targets(&mut decoder, config, given, &options, &Device::Cpu, |_, _| {}).unwrap();
         }
         let mut params = adapters::attach(&mut decoder, &init.config).unwrap();
         adapters::load(&mut params, &init).unwrap();

@@ -4,12 +4,15 @@
 //! allocated without a reservation, or beyond it, gets a block of its own. A block goes back to the driver
 //! with the last buffer in it.
 
+mod loan;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{CudaContext, result};
 
+pub use self::loan::Loan;
 use super::Cuda;
 use crate::error::{Error, Result};
 
@@ -98,6 +101,8 @@ pub(super) struct Memory {
     /// The reserved block and the bytes of it that are taken.
     arena: Mutex<Option<(Arc<Block>, usize)>>,
     scratch: Mutex<HashMap<Scratch, Buffer>>,
+    /// What was lent and came back.
+    idle: Mutex<Vec<Buffer>>,
     /// How often a scratch buffer was put in another place.
     moves: AtomicUsize,
 }
@@ -113,8 +118,9 @@ impl Cuda {
         Ok(())
     }
 
-    /// Gives up what is left of the reservation, so that its block can go when its tensors go.
+    /// Gives up what is left of the reservation, so that its block can go when its tensors go, and what is idle.
     pub fn release(&self) {
+        self.memory.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
         *self.memory.arena.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.memory.scratch.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
@@ -134,7 +140,12 @@ impl Cuda {
             return Ok(Buffer { block: Arc::clone(block), ptr, bytes });
         }
         drop(arena);
-        let block = self.block(size)?;
+        self.block_of(bytes)
+    }
+
+    /// A buffer with a block of its own.
+    fn block_of(&self, bytes: usize) -> Result<Buffer> {
+        let block = self.block(rounded(bytes))?;
         Ok(Buffer { ptr: block.ptr, block: Arc::new(block), bytes })
     }
 
@@ -143,7 +154,8 @@ impl Cuda {
         // SAFETY: the context is current; the block frees what it holds exactly once.
         let ptr = unsafe { result::malloc_sync(bytes) }.map_err(|e| {
             let (free, total) = self.free_memory().unwrap_or((0, 0));
-            Error::OutOfMemory { device: self.name(), wanted: bytes, free, total, cause: e.to_string() }
+            let (held, _) = self.held_bytes();
+            Error::OutOfMemory { device: self.name(), wanted: bytes, free, total, held, cause: e.to_string() }
         })?;
         let counters = Arc::clone(&self.memory.counters);
         let now = counters.now.fetch_add(bytes, Ordering::Relaxed) + bytes;

@@ -24,7 +24,7 @@ use cudarc::driver::{CudaContext, CudaStream, sys};
 
 pub use compile::{Arch, Source};
 pub use launch::{Arg, Grid};
-pub use memory::{Buffer, Scratch};
+pub use memory::{Buffer, Loan, Scratch};
 pub use tensor_map::TensorMap;
 
 use crate::error::{Error, Result};

@@ -5,6 +5,7 @@ use crate::ops::{
     adamw, attention, convert, cross_entropy, dequantize, dropout, fold, gather, global_norm, low_rank,
     residual, rms_norm, rope, row_norm, row_scale, swiglu,
 };
+use crate::svd;
 
 /// The kernel files; an op that has one lists it here.
 pub static SOURCES: &[&Source] = &[
@@ -34,5 +35,6 @@ pub static SOURCES: &[&Source] = &[
     &rope::SOURCE,
     &row_norm::SOURCE,
     &row_scale::SOURCE,
+    &svd::SOURCE,
     &swiglu::SOURCE,
 ];

@@ -12,6 +12,7 @@ mod naive;
 #[cfg(test)]
 mod tests;
 
+use crate::device::Device;
 use crate::error::{Error, Result, check};
 use crate::ids::Ids;
 use crate::tensor::{View, ViewMut};
@@ -36,6 +37,18 @@ pub struct AttentionShape {
     pub window: Option<usize>,
 }
 
+/// Refuses heads that `device` has no kernel for; asked before anything is loaded.
+///
+/// # Errors
+/// There is no kernel; the error lists the sizes that there are one for.
+pub fn check_head_dim(device: &Device, head_dim: usize) -> Result<()> {
+    match device {
+        Device::Cpu => Ok(()),
+        Device::Cuda(cuda) => cuda::Kernels::of(FORWARD, &cuda.name(), head_dim).map(|_| ()),
+        Device::Meta(_) => cuda::Kernels::of(FORWARD, "a GPU", head_dim).map(|_| ()),
+    }
+}
+
 /// Mixes the values of the keys that each query may see.
 ///
 /// o_i = sum_j p_ij v_j, p_ij = exp(s_ij - lse_i), s_ij = scale q_i . k_j, lse_i = ln sum_j exp(s_ij); j runs over
@@ -49,7 +62,7 @@ pub struct AttentionShape {
 /// Accumulates: nothing, `o` and `lse` are overwritten.
 /// Precision: f32; within 1e-5 of f64, relative to the largest value, for scores up to some ten. On CUDA operands and
 /// `o` are bf16, as are the probabilities in the product with v; sums and `lse` f32: within 2^-7, relative to the
-/// largest value; heads of 64, 80, 96, 128 or 256 elements. Equal bits every time.
+/// largest value; heads of 16, 32, 64, 80, 96, 128 or 256 elements. Equal bits every time.
 ///
 /// # Errors
 /// Shapes or starts that do not belong together, or no kernel for the device.

@@ -380,6 +380,14 @@ impl BaseWeight {
         Ok(BaseWeight { rows: self.rows, cols: self.cols, storage, on_device: None })
     }
 
+    /// NF4 and FP4.
+    pub(crate) fn four_bit(&self) -> Option<&FourBit> {
+        match &self.storage {
+            Storage::FourBit(weight) => Some(weight),
+            Storage::Ggml { .. } | Storage::Int8(_) => None,
+        }
+    }
+
     /// The same values in another type, rounded to it, in parallel.
     ///
     /// # Errors

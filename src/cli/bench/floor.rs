@@ -2,10 +2,10 @@
 
 use qpeft_kernels::cuda::Cuda;
 use qpeft_kernels::cuda::gemm::{Matrix, transposed};
-use qpeft_kernels::rng::RngKey;
 use qpeft_kernels::{Device, Dtype, Tensor};
 use serde::Serialize;
 
+use super::activations;
 use crate::cli::args::{BenchTrainArgs, Recompute};
 use crate::model::Decoder;
 
@@ -27,15 +27,8 @@ impl Ceilings {
         const SIDE: usize = 8192;
         const REPEATS: usize = 10;
         let device = Device::Cuda(std::sync::Arc::clone(cuda));
-        let mut row = vec![0.0; SIDE];
-        let operands: Vec<Tensor> = (0..3)
-            .map(|i| {
-                let mut tensor = Tensor::activations(&device, SIDE, SIDE)?;
-                RngKey { seed: i, stream: 0 }.fill_normal(&mut row, 1.0);
-                tensor.write(&row.iter().cycle().take(SIDE * SIDE).copied().collect::<Vec<_>>())?;
-                Ok(tensor)
-            })
-            .collect::<anyhow::Result<_>>()?;
+        let operands: Vec<Tensor> =
+            (0..3).map(|seed| activations(&device, SIDE, SIDE, seed)).collect::<anyhow::Result<_>>()?;
         let matrices: Vec<Matrix> =
             operands.iter().map(|t| t.view().matrix("ceiling")).collect::<Result<_, _>>()?;
         let timed = |work: &dyn Fn() -> Result<(), qpeft_kernels::Error>| -> anyhow::Result<f64> {

@@ -79,14 +79,11 @@ impl Kernels {
     }
 
     /// The row of the table for this head dimension.
-    fn of(op: &'static str, cuda: &Cuda, head_dim: usize) -> Result<&'static Kernels> {
+    pub(super) fn of(op: &'static str, device: &str, head_dim: usize) -> Result<&'static Kernels> {
         ALL.into_iter().find(|kernels| kernels.head_dim == head_dim).ok_or_else(|| {
             let known: Vec<String> = ALL.iter().map(|kernels| kernels.head_dim.to_string()).collect();
-            let device = format!(
-                "{} and {head_dim} elements a head (it has one for {})",
-                cuda.name(),
-                known.join(", ")
-            );
+            let device =
+                format!("{device} and {head_dim} elements a head (it has one for {})", known.join(", "));
             Error::NoKernel { op, device }
         })
     }
@@ -141,7 +138,7 @@ pub(super) fn forward(
     if let Some(kernels) = hopper::forward_kernels(op, cuda, o, [q, k, v], shape)? {
         return kernels.forward(op, cuda, o, lse, [q, k, v], q_starts, shape);
     }
-    let kernels = Kernels::of(op, cuda, shape.head_dim)?;
+    let kernels = Kernels::of(op, &cuda.name(), shape.head_dim)?;
     let sequences = q_starts.len() - 1;
     let mut args = vec![
         Arg::Ptr(o.bf16(op)?),
@@ -173,7 +170,7 @@ pub(super) fn backward(
     if let Some(kernels) = hopper::backward_kernels(op, cuda, [dq, dk, dv], [do_, q, k, v], shape)? {
         return kernels.backward(op, cuda, [dq, dk, dv, delta], [do_, o, lse, q, k, v], starts, shape);
     }
-    let kernels = Kernels::of(op, cuda, shape.head_dim)?;
+    let kernels = Kernels::of(op, &cuda.name(), shape.head_dim)?;
     let (tokens, sequences) = (q.rows, starts.len() - 1);
     sum_delta(op, cuda, &kernels.source, delta, [do_, o], shape)?;
 

@@ -13,10 +13,14 @@ use crate::error::Result;
 use crate::ids::Ids;
 use crate::tensor::{View, ViewMut};
 
-/// Threads of a block: a warpgroup that copies, two that multiply.
-const THREADS: usize = 384;
-/// Rows of a block's tile, and of forward's tiles of keys.
+/// Threads of a warpgroup: one copies, the others multiply.
+const WARPGROUP: usize = 128;
+/// Rows of a tile that a warpgroup multiplies.
+const SIDE_ROWS: usize = 64;
+/// Rows of a block's tile in the backward, and of forward's tiles of keys.
 const ROWS: usize = 128;
+/// Threads of a block in the backward.
+const THREADS: usize = (1 + ROWS / SIDE_ROWS) * WARPGROUP;
 /// Rows of the tiles that stream through the backward.
 const MOVING_ROWS: usize = 64;
 const FORWARD_STAGES: usize = 2;
@@ -29,10 +33,12 @@ const BARRIERS: usize = 128;
 pub(crate) struct Kernels {
     pub(crate) source: Source,
     head_dim: usize,
+    /// Warpgroups that multiply in the forward.
+    sides: usize,
 }
 
 macro_rules! kernels {
-    ($file:literal, $head_dim:literal) => {
+    ($file:literal, $head_dim:literal, $sides:literal) => {
         Kernels {
             source: Source::hopper(
                 $file,
@@ -49,12 +55,13 @@ macro_rules! kernels {
                 ),
             ),
             head_dim: $head_dim,
+            sides: $sides,
         }
     };
 }
 
-pub(crate) static D64: Kernels = kernels!("attention_d64_hopper.cu", 64);
-pub(crate) static D128: Kernels = kernels!("attention_d128_hopper.cu", 128);
+pub(crate) static D64: Kernels = kernels!("attention_d64_hopper.cu", 64, 3);
+pub(crate) static D128: Kernels = kernels!("attention_d128_hopper.cu", 128, 2);
 
 /// The kernels for this device and shape, if there are any.
 pub(super) fn kernels(cuda: &Cuda, shape: &AttentionShape) -> Option<&'static Kernels> {
@@ -108,7 +115,7 @@ impl Kernels {
 
     fn forward_shared(&self) -> usize {
         // Queries, stages of keys and values.
-        (1 + 2 * FORWARD_STAGES) * self.tile(ROWS) + BARRIERS
+        self.tile(self.sides * SIDE_ROWS) + 2 * FORWARD_STAGES * self.tile(ROWS) + BARRIERS
     }
 
     fn backward_shared(&self) -> usize {
@@ -146,8 +153,9 @@ impl Kernels {
             Arg::size(lse.stride),
             Arg::F32(shape.scale),
         ];
-        let blocks = slots(q.rows, sequences, ROWS) * shape.n_heads;
-        let grid = Grid { shared: self.forward_shared(), ..Grid::of(blocks, THREADS) };
+        let blocks = slots(q.rows, sequences, self.sides * SIDE_ROWS) * shape.n_heads;
+        let threads = (1 + self.sides) * WARPGROUP;
+        let grid = Grid { shared: self.forward_shared(), ..Grid::of(blocks, threads) };
         cuda.launch(&self.source, "attention_forward", grid, &args)
     }
 
@@ -188,7 +196,8 @@ mod tests {
             for line in [
                 format!("#define HEAD_DIM {}\n", kernels.head_dim),
                 format!("constexpr int THREADS = {THREADS};\n"),
-                format!("constexpr int KEYS = {ROWS}, FORWARD_STAGES = {FORWARD_STAGES};\n"),
+                format!("KEYS = {ROWS}, FORWARD_STAGES = {FORWARD_STAGES};\n"),
+                format!("constexpr int SIDES = D == 64 ? {} : {};\n", D64.sides, D128.sides),
                 format!("constexpr int BACKWARD_STAGES = {BACKWARD_STAGES};\n"),
             ] {
                 assert!(kernels.source.text.contains(&line), "{}: {line}", kernels.source.name);

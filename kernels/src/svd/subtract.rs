@@ -1,0 +1,156 @@
+//! What is left of a weight without its low-rank product, packed in its own type: in host memory or on the device.
+//!
+//! The device has a kernel for NF4; for other types the rest comes to the host, whose codecs have the same bits.
+
+use qpeft_formats::bitsandbytes::{FourBit, QuantType};
+use qpeft_formats::safetensors::Dtype as Element;
+use rayon::prelude::*;
+
+use super::cuda::Dense;
+use super::{Remainder, SOURCE};
+use crate::cuda::gemm::Matrix;
+use crate::cuda::{Arg, Cuda, Grid, Loan};
+use crate::error::Result;
+use crate::tensor::Dtype;
+use crate::weight::{BaseWeight, DeviceWeight};
+
+pub(super) fn on_cpu(weight: &BaseWeight, b: &[f32], a: &[f32], scaling: f32) -> Result<Remainder> {
+    let (n, k) = (weight.rows(), weight.cols());
+    let dense = weight.dequantize();
+    let mut rest = dense.clone();
+    let rank = b.len() / n.max(1);
+    rest.par_chunks_exact_mut(k.max(1)).zip(b.par_chunks_exact(rank.max(1))).for_each(|(row, b)| {
+        for (b, a) in b.iter().zip(a.chunks_exact(k.max(1))) {
+            let factor = -scaling * b;
+            row.iter_mut().zip(a).for_each(|(w, a)| *w += factor * a);
+        }
+    });
+    let packed = weight.requantize(&rest)?;
+    let mut stored = dense;
+    let square = |x: &[f32]| x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
+    let (weight, remainder) = (square(&stored), square(&rest));
+    packed.dequantize_rows(0..n, &mut stored);
+    let quantization = rest.iter().zip(&stored).map(|(r, q)| f64::from(r - q).powi(2)).sum();
+    Ok(Remainder { packed, weight, remainder, quantization })
+}
+
+pub(super) fn on_cuda(
+    weight: &BaseWeight,
+    device: &DeviceWeight,
+    b: &[f32],
+    a: &[f32],
+    scaling: f32,
+) -> Result<Remainder> {
+    let cuda = device.cuda();
+    let (n, k) = (weight.rows(), weight.cols());
+    let rank = b.len() / n.max(1);
+    let rest = Dense::of(device, Dtype::F32)?;
+    let before = Squares::of(cuda, rest.matrix, None)?;
+    let factors = (Dense::from_slice(cuda, n, rank, b)?, Dense::from_slice(cuda, rank, k, a)?);
+    cuda.gemm(rest.matrix, factors.0.matrix, factors.1.matrix, -scaling, 1.0)?;
+    let (before, after) = (before.read(cuda)?, Squares::of(cuda, rest.matrix, None)?.read(cuda)?);
+    if after.is_finite()
+        && let Some((packed, quantization)) = pack_nf4(weight, device, rest.matrix)?
+    {
+        return Ok(Remainder { packed, weight: before, remainder: after, quantization });
+    }
+    // What is not finite is named by the host.
+    let packed = weight.requantize(&read_rows(cuda, rest.matrix)?)?;
+    let uploaded = DeviceWeight::upload(cuda, &packed)?;
+    let stored = Dense::of(&uploaded, Dtype::F32)?;
+    let quantization = Squares::of(cuda, rest.matrix, Some(stored.matrix))?.read(cuda)?;
+    Ok(Remainder { packed, weight: before, remainder: after, quantization })
+}
+
+/// Threads of a block, as `svd.cu` has it.
+const THREADS: usize = 256;
+
+/// Blocks that are started for a multiprocessor at most; they go on until all is done.
+const BLOCKS_PER_SM: usize = 16;
+
+/// Blocks of a sum of squares, each with a partial sum; fixed, so that sums have the same bits on every device.
+const PARTIALS: usize = 1024;
+
+/// |x - y|^2 or |x|^2, being computed.
+struct Squares<'a>(Loan<'a>);
+
+impl<'a> Squares<'a> {
+    fn of(cuda: &'a Cuda, x: Matrix, y: Option<Matrix>) -> Result<Squares<'a>> {
+        let partials = cuda.borrow(PARTIALS * size_of::<f64>())?;
+        let args = [
+            Arg::Ptr(partials.ptr()),
+            Arg::Ptr(x.ptr),
+            Arg::Ptr(y.map_or(0, |y| y.ptr)),
+            Arg::size(x.stride),
+            Arg::size(x.rows),
+            Arg::size(x.cols),
+        ];
+        cuda.launch(&SOURCE, "svd_distance", Grid::of(PARTIALS, THREADS), &args)?;
+        Ok(Squares(partials))
+    }
+
+    fn read(self, cuda: &Cuda) -> Result<f64> {
+        let mut bytes = vec![0; PARTIALS * size_of::<f64>()];
+        cuda.read(self.0.ptr(), &mut bytes)?;
+        Ok(bytes.as_chunks::<8>().0.iter().map(|&x| f64::from_le_bytes(x)).sum())
+    }
+}
+
+/// The rest in NF4, and how far it is from the rest; `None` where that is not the type of `weight`, or blocks are cut.
+///
+/// Codes are made on the device, scales are quantized on the host, if they are.
+fn pack_nf4(weight: &BaseWeight, device: &DeviceWeight, rest: Matrix) -> Result<Option<(BaseWeight, f64)>> {
+    let elements = rest.rows * rest.cols;
+    let is_served = |weight: &&FourBit| {
+        let state = weight.state();
+        state.quant_type == QuantType::Nf4
+            && elements.is_multiple_of(state.blocksize)
+            && rest.stride == rest.cols
+    };
+    let Some(like) = weight.four_bit().filter(is_served) else { return Ok(None) };
+    let (cuda, state) = (device.cuda(), *like.state());
+    let (codes, scales) = (cuda.borrow(state.code_bytes())?, cuda.borrow(state.blocks() * size_of::<f32>())?);
+    let table = Arg::Ptr(device.address(device.layout().table));
+    let size = [Arg::size(state.blocksize), Arg::I64(state.blocks() as i64)];
+    let args = [Arg::Ptr(codes.ptr()), Arg::Ptr(scales.ptr()), Arg::Ptr(rest.ptr), table, size[0], size[1]];
+    let blocks = state.blocks().div_ceil(THREADS / 32).min(cuda.sms() * BLOCKS_PER_SM);
+    cuda.launch(&SOURCE, "svd_pack_nf4", Grid::of(blocks, THREADS), &args)?;
+    let (mut code_bytes, mut scale_bytes) = (vec![0; state.code_bytes()], vec![0; state.blocks() * 4]);
+    cuda.read(scales.ptr(), &mut scale_bytes)?;
+    cuda.read(codes.ptr(), &mut code_bytes)?;
+    let absmax: Vec<f32> = scale_bytes.as_chunks::<4>().0.iter().map(|&x| f32::from_le_bytes(x)).collect();
+    let packed = FourBit::from_parts(state, code_bytes, &absmax, like.is_double());
+
+    let stored: Vec<u8> = (0..state.blocks()).flat_map(|block| packed.absmax(block).to_le_bytes()).collect();
+    cuda.write(scales.ptr(), &stored)?;
+    let rounding = match state.dtype {
+        Element::F16 => 1,
+        Element::BF16 => 2,
+        _ => 0,
+    };
+    let partials = cuda.borrow(PARTIALS * size_of::<f64>())?;
+    let args = [
+        Arg::Ptr(partials.ptr()),
+        Arg::Ptr(rest.ptr),
+        Arg::Ptr(codes.ptr()),
+        Arg::Ptr(scales.ptr()),
+        table,
+        Arg::I32(rounding),
+        size[0],
+        size[1],
+    ];
+    cuda.launch(&SOURCE, "svd_distance_four_bit", Grid::of(PARTIALS, THREADS), &args)?;
+    let quantization = Squares(partials).read(cuda)?;
+    Ok(Some((BaseWeight::from_four_bit(packed), quantization)))
+}
+
+/// An f32 matrix in host memory, without the gaps.
+fn read_rows(cuda: &Cuda, matrix: Matrix) -> Result<Vec<f32>> {
+    let size = Dtype::F32.size();
+    let mut bytes = vec![0; matrix.rows * matrix.stride * size];
+    cuda.read(matrix.ptr, &mut bytes)?;
+    let rows = bytes.chunks_exact((matrix.stride * size).max(1));
+    Ok(rows
+        .flat_map(|row| row.as_chunks::<4>().0[..matrix.cols].iter().map(|&x| f32::from_le_bytes(x)))
+        .collect())
+}
