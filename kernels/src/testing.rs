@@ -3,7 +3,9 @@
 //! [`check_fast`] runs a fast op with contiguous and with padded rows, on one thread and on four, into
 //! destinations that start as NaN where the op overwrites, and compares with the naive version in f64.
 //! [`check_gradient`] compares a naive backward with finite differences of the naive forward, also in f64.
-//! [`golden`] reads what PyTorch computed for the same op.
+//! [`golden`] reads what PyTorch computed for the same op. [`cuda`] holds the CUDA twins against the naive versions.
+
+pub(crate) mod cuda;
 
 use std::sync::OnceLock;
 
@@ -34,6 +36,12 @@ impl Mat {
     pub(crate) fn new(rows: usize, cols: usize, data: Vec<f32>) -> Mat {
         assert_eq!(data.len(), rows * cols);
         Mat { rows, cols, stride: cols, data }
+    }
+
+    /// The nearest bf16 numbers: what a device keeps of activations.
+    pub(crate) fn rounded(&self) -> Mat {
+        let round = |&x: &f32| half::bf16::from_f32(x).to_f32();
+        Mat { data: self.data.iter().map(round).collect(), ..*self }
     }
 
     /// All NaN: whatever an op leaves there or reads from there shows.

@@ -266,6 +266,8 @@ by_isa! {
 mod tests {
     use super::*;
     use crate::ops::global_norm::{clip_factor, global_norm};
+    use crate::tensor::Dtype::{Bf16, F32};
+    use crate::testing::cuda::{self, check_cuda};
     use crate::testing::{Mat, Out, assert_close, check_fast, golden, seconds, tolerance};
 
     const HYPER: AdamW = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 };
@@ -335,5 +337,66 @@ mod tests {
             adamw_update(p, m, v, grads.view(), &HYPER, 1e-3, 1, 1.0).unwrap();
         });
         println!("adamw {n}: {:.2} Gelem/s, {:.1} GB/s", n as f64 / time / 1e9, 28.0 * n as f64 / time / 1e9);
+    }
+
+    #[test]
+    fn the_clipped_update_copies_the_parameters_and_leaves_them_alone_where_the_norm_is_not_finite() {
+        let [params, m, grads] = [1, 2, 3].map(|seed| Mat::random(seed, 7, 129, 1.0));
+        let v = Mat::new(7, 129, m.values().iter().map(|m| m * m).collect());
+        let [mut p, mut m1, mut v1] = [&params, &m, &v].map(Mat::clone);
+        adamw_update(p.view_mut(), m1.view_mut(), v1.view_mut(), grads.view(), &HYPER, 1e-3, 3, 0.5).unwrap();
+        for unusable in [0.0, 1.0] {
+            let clip = Mat::new(1, 3, vec![9.0, 0.5, unusable]);
+            let copy = Mat::new(7, 129, vec![8.0; 7 * 129]);
+            let expected = if unusable == 0.0 { [&p, &m1, &v1, &p] } else { [&params, &m, &v, &copy] };
+            let expected = expected.map(Mat::f64);
+            check_fast(
+                "adamw_update_clipped",
+                [
+                    (Out::Add(&params), &expected[0]),
+                    (Out::Add(&m), &expected[1]),
+                    (Out::Add(&v), &expected[2]),
+                    (Out::Add(&copy), &expected[3]),
+                ],
+                [&grads, &clip],
+                tolerance(0.0, 0.0),
+                |[p, m, v, copy], [grads, clip]| {
+                    adamw_update_clipped(p, m, v, Some(copy), grads, clip, &HYPER, 1e-3, 3)
+                },
+            );
+        }
+    }
+
+    #[test]
+    fn the_cuda_twin_equals_the_naive_version_and_writes_the_copy() {
+        let Some(device) = cuda::device() else { return };
+        for (rows, cols) in cuda::SHAPES {
+            let [params, m, grads] = [1, 2, 3].map(|seed| Mat::random(seed, rows, cols, 1.0));
+            let v = Mat::new(rows, cols, m.values().iter().map(|m| m * m).collect());
+            for (step, unusable) in [(1, 0.0), (1000, 0.0), (2, 1.0)] {
+                let [mut p64, mut m64, mut v64] = [&params, &m, &v].map(Mat::f64);
+                if unusable == 0.0 {
+                    update_naive(&mut p64, &mut m64, &mut v64, &grads.f64(), &HYPER, 1e-3, step, 0.5);
+                }
+                let clip = Mat::new(1, 3, vec![9.0, 0.5, unusable]);
+                // Untouched, it is what it was.
+                let copy = params.rounded();
+                check_cuda(
+                    &device,
+                    &format!("adamw_update_clipped {rows} x {cols}, step {step}"),
+                    [
+                        (Out::Add(&params), F32, &p64),
+                        (Out::Add(&m), F32, &m64),
+                        (Out::Add(&v), F32, &v64),
+                        (Out::Add(&copy), Bf16, &p64),
+                    ],
+                    [(&grads, F32), (&clip, F32)],
+                    tolerance(1e-6, 3e-7),
+                    |[p, m, v, copy], [grads, clip]| {
+                        adamw_update_clipped(p, m, v, Some(copy), grads, clip, &HYPER, 1e-3, step as u64)
+                    },
+                );
+            }
+        }
     }
 }

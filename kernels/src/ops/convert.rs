@@ -94,6 +94,8 @@ fn fill_cuda(cuda: &Cuda, y: &ViewMut, value: f32) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::Dtype::{Bf16, F32};
+    use crate::testing::cuda::{self, check_cuda};
     use crate::testing::{Mat, Out, check_fast, tolerance};
 
     #[test]
@@ -112,5 +114,23 @@ mod tests {
         let (mut y, x) = (Mat::poisoned(2, 3), Mat::random(1, 2, 4, 1.0));
         let error = convert(y.view_mut(), x.view()).unwrap_err().to_string();
         assert_eq!(error, "convert: columns of y is 3, expected 4");
+    }
+
+    #[test]
+    fn the_cuda_twins_convert_and_fill_exactly() {
+        let Some(device) = cuda::device() else { return };
+        let exact = tolerance(0.0, 0.0);
+        for (rows, cols) in cuda::SHAPES {
+            for (to, from) in [(F32, F32), (F32, Bf16), (Bf16, F32), (Bf16, Bf16)] {
+                let x = Mat::random(1, rows, cols, 1.0);
+                let x = if from == Bf16 { x.rounded() } else { x };
+                let what = format!("convert {rows} x {cols} from {from:?} to {to:?}");
+                let (y, filled) = (x.f64(), vec![2.5; rows * cols]);
+                let outputs = [(Out::Set(rows, cols), to, &y[..])];
+                check_cuda(&device, &what, outputs, [(&x, from)], exact, |[y], [x]| convert(y, x));
+                let outputs = [(Out::Set(rows, cols), to, &filled[..])];
+                check_cuda(&device, &what, outputs, [], exact, |[y], []| fill(y, 2.5));
+            }
+        }
     }
 }

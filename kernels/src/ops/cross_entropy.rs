@@ -193,6 +193,9 @@ by_isa! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::Dtype::{Bf16, F32};
+    use crate::tensor::Tensor;
+    use crate::testing::cuda::{self, check_cuda};
     use crate::testing::{Mat, Out, assert_close, check_fast, check_gradient, golden, seconds, tolerance};
 
     /// Targets that cover the vocabulary's ends, repeated.
@@ -287,5 +290,54 @@ mod tests {
             giga / forward,
             giga / both
         );
+    }
+
+    #[test]
+    fn the_cuda_twins_equal_the_naive_versions() {
+        let Some(device) = cuda::device() else { return };
+        let long = [(2, 49152), (1, 128_256), (3, 50_257), (2, 262_144)];
+        for (tokens, vocabulary) in cuda::SHAPES.into_iter().chain(long) {
+            for std in [1.0, 10.0, 1e4] {
+                let logits = Mat::random(1, tokens, vocabulary, std).rounded();
+                let targets = targets(tokens, vocabulary);
+                let ids = cuda::ids(&device, &targets);
+                let scale = 0.125;
+                let (mut nll, mut dlogits) = (vec![0.0; tokens], logits.f64());
+                if tokens > 0 {
+                    forward_backward_naive(&mut nll, &mut dlogits, &targets, scale as f64);
+                }
+                let what = format!("cross_entropy {tokens} x {vocabulary}, logits of {std}");
+                // Relative to the largest logit, about 5 deviations.
+                let close = tolerance(2e-6, 5e-6 * std as f64);
+                let outputs = [(Out::Set(1, tokens), F32, &nll[..])];
+                check_cuda(&device, &what, outputs, [(&logits, Bf16)], close, |[nll], [logits]| {
+                    cross_entropy_forward(nll, logits, ids.ids())
+                });
+                let outputs = [(Out::Set(1, tokens), F32, &nll[..]), (Out::Add(&logits), Bf16, &dlogits[..])];
+                check_cuda(&device, &what, outputs, [], close, |[nll, logits], []| {
+                    cross_entropy_forward_backward(nll, logits, ids.ids(), scale)
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn on_cuda_a_nan_logit_makes_the_loss_nan_and_minus_infinity_counts_as_nothing() {
+        let Some(device) = cuda::device() else { return };
+        let ids = cuda::ids(&device, &[0]);
+        let nll = |values: Vec<f32>| {
+            let mut logits = Tensor::activations(&device, 1, values.len()).unwrap();
+            logits.write(&values).unwrap();
+            let mut nll = Tensor::zeros(&device, 1, 1).unwrap();
+            cross_entropy_forward(nll.view_mut(), logits.view(), ids.ids()).unwrap();
+            nll.read().unwrap()[0]
+        };
+        for columns in [3, 64] {
+            let mut values = vec![0.0; columns];
+            values[2] = f32::NAN;
+            assert!(nll(values.clone()).is_nan());
+            values[1..].fill(f32::NEG_INFINITY);
+            assert_eq!(nll(values), 0.0);
+        }
     }
 }

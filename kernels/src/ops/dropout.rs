@@ -187,6 +187,8 @@ fn for_each_factor(n: usize, mask: Mask, first: u64, mut visit: impl FnMut(usize
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::Dtype::Bf16;
+    use crate::testing::cuda::{self, check_cuda};
     use crate::testing::{Mat, Out, check_fast, check_gradient, inner, seconds, tolerance};
 
     const KEY: RngKey = RngKey { seed: 11, stream: 5 };
@@ -260,5 +262,27 @@ mod tests {
         let mut y = Mat::poisoned(2048, 576);
         let time = seconds(|| dropout_forward(y.view_mut(), x.view(), 0.1, KEY).unwrap());
         println!("dropout: {:.2} Gelem/s", (2048 * 576) as f64 / time / 1e9);
+    }
+
+    #[test]
+    fn the_cuda_twins_drop_the_same_elements() {
+        let Some(device) = cuda::device() else { return };
+        for (rows, cols) in cuda::SHAPES {
+            for p in [0.0, 0.25, 0.1] {
+                let [x, start] = [1, 2].map(|seed| Mat::random(seed, rows, cols, 1.0).rounded());
+                let (mut y, mut dx) = (vec![0.0; rows * cols], start.f64());
+                forward_naive(&mut y, &x.f64(), p as f64, KEY);
+                backward_naive(&mut dx, &x.f64(), p as f64, KEY);
+                let (what, exact) = (format!("dropout {rows} x {cols} of {p}"), tolerance(0.0, 0.0));
+                let outputs = [(Out::Set(rows, cols), Bf16, &y[..])];
+                check_cuda(&device, &what, outputs, [(&x, Bf16)], exact, |[y], [x]| {
+                    dropout_forward(y, x, p, KEY)
+                });
+                let outputs = [(Out::Add(&start), Bf16, &dx[..])];
+                check_cuda(&device, &what, outputs, [(&x, Bf16)], exact, |[dx], [dy]| {
+                    dropout_backward(dx, dy, p, KEY)
+                });
+            }
+        }
     }
 }

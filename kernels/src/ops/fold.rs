@@ -82,6 +82,9 @@ pub fn fold_branch(folded: ViewMut<'_>, b: View<'_>, scaling: f32, g: Option<Vie
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::Dtype::{Bf16, F32};
+    use crate::testing::cuda::{self, check_cuda};
+    use crate::testing::{Mat, Out, tolerance};
 
     #[test]
     fn rows_of_zeros_get_the_factor_zero() {
@@ -105,5 +108,41 @@ mod tests {
         assert_eq!(folded, [20.0, 40.0, 3.0, 4.0]);
         fold_branch(ViewMut::from_slice(&mut folded, 2, 2), b, 2.0, None).unwrap();
         assert_eq!(folded, [2.0, 4.0, 6.0, 8.0]);
+    }
+
+    #[test]
+    fn the_cuda_twins_fold_into_either_type() {
+        let Some(device) = cuda::device() else { return };
+        for (rows, cols) in [(1, 1), (7, 3), (129, 16), (33, 64), (5, 127), (0, 8)] {
+            let b = Mat::random(1, rows, cols, 1.0);
+            let [m, n] = [2, 3].map(|seed| Mat::random(seed, 1, rows, 1.0));
+            let mut n = n.values();
+            n.iter_mut().step_by(3).for_each(|n| *n = 0.0);
+            let n = Mat::new(1, rows, n);
+            let g = |(m, n): (f64, f64)| if n == 0.0 { 0.0 } else { m / n };
+            let g: Vec<f64> = m.f64().into_iter().zip(n.f64()).map(g).collect();
+            let close = tolerance(3e-7, 0.0);
+            let (outputs, inputs) = ([(Out::Set(1, rows), F32, &g[..])], [(&m, F32), (&n, F32)]);
+            check_cuda(&device, "fold_row_factor", outputs, inputs, close, |[g], [m, n]| {
+                fold_row_factor(g, m, n)
+            });
+            let m64 = m.f64();
+            let folded = |with_g: bool| -> Vec<f64> {
+                let factor = |i: usize| if with_g { 2.0 * m64[i / cols] } else { 2.0 };
+                b.f64().iter().enumerate().map(|(i, b)| factor(i) * b).collect()
+            };
+            let (with, without) = (folded(true), folded(false));
+            for dtype in [Bf16, F32] {
+                let what = format!("fold_branch {rows} x {cols}");
+                let (outputs, inputs) = ([(Out::Set(rows, cols), dtype, &with[..])], [(&b, F32), (&m, F32)]);
+                check_cuda(&device, &what, outputs, inputs, close, |[folded], [b, g]| {
+                    fold_branch(folded, b, 2.0, Some(g))
+                });
+                let outputs = [(Out::Set(rows, cols), dtype, &without[..])];
+                check_cuda(&device, &what, outputs, [(&b, F32)], close, |[folded], [b]| {
+                    fold_branch(folded, b, 2.0, None)
+                });
+            }
+        }
     }
 }

@@ -118,6 +118,9 @@ fn backward_cuda(cuda: &Cuda, dx: &ViewMut<'_>, dy: View<'_>, rows: Ids<'_>) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::Dtype::Bf16;
+    use crate::testing::cuda::{self, check_cuda};
+    use crate::testing::{Mat, Out, tolerance};
 
     #[test]
     fn backward_scatters_what_forward_gathered() {
@@ -136,5 +139,38 @@ mod tests {
         let error =
             gather_forward(ViewMut::from_slice(&mut y, 1, 3), View::from_slice(&[0.0; 6], 2, 3), &[2]);
         assert!(matches!(error, Err(Error::IndexOutOfRange { index: 2, limit: 2, .. })));
+    }
+
+    #[test]
+    fn the_cuda_twins_pick_and_add_rows_also_repeated_ones() {
+        let Some(device) = cuda::device() else { return };
+        for (rows, cols) in cuda::SHAPES.into_iter().filter(|&(rows, _)| rows > 0) {
+            let last = rows as u32 - 1;
+            let all: Vec<u32> = (0..=last).collect();
+            for indices in [vec![], all, vec![last, 0, last, last, 0]] {
+                let n = indices.len();
+                let ids = cuda::ids(&device, &indices);
+                let x = Mat::random(1, rows, cols, 1.0).rounded();
+                let dy = Mat::random(2, n, cols, 1.0).rounded();
+                let (from, mut y, mut dx) = (x.f64(), vec![], x.f64());
+                for (i, &row) in indices.iter().enumerate() {
+                    let row = row as usize * cols;
+                    y.extend(&from[row..row + cols]);
+                    for (dx, dy) in dx[row..row + cols].iter_mut().zip(&dy.f64()[i * cols..]) {
+                        // Every sum is rounded when it is stored.
+                        *dx = half::bf16::from_f64(*dx + dy).to_f64();
+                    }
+                }
+                let (what, exact) = (format!("gather {n} of {rows} x {cols}"), tolerance(0.0, 0.0));
+                let outputs = [(Out::Set(n, cols), Bf16, &y[..])];
+                check_cuda(&device, &what, outputs, [(&x, Bf16)], exact, |[y], [x]| {
+                    gather_forward(y, x, ids.ids())
+                });
+                let outputs = [(Out::Add(&x), Bf16, &dx[..])];
+                check_cuda(&device, &what, outputs, [(&dy, Bf16)], exact, |[dx], [dy]| {
+                    gather_backward(dx, dy, ids.ids())
+                });
+            }
+        }
     }
 }

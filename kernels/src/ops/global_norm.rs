@@ -132,7 +132,9 @@ by_isa! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Mat, assert_close, same_on_one_and_four_threads, seconds, tolerance};
+    use crate::tensor::Dtype::F32;
+    use crate::testing::cuda::{self, check_cuda};
+    use crate::testing::{Mat, Out, assert_close, same_on_one_and_four_threads, seconds, tolerance};
 
     #[test]
     fn the_fast_version_equals_the_naive_one() {
@@ -168,5 +170,47 @@ mod tests {
         let x = Mat::random(1, 1, 5_000_000, 1.0);
         let time = seconds(|| assert!(global_norm(x.view()).unwrap() > 0.0));
         println!("global_norm: {:.1} GB/s", 20e6 / time / 1e9);
+    }
+
+    #[test]
+    fn the_clip_is_the_norm_its_factor_and_whether_it_is_finite() {
+        let clip = |values: Vec<f32>, max_norm| {
+            let (x, mut clip) = (Mat::new(1, values.len(), values), Mat::poisoned(1, 3));
+            global_norm_clip(clip.view_mut(), x.view(), max_norm).unwrap();
+            clip.values()
+        };
+        assert_eq!(clip(vec![3.0, 4.0], 1.0), [5.0, clip_factor(5.0, 1.0), 0.0]);
+        assert_eq!(clip(vec![3.0, 4.0], f32::INFINITY), [5.0, 1.0, 0.0]);
+        assert_eq!(clip(vec![3.0, f32::NAN], 1.0)[2], 1.0);
+    }
+
+    #[test]
+    fn the_cuda_twin_equals_the_naive_version() {
+        let Some(device) = cuda::device() else { return };
+        for (rows, cols) in cuda::SHAPES.into_iter().chain([(1, 1_000_003), (1, 1_000_000)]) {
+            for std in [1.0, 1e18, 1e-18] {
+                let x = Mat::random(1, rows, cols, std);
+                let norm = norm_naive(&x.f64());
+                let clip = [norm, clip_factor(norm, 0.25) as f64, 0.0];
+                check_cuda(
+                    &device,
+                    &format!("global_norm_clip {rows} x {cols} of {std}"),
+                    [(Out::Set(1, 3), F32, &clip)],
+                    [(&x, F32)],
+                    tolerance(1e-7, 0.0),
+                    |[clip], [x]| global_norm_clip(clip, x, 0.25),
+                );
+            }
+            for bad in [f32::NAN, f32::INFINITY] {
+                let mut values = Mat::random(1, rows, cols, 1.0).values();
+                let Some(last) = values.last_mut() else { continue };
+                *last = bad;
+                let mut x = Tensor::zeros(&device, rows, cols).unwrap();
+                let mut clip = Tensor::zeros(&device, 1, 3).unwrap();
+                x.write(&values).unwrap();
+                global_norm_clip(clip.view_mut(), x.view(), 1.0).unwrap();
+                assert_eq!(clip.read().unwrap()[2], 1.0);
+            }
+        }
     }
 }

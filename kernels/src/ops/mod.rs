@@ -16,6 +16,7 @@ pub mod dropout;
 pub mod embedding;
 pub mod fold;
 pub mod gather;
+pub mod geglu;
 pub mod global_norm;
 pub mod low_rank;
 pub mod quant_linear;

@@ -144,6 +144,8 @@ by_isa! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::Dtype::Bf16;
+    use crate::testing::cuda::{self, check_cuda};
     use crate::testing::{Mat, Out, check_fast, check_gradient, inner, tolerance};
 
     #[test]
@@ -186,5 +188,25 @@ mod tests {
         assert_eq!(error.to_string(), "residual_forward: columns of branch is 3, expected 4");
         let error = residual_backward(mat(1, 4).view_mut(), mat(2, 4).view()).unwrap_err();
         assert_eq!(error.to_string(), "residual_backward: rows of dx is 1, expected 2");
+    }
+
+    #[test]
+    fn the_cuda_twins_equal_the_naive_versions() {
+        let Some(device) = cuda::device() else { return };
+        for (rows, cols) in cuda::SHAPES {
+            let [x, branch] = [1, 2].map(|seed| Mat::random(seed, rows, cols, 1.0).rounded());
+            let (mut y, mut dx) = (vec![0.0; rows * cols], x.f64());
+            forward_naive(&mut y, &x.f64(), &branch.f64());
+            backward_naive(&mut dx, &branch.f64());
+            let (what, exact) = (format!("residual {rows} x {cols}"), tolerance(0.0, 0.0));
+            let (outputs, inputs) = ([(Out::Set(rows, cols), Bf16, &y[..])], [(&x, Bf16), (&branch, Bf16)]);
+            check_cuda(&device, &what, outputs, inputs, exact, |[y], [x, branch]| {
+                residual_forward(y, x, branch)
+            });
+            let outputs = [(Out::Add(&x), Bf16, &dx[..])];
+            check_cuda(&device, &what, outputs, [(&branch, Bf16)], exact, |[dx], [dy]| {
+                residual_backward(dx, dy)
+            });
+        }
     }
 }

@@ -266,6 +266,8 @@ by_isa! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::Dtype::{Bf16, F32};
+    use crate::testing::cuda::{self, check_cuda};
     use crate::testing::{Mat, Out, assert_close, check_fast, check_gradient, golden, inner, tolerance};
 
     const EPS: f32 = 1e-5;
@@ -353,5 +355,83 @@ mod tests {
         let error =
             rms_norm_backward(dx.view_mut(), mat(1, 4).view(), x.view(), mat(1, 2).view(), weight.view());
         assert_eq!(error.unwrap_err().to_string(), "rms_norm_backward: rows of dy is 1, expected 2");
+    }
+
+    #[test]
+    fn the_residual_sum_and_its_norm_equal_the_two_ops() {
+        for (tokens, channels) in SHAPES {
+            let [x, branch] = [1, 2].map(|seed| Mat::random(seed, tokens, channels, 1.0));
+            let weight = Mat::random(3, 1, channels, 1.0);
+            let sum: Vec<f64> = x.values().iter().zip(branch.values()).map(|(x, b)| (x + b) as f64).collect();
+            let (mut y, mut rstd) = (vec![0.0; tokens * channels], vec![0.0; tokens]);
+            forward_naive(&mut y, &mut rstd, &sum, &weight.f64(), EPS as f64);
+            let set = Out::Set(tokens, channels);
+            check_fast(
+                &format!("residual_rms_norm_forward {tokens} x {channels}"),
+                [(set, &y), (Out::Set(1, tokens), &rstd), (Out::Set(tokens, channels), &sum)],
+                [&x, &branch, &weight],
+                tolerance(2e-6, 1e-9),
+                |[y, rstd, sum], [x, branch, weight]| {
+                    residual_rms_norm_forward(y, rstd, sum, x, branch, weight, EPS)
+                },
+            );
+        }
+    }
+
+    #[test]
+    fn the_cuda_forwards_equal_the_naive_ones() {
+        let Some(device) = cuda::device() else { return };
+        for (tokens, channels) in cuda::SHAPES {
+            for std in [1.0, 1e3, 1e-4] {
+                let what = format!("rms_norm {tokens} x {channels} of {std}");
+                let [x, branch] = [1, 2].map(|seed| Mat::random(seed, tokens, channels, std).rounded());
+                let weight = Mat::random(3, 1, channels, 1.0);
+                let (mut y, mut rstd) = (vec![0.0; tokens * channels], vec![0.0; tokens]);
+                forward_naive(&mut y, &mut rstd, &x.f64(), &weight.f64(), EPS as f64);
+                let set = || Out::Set(tokens, channels);
+                check_cuda(
+                    &device,
+                    &what,
+                    [(set(), Bf16, &y), (Out::Set(1, tokens), F32, &rstd)],
+                    [(&x, Bf16), (&weight, F32)],
+                    tolerance(2e-6, 0.0),
+                    |[y, rstd], [x, weight]| rms_norm_forward(y, rstd, x, weight, EPS),
+                );
+                // The f32 sum of two bf16 numbers, rounded: what the kernel normalizes.
+                let sum = x.values().iter().zip(branch.values()).map(|(x, b)| x + b).collect();
+                let sum = Mat::new(tokens, channels, sum).rounded().f64();
+                forward_naive(&mut y, &mut rstd, &sum, &weight.f64(), EPS as f64);
+                check_cuda(
+                    &device,
+                    &what,
+                    [(set(), Bf16, &y), (Out::Set(1, tokens), F32, &rstd), (set(), Bf16, &sum)],
+                    [(&x, Bf16), (&branch, Bf16), (&weight, F32)],
+                    tolerance(2e-6, 0.0),
+                    |[y, rstd, sum], [x, branch, weight]| {
+                        residual_rms_norm_forward(y, rstd, sum, x, branch, weight, EPS)
+                    },
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_cuda_backward_equals_the_naive_one_and_adds() {
+        let Some(device) = cuda::device() else { return };
+        for (tokens, channels) in cuda::SHAPES {
+            let [start, dy, x] = [1, 2, 3].map(|seed| Mat::random(seed, tokens, channels, 1.0).rounded());
+            let weight = Mat::random(4, 1, channels, 1.0);
+            let rstd = Mat::random(5, 1, tokens, 0.5);
+            let mut dx = start.f64();
+            backward_naive(&mut dx, &dy.f64(), &x.f64(), &rstd.f64(), &weight.f64());
+            check_cuda(
+                &device,
+                &format!("rms_norm_backward {tokens} x {channels}"),
+                [(Out::Add(&start), Bf16, &dx)],
+                [(&dy, Bf16), (&x, Bf16), (&rstd, F32), (&weight, F32)],
+                tolerance(0.0, 0.0),
+                |[dx], [dy, x, rstd, weight]| rms_norm_backward(dx, dy, x, rstd, weight),
+            );
+        }
     }
 }

@@ -268,6 +268,8 @@ by_isa! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::Dtype::{Bf16, F32};
+    use crate::testing::cuda::{self, check_cuda};
     use crate::testing::{Mat, Out, assert_close, check_fast, check_gradient, golden, inner, tolerance};
 
     fn table(positions: usize, head_dim: usize) -> Mat {
@@ -374,5 +376,29 @@ mod tests {
         assert!(forward(16, &[0, 1], 0).contains("columns of x (whole heads) is 16, expected 0"));
         let error = rope_table(&Device::Cpu, 4, 7, 1e4, &RopeScaling::None).unwrap_err().to_string();
         assert!(error.contains("head dimension (must be even) is 7"), "{error}");
+    }
+
+    #[test]
+    fn the_cuda_rotations_equal_the_naive_ones() {
+        let Some(device) = cuda::device() else { return };
+        let cases = [(1, 1, 2), (7, 9, 64), (129, 3, 16), (33, 4, 80), (12, 1, 6), (3, 2, 256), (0, 1, 64)];
+        for (tokens, heads, head_dim) in cases {
+            let x = Mat::random(1, tokens, heads * head_dim, 1.0).rounded();
+            let (table, positions) = (table(tokens, head_dim), positions(tokens));
+            let on_device = cuda::ids(&device, &positions);
+            let (mut y, mut dx) = (x.f64(), x.f64());
+            if tokens > 0 {
+                forward_naive(&mut y, &table.f64(), &positions, head_dim);
+                backward_naive(&mut dx, &table.f64(), &positions, head_dim);
+            }
+            let (what, exact) = (format!("rope {tokens} x {heads} x {head_dim}"), tolerance(0.0, 0.0));
+            let inputs = [(&table, F32)];
+            check_cuda(&device, &what, [(Out::Add(&x), Bf16, &y)], inputs, exact, |[x], [table]| {
+                rope_forward(x, table, on_device.ids(), head_dim)
+            });
+            check_cuda(&device, &what, [(Out::Add(&x), Bf16, &dx)], inputs, exact, |[x], [table]| {
+                rope_backward(x, table, on_device.ids(), head_dim)
+            });
+        }
     }
 }

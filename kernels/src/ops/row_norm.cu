@@ -67,7 +67,8 @@ constexpr int THREADS = 256;
 extern "C" __global__ void __launch_bounds__(THREADS)
     row_norm_forward(float* norm, const float* w_squared, const void* wa, i32 wa_stride, i32 wa_is_bf16, const void* a,
                      i32 a_stride, i32 a_is_bf16, const void* b, i32 b_stride, i32 b_is_bf16, const float* gram,
-                     const void* w, i32 w_stride, i32 w_is_bf16, const float* folded, float scaling, i32 rows, i32 cols, i32 rank) {
+                     const void* w, i32 w_stride, i32 w_is_bf16, const float* folded, float scaling, i32 rows,
+                     i32 cols, i32 rank) {
     const u32 row = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= (u32)rows) return;
     const i64 b_row = (i64)row * b_stride;

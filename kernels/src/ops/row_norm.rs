@@ -323,6 +323,8 @@ by_isa! {
 mod tests {
     use super::*;
     use crate::ops::quant_linear::quant_linear_forward;
+    use crate::tensor::Dtype::{Bf16, F32};
+    use crate::testing::cuda::{self, check_cuda};
     use crate::testing::{Mat as TestMat, Out, check_fast, tolerance};
 
     fn f64s(values: &[f32]) -> Vec<f64> {
@@ -419,6 +421,59 @@ mod tests {
             let (w_squared, wa, a, b) = (w_squared.view(), wa.view(), a.view(), b.view());
             let error = row_norm_forward(norm.view_mut(), w_squared, wa, a, b, 1.0, &weight);
             assert_eq!(error.unwrap_err().to_string(), format!("row_norm_forward: {expected}"));
+        }
+    }
+
+    #[test]
+    fn norms_of_a_dense_weight_are_those_of_the_packed_one() {
+        let (n, k, r) = (33, 65, 4);
+        let (w, a, b) =
+            (TestMat::random(1, n, k, 1.0), TestMat::random(2, r, k, 0.5), TestMat::random(3, n, r, 0.5));
+        let weight = BaseWeight::from_f32(n, k, &w.values()).unwrap();
+        let (w_squared, wa) = prepared(&weight, &a);
+        let [mut packed, mut dense] = [0; 2].map(|_| TestMat::poisoned(1, n));
+        let (w2, wa) = (w_squared.view(), wa.view());
+        row_norm_forward(packed.view_mut(), w2, wa, a.view(), b.view(), 2.0, &weight).unwrap();
+        row_norm_forward_dense(dense.view_mut(), w2, wa, a.view(), b.view(), 2.0, w.view()).unwrap();
+        assert_eq!(packed.values(), dense.values());
+    }
+
+    #[test]
+    fn the_cuda_norms_equal_those_of_the_rows_also_where_the_adapter_cancels_them() {
+        let Some(device) = cuda::device() else { return };
+        for (n, k, r) in [(1, 1, 1), (7, 129, 1), (129, 127, 7), (70, 300, 16), (40, 576, 40)] {
+            for (dtype, cancels) in [(F32, false), (Bf16, false), (F32, true)] {
+                let random = |seed, rows, cols| {
+                    let mat = TestMat::random(seed, rows, cols, 0.7);
+                    if dtype == Bf16 { mat.rounded() } else { mat }
+                };
+                let (a, b, mut w, s) = (random(1, r, k), random(2, n, r), random(3, n, k), 2.0_f32);
+                let (a64, b64) = (a.f64(), b.f64());
+                if cancels {
+                    let minus_ba = |i: usize| -> f64 {
+                        (0..r).map(|r_| b64[i / k * r + r_] * a64[r_ * k + i % k]).sum::<f64>() * -(s as f64)
+                    };
+                    let noise = w.values();
+                    let values = (0..n * k).map(|i| (minus_ba(i) + 1e-4 * noise[i] as f64) as f32);
+                    w = TestMat::new(n, k, values.collect());
+                }
+                let weight = BaseWeight::from_f32(n, k, &w.values()).unwrap();
+                let (w_squared, wa) = prepared(&weight, &a);
+                let mut norm = vec![0.0; n];
+                forward_naive(&mut norm, &w.f64(), &a64, &b64, s as f64);
+                // One column cancels by chance; elsewhere sums in f32.
+                let rel = if k == 1 { 1e-4 } else { 4e-6 };
+                check_cuda(
+                    &device,
+                    &format!("row_norm {n} x {k}, rank {r}, {dtype:?}, cancelled: {cancels}"),
+                    [(Out::Set(1, n), F32, &norm)],
+                    [(&w_squared, F32), (&wa, F32), (&a, dtype), (&b, dtype), (&w, dtype)],
+                    tolerance(rel, 0.0),
+                    |[norm], [w_squared, wa, a, b, w]| {
+                        row_norm_forward_dense(norm, w_squared, wa, a, b, s, w)
+                    },
+                );
+            }
         }
     }
 }

@@ -211,6 +211,8 @@ by_isa! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::Dtype::{Bf16, F32};
+    use crate::testing::cuda::{self, check_cuda};
     use crate::testing::{Mat, Out, check_fast, check_gradient, inner, tolerance};
 
     const SHAPES: [(usize, usize); 6] = [(1, 1), (1, 127), (7, 129), (129, 7), (33, 576), (0, 8)];
@@ -299,5 +301,37 @@ mod tests {
             backward(mat(1, 3), two(), one()),
             "row_scale_backward: columns of dscale is 3, expected 4"
         );
+    }
+
+    #[test]
+    fn the_cuda_twins_equal_the_naive_versions() {
+        let Some(device) = cuda::device() else { return };
+        for (tokens, channels) in cuda::SHAPES {
+            let what = format!("row_scale {tokens} x {channels}");
+            let [x, dy] = [1, 2].map(|seed| Mat::random(seed, tokens, channels, 1.0).rounded());
+            let start = Mat::random(4, 1, channels, 1.0);
+            let mut scale = Mat::random(3, 1, channels, 1.0).values();
+            // Away from 0, where the quotients of the sums grow without bound; and 0 itself.
+            for x in &mut scale {
+                *x += x.signum() * 0.5;
+            }
+            scale.iter_mut().skip(2).step_by(5).for_each(|x| *x = 0.0);
+            let scale = Mat::new(1, channels, scale);
+            let (mut y, mut dscale) = (vec![0.0; tokens * channels], start.f64());
+            forward_naive(&mut y, &x.f64(), &scale.f64());
+            backward_naive(&mut dscale, &dy.f64(), &x.f64(), &scale.f64());
+            let (outputs, inputs) =
+                ([(Out::Set(tokens, channels), Bf16, &y[..])], [(&x, Bf16), (&scale, F32)]);
+            check_cuda(&device, &what, outputs, inputs, tolerance(0.0, 0.0), |[y], [x, scale]| {
+                row_scale_forward(y, x, scale)
+            });
+            // Sums of a chunk in f32: some roundings of sums that grow with the root of the tokens.
+            let close = tolerance(2e-6, 2e-6 * (tokens as f64).sqrt().max(1.0));
+            let (outputs, inputs) =
+                ([(Out::Add(&start), F32, &dscale[..])], [(&dy, Bf16), (&x, Bf16), (&scale, F32)]);
+            check_cuda(&device, &what, outputs, inputs, close, |[dscale], [dy, y, scale]| {
+                row_scale_backward(dscale, dy, y, scale)
+            });
+        }
     }
 }

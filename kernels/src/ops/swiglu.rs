@@ -90,7 +90,8 @@ pub fn swiglu_backward_scaled(
         check(SCALED, "columns of scales", gate.cols, scale.cols)?;
     }
     if let Some(cuda) = dy.cuda() {
-        return scaled_cuda(cuda, [&dgate, &dup], dscales.each_ref(), [dy, gate, up], scales);
+        let (gradients, kernel) = ([&dgate, &dup], "swiglu_backward_columns");
+        return scaled_cuda(SCALED, kernel, cuda, gradients, dscales.each_ref(), [dy, gate, up], scales);
     }
     backward_fast(dgate.reborrow(), dup.reborrow(), dy, gate, up)?;
     let [dgate_scale, dup_scale] = dscales;
@@ -99,7 +100,11 @@ pub fn swiglu_backward_scaled(
 }
 
 /// All like `gate`: the gradients, then dy, gate, up.
-fn check_gradients(op: &'static str, [dgate, dup]: [&ViewMut; 2], [dy, gate, up]: [View; 3]) -> Result<()> {
+pub(super) fn check_gradients(
+    op: &'static str,
+    [dgate, dup]: [&ViewMut; 2],
+    [dy, gate, up]: [View; 3],
+) -> Result<()> {
     let operands = [
         ("rows of dgate", "columns of dgate", dgate.as_view()),
         ("rows of dup", "columns of dup", dup.as_view()),
@@ -160,14 +165,16 @@ pub(super) fn backward_cuda(
     cuda.launch(&SOURCE, op, grid, &args)
 }
 
-fn scaled_cuda(
+pub(super) fn scaled_cuda(
+    op: &'static str,
+    kernel: &'static str,
     cuda: &Cuda,
     [dgate, dup]: [&ViewMut; 2],
     dscales: [&ViewMut; 2],
     [dy, gate, up]: [View; 3],
     scales: [View; 2],
 ) -> Result<()> {
-    let (op, chunks) = (SCALED, Chunks::of(gate.rows, gate.cols));
+    let chunks = Chunks::of(gate.rows, gate.cols);
     let bytes = chunks.count * gate.cols * size_of::<f32>();
     let partials = cuda.scratch(Scratch::Partials, 2 * bytes)?;
     let partials = [partials, partials + bytes as u64];
@@ -188,7 +195,7 @@ fn scaled_cuda(
         Arg::size(gate.cols),
         Arg::size(chunks.rows),
     ];
-    cuda.launch(&SOURCE, "swiglu_backward_columns", chunks.grid(), &args)?;
+    cuda.launch(&SOURCE, kernel, chunks.grid(), &args)?;
     for i in 0..2 {
         add_partials_cuda(op, cuda, dscales[i], partials[i], chunks, scales[i])?;
     }
@@ -275,6 +282,7 @@ by_isa! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::cuda;
     use crate::testing::{
         Mat, Out, Tolerance, assert_close, check_fast, check_gradient, golden, inner, seconds,
     };
@@ -379,5 +387,54 @@ mod tests {
             giga / forward,
             giga / backward
         );
+    }
+
+    #[test]
+    fn the_magnitudes_gradients_are_those_of_row_scale() {
+        for (rows, cols) in [(1, 1), (7, 129), (33, 576)] {
+            let [gate, up, dy] = [1, 2, 3].map(|seed| Mat::random(seed, rows, cols, 1.0));
+            let [scale0, scale1, start0, start1] = [4, 5, 6, 7].map(|seed| Mat::random(seed, 1, cols, 1.0));
+            let [mut dgate, mut dup] = [0; 2].map(|_| Mat::poisoned(rows, cols));
+            swiglu_backward(dgate.view_mut(), dup.view_mut(), dy.view(), gate.view(), up.view()).unwrap();
+            let (mut d0, mut d1) = (start0.clone(), start1.clone());
+            row_scale_backward(d0.view_mut(), dgate.view(), gate.view(), scale0.view()).unwrap();
+            row_scale_backward(d1.view_mut(), dup.view(), up.view(), scale1.view()).unwrap();
+            check_fast(
+                "swiglu_backward_scaled",
+                [
+                    (Out::Set(rows, cols), &dgate.f64()),
+                    (Out::Set(rows, cols), &dup.f64()),
+                    (Out::Add(&start0), &d0.f64()),
+                    (Out::Add(&start1), &d1.f64()),
+                ],
+                [&dy, &gate, &up, &scale0, &scale1],
+                Tolerance { rel: 0.0, abs: 0.0 },
+                |[dgate, dup, d0, d1], [dy, gate, up, scale0, scale1]| {
+                    swiglu_backward_scaled(dgate, dup, [d0, d1], dy, gate, up, [scale0, scale1])
+                },
+            );
+        }
+    }
+
+    #[test]
+    fn the_cuda_twins_equal_the_naive_versions() {
+        let Some(device) = cuda::device() else { return };
+        for (rows, cols) in cuda::SHAPES {
+            let n = rows * cols;
+            let gate = Mat::random(1, rows, cols, 4.0).rounded();
+            let [up, dy] = [2, 3].map(|seed| Mat::random(seed, rows, cols, 1.0).rounded());
+            let [mut y, mut dgate, mut dup] = [0; 3].map(|_| vec![0.0; n]);
+            forward_naive(&mut y, &gate.f64(), &up.f64());
+            backward_naive(&mut dgate, &mut dup, &dy.f64(), &gate.f64(), &up.f64());
+            let gated = cuda::Gated {
+                name: "swiglu",
+                forward: swiglu_forward,
+                backward: |[dgate, dup], [dy, gate, up]| swiglu_backward(dgate, dup, dy, gate, up),
+                scaled: |[dgate, dup], dscales, [dy, gate, up], scales| {
+                    swiglu_backward_scaled(dgate, dup, dscales, dy, gate, up, scales)
+                },
+            };
+            cuda::check_gated(&device, [&gate, &up, &dy], [&y, &dgate, &dup], &gated);
+        }
     }
 }
