@@ -102,7 +102,7 @@ pub enum BenchCommand {
 /// Where and on how many threads a command computes.
 #[derive(Debug, Clone, Args)]
 pub struct ComputeArgs {
-    /// auto (a GPU if there is one), cpu, cuda or cuda:N
+    /// Device: auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", help_heading = "Compute")]
     pub device: String,
     /// CPU threads [default: all cores]
@@ -271,7 +271,7 @@ pub struct TrainArgs {
     #[arg(long, help_heading = "Compute", aliases = ["grad-checkpoint", "use-gradient-checkpointing"])]
     pub gradient_checkpointing: bool,
     /// Device memory to stay within, as 8GiB [default: what is free]
-    #[arg(long, value_name = "SIZE", value_parser = bytes, help_heading = "Compute")]
+    #[arg(long, value_name = "SIZE", value_parser = bytes, help_heading = "Compute", hide_short_help = true)]
     pub memory_limit: Option<u64>,
     /// Where to compute.
     #[command(flatten)]
