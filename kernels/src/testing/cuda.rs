@@ -37,8 +37,8 @@ pub(crate) fn device() -> Option<Device> {
 
 /// Indices with their copy on the device.
 pub(crate) fn ids(device: &Device, values: &[u32]) -> IdBuffer {
-    let mut ids = IdBuffer::new(device, values.len()).unwrap();
-    ids.set(values).unwrap();
+    let mut ids = IdBuffer::new(device, values.len()).expect("the device serves the test");
+    ids.set(values).expect("the device serves the test");
     ids
 }
 
@@ -52,8 +52,10 @@ impl Padded {
     fn new(device: &Device, dtype: Dtype, values: &Mat, gap: [usize; 2]) -> Padded {
         let wide = gap[0] + values.cols + gap[1];
         let mut tensor = match dtype {
-            Dtype::Bf16 => Tensor::activations(device, values.rows, wide).unwrap(),
-            Dtype::F32 => Tensor::zeros(device, values.rows, wide).unwrap(),
+            Dtype::Bf16 => {
+                Tensor::activations(device, values.rows, wide).expect("the device serves the test")
+            }
+            Dtype::F32 => Tensor::zeros(device, values.rows, wide).expect("the device serves the test"),
         };
         let mut all = vec![f32::NAN; values.rows * wide];
         if values.cols > 0 {
@@ -61,7 +63,7 @@ impl Padded {
                 to[gap[0]..gap[0] + values.cols].copy_from_slice(from);
             }
         }
-        tensor.write(&all).unwrap();
+        tensor.write(&all).expect("the device serves the test");
         Padded { tensor, gap }
     }
 
@@ -81,7 +83,7 @@ impl Padded {
     /// The values; what lies beside them must still be poison.
     fn read(&self, what: &str) -> Vec<f32> {
         let (start, end) = (self.gap[0], self.gap[0] + self.cols());
-        let all = self.tensor.read().unwrap();
+        let all = self.tensor.read().expect("the device serves the test");
         if all.is_empty() {
             return all;
         }
