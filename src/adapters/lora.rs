@@ -9,7 +9,9 @@ use qpeft_kernels::ops::low_rank::{
     OutScale, low_rank_backward, low_rank_branch_backward, low_rank_branch_gradient, low_rank_forward,
     low_rank_input_gradient,
 };
-use qpeft_kernels::ops::quant_linear::{Branch, quant_linear_backward, quant_linear_forward};
+use qpeft_kernels::ops::quant_linear::{
+    Branch, quant_linear_backward, quant_linear_backward_with_branch, quant_linear_forward,
+};
 use qpeft_kernels::rng::RngKey;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
 
@@ -109,19 +111,27 @@ impl Lora {
         let db = rest.into_slice(0, self.b.shape[0], self.b.shape[1]);
 
         // y = diag(g) W x + h folded^T
-        let mut dx = if let Some(InputGradient { mut dx, accumulate }) = dx {
-            let (to, folded) = (dx.reborrow(), Some(self.folded.view()));
-            quant_linear_backward(to, Some(dh.reborrow()), dy, weight, g, folded, accumulate)?;
-            Some(dx)
-        } else {
-            low_rank_branch_gradient(dh.reborrow(), dy, self.folded.view())?;
-            None
+        let (folded, key) = (self.folded.view(), self.dropout_key(pass));
+        let mut dx = match dx {
+            Some(InputGradient { dx, accumulate: false }) if !pass.shared && key.is_none() => {
+                quant_linear_backward_with_branch(dx, dh.reborrow(), dy, weight, g, folded, a)?;
+                None
+            }
+            Some(InputGradient { mut dx, accumulate }) => {
+                let (to, dh) = (dx.reborrow(), Some(dh.reborrow()));
+                quant_linear_backward(to, dh, dy, weight, g, Some(folded), accumulate)?;
+                Some(dx)
+            }
+            None => {
+                low_rank_branch_gradient(dh.reborrow(), dy, folded)?;
+                None
+            }
         };
         if pass.shared {
             return Ok(low_rank_branch_backward(db, dy, saved.h, scale)?);
         }
         // h = A drop(x)
-        match self.dropout_key(pass) {
+        match key {
             None => {
                 let dh = dh.as_view();
                 low_rank_backward(dx, da, db, dh, dy, saved.h, saved.x, a, scale)?;

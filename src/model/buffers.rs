@@ -8,7 +8,7 @@ use qpeft_kernels::{Device, IdBuffer, Ids, Tensor, View, ViewMut};
 
 use super::batch::Batch;
 use super::decoder::{Decoder, Loss};
-use super::layer::{Layer, SLOTS};
+use super::layer::{Layer, SLOTS, Slot};
 use super::linear::Scratch;
 use super::replay::Replays;
 use super::streams::Streams;
@@ -20,6 +20,8 @@ pub enum Keep {
     /// All activations of the topmost so many layers, and what enters each of the others, whose forward the
     /// backward pass runs again.
     Layers(usize),
+    /// The same without silu(gate) * up, the widest of them, which the backward pass makes again from the two.
+    LayersWithoutAct(usize),
     /// Nothing: evaluation and generation.
     Nothing,
 }
@@ -29,6 +31,14 @@ impl Keep {
     pub const EVERYTHING: Keep = Keep::Layers(usize::MAX);
     /// Only what enters each layer: the smallest memory of a training run.
     pub const LAYER_INPUTS: Keep = Keep::Layers(0);
+
+    /// Of so many layers, how many keep their activations.
+    fn layers(self, n_layers: usize) -> usize {
+        match self {
+            Keep::Layers(kept) | Keep::LayersWithoutAct(kept) => kept.min(n_layers),
+            Keep::Nothing => 0,
+        }
+    }
 }
 
 /// Logits held at a time, in elements: a large vocabulary is walked in chunks of supervised rows. On the CPU
@@ -56,8 +66,6 @@ pub struct LayerBuffers {
     pub attn: Tensor,
     /// (H, T): log-sum-exp of the attention logits.
     pub lse: Tensor,
-    /// (T, C): output of `o_proj`; no rows unless its adapter asks for it.
-    pub attn_out: Tensor,
     /// (T, C): the residual stream between attention and feed-forward.
     pub middle: Tensor,
     /// (T, C) and (1, T): the normalized input of the feed-forward, and its reciprocal rms.
@@ -68,13 +76,22 @@ pub struct LayerBuffers {
     pub gate: Tensor,
     /// (T, F).
     pub up: Tensor,
-    /// (T, F): silu(gate) * up.
+    /// (T, F): silu(gate) * up; no rows where all layers share [`Shared::act`].
     pub act: Tensor,
-    /// (T, C): output of `down_proj`; no rows unless its adapter asks for it.
-    pub ffn_out: Tensor,
     /// (T, rank) per linear: the low-rank activations, beside the inputs that they are made of
     /// ([`Tensor::with_padding`]).
     pub h: [Tensor; SLOTS],
+}
+
+/// What one layer at a time uses.
+#[derive(Debug)]
+pub struct Shared {
+    /// (T, C): output of a residual branch.
+    pub branch: Tensor,
+    /// (T, F): silu(gate) * up; no rows where each layer keeps its own.
+    pub act: Tensor,
+    /// (T, rank): the low-rank activations beside `act`.
+    pub act_h: Tensor,
 }
 
 /// The gradients that flow backward; one set for all layers.
@@ -104,7 +121,8 @@ pub struct GradientBuffers {
     pub act: Tensor,
     /// (chunk, C): gradient of the supervised rows of one chunk.
     pub hidden: Tensor,
-    /// (T, rank) per linear: gradients of the low-rank activations, beside those of the inputs.
+    /// (T, rank) per linear: gradients of the low-rank activations, beside those of the inputs; of o and down, which
+    /// add to the stream, beside its gradient.
     pub h: [Tensor; SLOTS],
 }
 
@@ -177,8 +195,8 @@ pub struct Buffers {
     pub streams: Streams,
     /// The shared activations first, if there are any, then those of the layers that keep theirs.
     layers: Vec<LayerBuffers>,
-    /// (T, C): output of a residual branch that nobody reads later.
-    pub branch: Tensor,
+    /// Used by one layer at a time.
+    pub shared: Shared,
     /// (T, C) and (1, T): the normalized output of the last layer.
     pub final_norm: Tensor,
     /// See `final_norm`.
@@ -201,13 +219,6 @@ pub struct Buffers {
     pub scratch: Scratch,
 }
 
-/// The largest rank that any layer has in each slot, and whether its output is needed.
-#[derive(Debug, Clone, Copy, Default)]
-struct Needs {
-    rank: usize,
-    output: bool,
-}
-
 impl Buffers {
     /// Buffers for micro-batches of at most `capacity` tokens on `model` with its adapters.
     ///
@@ -227,43 +238,24 @@ impl Buffers {
         let zeros = |rows: usize, cols: usize| Tensor::activations(device, rows, cols);
         let t = capacity;
         let chunk = chunk_rows(device, capacity, c.vocab_size);
-        let needs: Vec<[Needs; SLOTS]> = model
-            .layers
-            .iter()
-            .map(|layer| {
-                std::array::from_fn(|i| Needs {
-                    rank: layer.linears[i].rank(),
-                    output: keep != Keep::Nothing && layer.linears[i].needs_output(),
-                })
-            })
-            .collect();
-        let largest: [Needs; SLOTS] = std::array::from_fn(|i| Needs {
-            rank: needs.iter().map(|n| n[i].rank).max().unwrap_or(0),
-            output: needs.iter().any(|n| n[i].output),
-        });
-        let kept = match keep {
-            Keep::Layers(kept) => kept.min(c.n_layers),
-            Keep::Nothing => 0,
-        };
-        let recomputed = c.n_layers - kept;
-        let layers = (recomputed > 0)
-            .then_some(&largest)
-            .into_iter()
-            .chain(&needs[recomputed..])
-            .map(|needs| LayerBuffers::new(model, t, needs, &largest))
-            .collect::<Result<_>>()?;
+        let ranks = model.largest_ranks();
+        let recomputed = c.n_layers - keep.layers(c.n_layers);
+        let shares_act = matches!(keep, Keep::LayersWithoutAct(_));
+        let sets = c.n_layers - recomputed + usize::from(recomputed > 0);
+        let layers = (0..sets).map(|_| LayerBuffers::new(model, t, &ranks, shares_act));
+        let layers = layers.collect::<Result<_>>()?;
         let streams = if keep == Keep::Nothing { 2 } else { c.n_layers + 1 };
         let drops_out = keep != Keep::Nothing
             && model.linears().any(|l| l.adapter.as_ref().is_some_and(|adapter| adapter.drops_out()));
         let max_in = if drops_out { model.linears().map(|l| l.weight.cols()).max().unwrap_or(0) } else { 0 };
         let grads =
-            if keep == Keep::Nothing { None } else { Some(GradientBuffers::new(model, t, chunk, &largest)?) };
+            if keep == Keep::Nothing { None } else { Some(GradientBuffers::new(model, t, chunk, &ranks)?) };
         Ok(Buffers {
             capacity,
             recomputed,
             streams: Streams::new(device, streams, t, c.hidden_size, streams_on_host)?,
             layers,
-            branch: zeros(t, c.hidden_size)?,
+            shared: Shared::new(model, if shares_act { [t, t] } else { [t, 0] }, &ranks)?,
             final_norm: zeros(t, c.hidden_size)?,
             final_rstd: Tensor::zeros(device, 1, t)?,
             hidden: zeros(chunk, c.hidden_size)?,
@@ -292,7 +284,15 @@ impl Buffers {
 
     /// Bytes of all tensors.
     pub fn bytes(&self) -> usize {
-        let own = [&self.branch, &self.final_norm, &self.final_rstd, &self.hidden, &self.logits];
+        let own = [
+            &self.shared.branch,
+            &self.shared.act,
+            &self.shared.act_h,
+            &self.final_norm,
+            &self.final_rstd,
+            &self.hidden,
+            &self.logits,
+        ];
         let all = self.streams.tensors().chain(own).chain([&self.scratch.dropped]).chain(&self.nll);
         let layers = self.layers.iter().flat_map(LayerBuffers::tensors);
         let grads = self.grads.iter().flat_map(GradientBuffers::tensors);
@@ -322,7 +322,7 @@ impl Buffers {
     pub fn next_nll(&mut self, rows: usize) -> Result<&mut Tensor> {
         let index = self.nll_rows.len();
         if index == self.nll.len() {
-            self.nll.push(Tensor::zeros(self.branch.device(), 1, self.capacity)?);
+            self.nll.push(Tensor::zeros(self.final_norm.device(), 1, self.capacity)?);
         }
         self.nll_rows.push(rows);
         Ok(&mut self.nll[index])
@@ -354,7 +354,7 @@ impl Buffers {
             y,
             x,
             s: &mut self.layers[index],
-            branch: &mut self.branch,
+            shared: &mut self.shared,
             scratch: &mut self.scratch,
         };
         (borrowed, &self.ids)
@@ -368,6 +368,8 @@ impl Buffers {
         let index = self.activations_of(layer);
         let borrowed = LayerBackward {
             x: self.streams.read(layer, rows),
+            y: self.streams.read(layer + 1, rows),
+            shared: &mut self.shared,
             s: &mut self.layers[index],
             g: self.grads.as_mut().expect("buffers with gradients"),
             scratch: &mut self.scratch,
@@ -420,8 +422,8 @@ pub struct LayerForward<'a> {
     pub x: View<'a>,
     /// Its activations.
     pub s: &'a mut LayerBuffers,
-    /// See [`Buffers::branch`].
-    pub branch: &'a mut Tensor,
+    /// See [`Buffers::shared`].
+    pub shared: &'a mut Shared,
     /// Shared by all adapters.
     pub scratch: &'a mut Scratch,
 }
@@ -431,6 +433,10 @@ pub struct LayerForward<'a> {
 pub struct LayerBackward<'a> {
     /// The stream that entered the layer.
     pub x: View<'a>,
+    /// The stream that left it.
+    pub y: View<'a>,
+    /// See [`Buffers::shared`].
+    pub shared: &'a mut Shared,
     /// Its activations.
     pub s: &'a mut LayerBuffers,
     /// The gradients.
@@ -439,8 +445,7 @@ pub struct LayerBackward<'a> {
     pub scratch: &'a mut Scratch,
 }
 
-/// What enters the linears, with the low-rank activations beside it: the same shapes for activations and for
-/// their gradients.
+/// What enters the linears, with the low-rank activations beside it.
 struct Padded {
     /// (T, C) twice: the inputs of q, k, v and of gate, up.
     norms: [Tensor; 2],
@@ -453,14 +458,19 @@ struct Padded {
 }
 
 impl Padded {
-    fn new(model: &Decoder, t: usize, needs: &[Needs; SLOTS]) -> Result<Padded> {
+    fn new(model: &Decoder, t: usize, ranks: &[usize; SLOTS], act_rows: usize) -> Result<Padded> {
         let c = &model.config;
-        let [q, k, v, o, gate, up, down] = needs.map(|n| n.rank);
+        let [q, k, v, o, gate, up, down] = *ranks;
         let padded = |cols: usize, ranks: &[usize]| Tensor::with_padding(&model.device, t, cols, ranks);
         let (attn_norm, qkv) = padded(c.hidden_size, &[q, k, v])?;
         let (attn, o) = padded(c.n_heads * c.head_dim, &[o])?;
         let (ffn_norm, gate_up) = padded(c.hidden_size, &[gate, up])?;
-        let (act, down) = padded(c.intermediate_size, &[down])?;
+        let (act, down) = if act_rows > 0 {
+            padded(c.intermediate_size, &[down])?
+        } else {
+            let alone = |rows, cols| Tensor::activations(&model.device, rows, cols);
+            (alone(0, c.intermediate_size)?, vec![alone(t, down)?])
+        };
         let h: Vec<Tensor> = [qkv, o, gate_up, down].into_iter().flatten().collect();
         let h = h.try_into().expect("one per linear, in the order of the slots");
         Ok(Padded { norms: [attn_norm, ffn_norm], attn, act, h })
@@ -475,20 +485,25 @@ fn chunk_rows(device: &Device, capacity: usize, vocab_size: usize) -> usize {
     capacity.div_ceil(chunks)
 }
 
+impl Shared {
+    fn new(model: &Decoder, [rows, act_rows]: [usize; 2], ranks: &[usize; SLOTS]) -> Result<Shared> {
+        let c = &model.config;
+        let rank = if act_rows > 0 { ranks[Slot::Down as usize] } else { 0 };
+        let (act, mut h) = Tensor::with_padding(&model.device, act_rows, c.intermediate_size, &[rank])?;
+        let act_h = h.pop().expect("one width");
+        Ok(Shared { branch: Tensor::activations(&model.device, rows, c.hidden_size)?, act, act_h })
+    }
+}
+
 impl LayerBuffers {
-    /// `needs`: of this layer; `largest`: of all layers, so that their rows are padded alike.
-    fn new(
-        model: &Decoder,
-        t: usize,
-        needs: &[Needs; SLOTS],
-        largest: &[Needs; SLOTS],
-    ) -> Result<LayerBuffers> {
+    /// `ranks`: the largest of all layers, so that their rows are padded alike.
+    fn new(model: &Decoder, t: usize, ranks: &[usize; SLOTS], shares_act: bool) -> Result<LayerBuffers> {
         let c = &model.config;
         let zeros = |rows: usize, cols: usize| Tensor::activations(&model.device, rows, cols);
         let statistics = |rows: usize| Tensor::zeros(&model.device, rows, t);
-        let Padded { norms: [attn_norm, ffn_norm], attn, act, h } = Padded::new(model, t, largest)?;
+        let act_rows = if shares_act { 0 } else { t };
+        let Padded { norms: [attn_norm, ffn_norm], attn, act, h } = Padded::new(model, t, ranks, act_rows)?;
         let (queries, keys) = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim);
-        let kept = |slot: super::layer::Slot| if needs[slot as usize].output { t } else { 0 };
         Ok(LayerBuffers {
             attn_norm,
             attn_rstd: statistics(1)?,
@@ -497,46 +512,52 @@ impl LayerBuffers {
             v: zeros(t, keys)?,
             attn,
             lse: statistics(c.n_heads)?,
-            attn_out: zeros(kept(super::layer::Slot::O), c.hidden_size)?,
             middle: zeros(t, c.hidden_size)?,
             ffn_norm,
             ffn_rstd: statistics(1)?,
             gate: zeros(t, c.intermediate_size)?,
             up: zeros(t, c.intermediate_size)?,
             act,
-            ffn_out: zeros(kept(super::layer::Slot::Down), c.hidden_size)?,
             h,
         })
     }
 
     fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         let norms = [&self.attn_norm, &self.attn_rstd, &self.ffn_norm, &self.ffn_rstd, &self.middle];
-        let attention = [&self.q, &self.k, &self.v, &self.attn, &self.lse, &self.attn_out];
-        let ffn = [&self.gate, &self.up, &self.act, &self.ffn_out];
+        let attention = [&self.q, &self.k, &self.v, &self.attn, &self.lse];
+        let ffn = [&self.gate, &self.up, &self.act];
         norms.into_iter().chain(attention).chain(ffn).chain(&self.h)
     }
 }
 
 impl GradientBuffers {
-    fn new(model: &Decoder, t: usize, chunk: usize, largest: &[Needs; SLOTS]) -> Result<GradientBuffers> {
+    fn new(model: &Decoder, t: usize, chunk: usize, ranks: &[usize; SLOTS]) -> Result<GradientBuffers> {
         let c = &model.config;
         let zeros = |rows: usize, cols: usize| Tensor::activations(&model.device, rows, cols);
-        let Padded { norms: [norm, ffn_norm], attn, act, h } = Padded::new(model, t, largest)?;
+        let [q, k, v, o, gate, up, down] = *ranks;
+        let padded = |cols: usize, ranks: &[usize]| Tensor::with_padding(&model.device, t, cols, ranks);
+        let (norm, qkv) = padded(c.hidden_size, &[q, k, v])?;
+        let (ffn_norm, gate_up) = padded(c.hidden_size, &[gate, up])?;
+        // Never needed at once, so on a device the two share their place, right behind the rows.
+        let (stream, mut beside) = padded(c.hidden_size, &[o.max(down)])?;
+        let second = beside[0].in_place().map_or_else(|| zeros(t, down), Ok)?;
+        let h = qkv.into_iter().chain(beside.drain(..)).chain(gate_up).chain([second]);
+        let h = h.collect::<Vec<_>>().try_into().expect("one per linear, in the order of the slots");
         let in_place = model.device.rounds() && model.layers.iter().all(Layer::swiglu_in_place);
         let swiglu_rows = if in_place { 0 } else { t };
         let (queries, keys) = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim);
         Ok(GradientBuffers {
-            stream: zeros(t, c.hidden_size)?,
+            stream,
             norm,
             ffn_norm,
             q: zeros(t, queries)?,
             k: zeros(t, keys)?,
             v: zeros(t, keys)?,
-            attn,
+            attn: zeros(t, queries)?,
             delta: Tensor::zeros(&model.device, c.n_heads, t)?,
             gate: zeros(swiglu_rows, c.intermediate_size)?,
             up: zeros(swiglu_rows, c.intermediate_size)?,
-            act,
+            act: zeros(t, c.intermediate_size)?,
             hidden: zeros(chunk, c.hidden_size)?,
             h,
         })

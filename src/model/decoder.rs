@@ -138,10 +138,22 @@ impl Decoder {
             scratch: cuda.scratch_moves(),
         };
         let mut replays = std::mem::take(&mut self.replays);
-        let done = replays.run(cuda, key, || self.refresh_each(params));
+        let done = replays.run(cuda, key, true, || self.refresh_each(params));
         self.replays = replays;
         self.linears().for_each(|l| l.weight.set_fresh(false));
         done
+    }
+
+    /// As [`Decoder::refresh`], from the packed weights alone, as a run does that begins with these parameters.
+    ///
+    /// Otherwise the rows that a copy holds with the factors of the step before serve once more, and a norm differs in
+    /// its last bits from that of a resumed run.
+    ///
+    /// # Errors
+    /// An op refuses.
+    pub fn refresh_anew(&mut self, params: &Parameters) -> Result<()> {
+        self.linears().for_each(|l| l.weight.set_fresh(false));
+        self.refresh_each(params)
     }
 
     fn refresh_each(&mut self, params: &Parameters) -> Result<()> {
@@ -162,8 +174,8 @@ impl Decoder {
         embedding_forward(stream, ids.tokens.ids(), &self.embedding)?;
         for (index, layer) in self.layers.iter().enumerate() {
             buffers.streams.before_forward(index)?;
-            let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
-            layer.forward(Some(y), x, s, branch, &self.place(ids), None, pass, scratch)?;
+            let (LayerForward { y, x, s, shared, scratch }, ids) = buffers.layer_forward(index, t);
+            layer.forward(Some(y), x, s, shared, &self.place(ids), None, pass, scratch)?;
             buffers.streams.after_forward(index, t)?;
         }
         self.normalize(buffers, t)
@@ -231,7 +243,7 @@ impl Decoder {
         buffers.next_nll(buffers.ids.rows.ids().len())?;
         // Dropout draws other numbers every time, a second stream is at work beside, a profile wants every launch.
         let records = pass.dropout.is_none() && !buffers.streams.on_host();
-        let Some(cuda) = self.device.cuda().filter(|cuda| records && !cuda.is_profiling()) else {
+        let Some(cuda) = self.device.cuda().filter(|cuda| !cuda.is_profiling()) else {
             return self.forward_backward(buffers, dparams, scale, pass);
         };
         let key = Key {
@@ -243,7 +255,7 @@ impl Decoder {
             scratch: cuda.scratch_moves(),
         };
         buffers.with_replays(|buffers, replays| {
-            replays.run(cuda, key, || self.forward_backward(buffers, dparams, scale, pass))
+            replays.run(cuda, key, records, || self.forward_backward(buffers, dparams, scale, pass))
         })?;
         self.linears().for_each(|l| l.weight.set_fresh(true));
         Ok(())
@@ -290,12 +302,16 @@ impl Decoder {
             buffers.streams.before_backward(index, t)?;
             // Of the layers that share activations, the topmost has just left its own there.
             if index + 1 < buffers.recomputed {
-                let (LayerForward { x, s, branch, scratch, .. }, ids) = buffers.layer_forward(index, t);
-                layer.forward(None, x, s, branch, &self.place(ids), None, pass, scratch)?;
+                let (LayerForward { x, s, shared, scratch, .. }, ids) = buffers.layer_forward(index, t);
+                layer.forward(None, x, s, shared, &self.place(ids), None, pass, scratch)?;
             }
-            let (LayerBackward { x, s, g, scratch }, ids) = buffers.layer_backward(index, t);
+            let recomputed = index + 1 < buffers.recomputed;
+            let (LayerBackward { x, y, s, shared, g, scratch }, ids) = buffers.layer_backward(index, t);
+            if !recomputed && index + 1 < self.layers.len() {
+                layer.remake_act(s, shared, t)?;
+            }
             let mut to = Backward { dparams: dparams.reborrow(), pass, scratch };
-            layer.backward(g, x, s, &self.place(ids), index > lowest, &mut to)?;
+            layer.backward(g, [x, y], s, shared, &self.place(ids), index > lowest, &mut to)?;
         }
         buffers.streams.after_backward()
     }
@@ -351,9 +367,9 @@ impl Decoder {
         let (stream, ids) = buffers.stream_and_ids(0, t);
         embedding_forward(stream, ids.tokens.ids(), &self.embedding)?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let (LayerForward { y, x, s, branch, scratch }, ids) = buffers.layer_forward(index, t);
+            let (LayerForward { y, x, s, shared, scratch }, ids) = buffers.layer_forward(index, t);
             let keys = Some((&mut cache.layers[index], cached));
-            layer.forward(Some(y), x, s, branch, &self.place(ids), keys, pass, scratch)?;
+            layer.forward(Some(y), x, s, shared, &self.place(ids), keys, pass, scratch)?;
         }
         cache.len += t;
         self.normalize(buffers, t)?;

@@ -1,14 +1,16 @@
 //! One decoder layer: the list of ops forward, and the same list mirrored backward.
 
 use qpeft_kernels::ops::attention::{AttentionShape, attention_backward, attention_forward};
+use qpeft_kernels::ops::convert::convert;
 use qpeft_kernels::ops::low_rank::{low_rank_forward, low_rank_projection_backward};
 use qpeft_kernels::ops::residual::residual_forward;
 use qpeft_kernels::ops::rms_norm::{residual_rms_norm_forward, rms_norm_backward, rms_norm_forward};
 use qpeft_kernels::ops::rope::{rope_backward, rope_forward};
+use qpeft_kernels::ops::row_scale::Output;
 use qpeft_kernels::ops::swiglu::{swiglu_backward, swiglu_backward_scaled, swiglu_forward};
 use qpeft_kernels::{Ids, Tensor, View, ViewMut};
 
-use super::buffers::{GradientBuffers, LayerBuffers};
+use super::buffers::{GradientBuffers, LayerBuffers, Shared};
 use super::config::Config;
 use super::linear::{Entry, InputGradient, Linear, Pass, Saved, Scratch};
 use crate::error::Result;
@@ -178,7 +180,7 @@ impl Layer {
     }
 
     /// y = the layer's output for the residual stream x, both (T, C). Without a y only the activations are made
-    /// again that the backward pass reads: the last product of the layer is not among them, unless its adapter asks.
+    /// again that the backward pass reads: the last product of the layer is not among them.
     ///
     /// With a cache, the new keys and values are written behind its first `cached` rows and attention
     /// looks at all of them.
@@ -190,7 +192,7 @@ impl Layer {
         y: Option<ViewMut<'_>>,
         x: View<'_>,
         s: &mut LayerBuffers,
-        branch: &mut Tensor,
+        common: &mut Shared,
         place: &Place<'_>,
         cache: Option<(&mut LayerCache, usize)>,
         pass: &Pass<'_>,
@@ -227,15 +229,14 @@ impl Layer {
             place.k_starts,
             &place.attention(),
         )?;
-        let attn_out = if s.attn_out.rows() == 0 { &mut *branch } else { &mut s.attn_out };
-        self.project(Slot::O, attn_out.top_mut(t), &mut s.h, s.attn.top(t), pass, scratch)?;
+        self.project(Slot::O, common.branch.top_mut(t), &mut s.h, s.attn.top(t), pass, scratch)?;
 
         residual_rms_norm_forward(
             s.ffn_norm.top_mut(t),
             s.ffn_rstd.view_mut().into_column_range(0, t),
             s.middle.top_mut(t),
             x,
-            attn_out.top(t),
+            common.branch.top(t),
             self.ffn_norm.view(),
             place.config.rms_norm_eps,
         )?;
@@ -244,22 +245,30 @@ impl Layer {
         self.project_down(SIBLINGS[2], &mut s.h, norm, shared)?;
         self.project(Slot::Gate, s.gate.top_mut(t), &mut s.h, norm, shared, scratch)?;
         self.project(Slot::Up, s.up.top_mut(t), &mut s.h, norm, shared, scratch)?;
-        swiglu_forward(s.act.top_mut(t), s.gate.top(t), s.up.top(t))?;
-        let down = self.linear(Slot::Down);
-        if y.is_none() && !down.needs_output() {
+        let own = s.act.rows() > 0;
+        let act = if own { &mut s.act } else { &mut common.act };
+        swiglu_forward(act.top_mut(t), s.gate.top(t), s.up.top(t))?;
+        let (act, down) = (act.top(t), self.linear(Slot::Down));
+        if y.is_none() {
             match down.projection() {
                 Some(a) => {
                     let h = s.h[Slot::Down as usize].top_mut(t).into_column_range(0, down.rank());
-                    return Ok(low_rank_forward(h, s.act.top(t), a.view(pass.factors))?);
+                    return Ok(low_rank_forward(h, act, a.view(pass.factors))?);
                 }
                 None if down.adapter.is_none() => return Ok(()),
                 None => {}
             }
         }
-        let ffn_out = if s.ffn_out.rows() == 0 { branch } else { &mut s.ffn_out };
-        self.project(Slot::Down, ffn_out.top_mut(t), &mut s.h, s.act.top(t), pass, scratch)?;
+        let kept = &mut s.h[Slot::Down as usize];
+        let h = if own { &mut *kept } else { &mut common.act_h };
+        let beside = h.top_mut(t).into_column_range(0, down.rank());
+        down.forward(common.branch.top_mut(t), beside, act, pass, scratch)?;
+        if !own && down.rank() > 0 {
+            let beside = common.act_h.top(t).column_range(0, down.rank());
+            convert(kept.top_mut(t).into_column_range(0, down.rank()), beside)?;
+        }
         match y {
-            Some(y) => Ok(residual_forward(y, s.middle.top(t), ffn_out.top(t))?),
+            Some(y) => Ok(residual_forward(y, s.middle.top(t), common.branch.top(t))?),
             None => Ok(()),
         }
     }
@@ -336,7 +345,7 @@ impl Layer {
         dh: &mut [Tensor; SLOTS],
         dy: View<'_>,
         x: View<'_>,
-        y: Option<View<'_>>,
+        y: Option<Output<'_>>,
         h: &[Tensor; SLOTS],
         to: &mut Backward<'_>,
     ) -> Result<()> {
@@ -352,16 +361,28 @@ impl Layer {
         linear.backward(dx, dh, to.dparams.reborrow(), dy, Saved { x, h, y }, to.pass, to.scratch)
     }
 
-    /// The mirror of [`Layer::forward`]: `g.stream` holds the gradient of y on entry and that of x on
-    /// return, unless `input_gradient` is false because nothing below is trained.
+    /// silu(gate) * up again, where the layers share room for it and another one has used that since.
+    ///
+    /// # Errors
+    /// An op refuses.
+    pub fn remake_act(&self, s: &LayerBuffers, common: &mut Shared, rows: usize) -> Result<()> {
+        if s.act.rows() > 0 {
+            return Ok(());
+        }
+        Ok(swiglu_forward(common.act.top_mut(rows), s.gate.top(rows), s.up.top(rows))?)
+    }
+
+    /// The mirror of [`Layer::forward`], with the same x and y: `g.stream` holds the gradient of y on entry and that of
+    /// x on return, unless `input_gradient` is false because nothing below is trained.
     ///
     /// # Errors
     /// An op refuses.
     pub fn backward(
         &self,
         g: &mut GradientBuffers,
-        x: View<'_>,
+        [x, y]: [View<'_>; 2],
         s: &mut LayerBuffers,
+        common: &Shared,
         place: &Place<'_>,
         input_gradient: bool,
         to: &mut Backward<'_>,
@@ -370,14 +391,14 @@ impl Layer {
         let d = place.config.head_dim;
 
         // y = middle + down(swiglu(gate(norm), up(norm))); the stream's own gradient passes through
-        let ffn_out = if s.ffn_out.rows() == 0 { s.act.top(t) } else { s.ffn_out.top(t) };
+        let act = if s.act.rows() > 0 { s.act.top(t) } else { common.act.top(t) };
         self.project_backward(
             Slot::Down,
             Some(overwrite(g.act.top_mut(t))),
             &mut g.h,
             g.stream.top(t),
-            s.act.top(t),
-            Some(ffn_out),
+            act,
+            Some(Output::Added { to: s.middle.top(t), sum: y }),
             &s.h,
             to,
         )?;
@@ -407,7 +428,7 @@ impl Layer {
         } else {
             swiglu_backward(dgate.top_mut(t), dup.top_mut(t), g.act.top(t), gate, up)?;
         }
-        let unread = |y| scales.is_none().then_some(y);
+        let unread = |y| scales.is_none().then_some(Output::Kept(y));
         let shared = self.shared_pass(SIBLINGS[2], &g.h, t, to.pass);
         let mut with_shared = to.with_pass(&shared);
         let both = &mut with_shared;
@@ -447,14 +468,13 @@ impl Layer {
         )?;
 
         // middle = x + o(attention(rope(q(norm)), rope(k(norm)), v(norm)))
-        let attn_out = if s.attn_out.rows() == 0 { s.attn.top(t) } else { s.attn_out.top(t) };
         self.project_backward(
             Slot::O,
             Some(overwrite(g.attn.top_mut(t))),
             &mut g.h,
             g.stream.top(t),
             s.attn.top(t),
-            Some(attn_out),
+            Some(Output::Added { to: x, sum: s.middle.top(t) }),
             &s.h,
             to,
         )?;
@@ -492,7 +512,7 @@ impl Layer {
                 &mut g.h,
                 g.q.top(t),
                 norm,
-                Some(s.q.top(t)),
+                Some(Output::Kept(s.q.top(t))),
                 &s.h,
                 all,
             )?;
@@ -502,7 +522,7 @@ impl Layer {
                 &mut g.h,
                 g.k.top(t),
                 norm,
-                Some(s.k.top(t)),
+                Some(Output::Kept(s.k.top(t))),
                 &s.h,
                 all,
             )?;
@@ -512,7 +532,7 @@ impl Layer {
                 &mut g.h,
                 g.v.top(t),
                 norm,
-                Some(s.v.top(t)),
+                Some(Output::Kept(s.v.top(t))),
                 &s.h,
                 all,
             )?;
@@ -525,9 +545,36 @@ impl Layer {
                 self.attn_norm.view(),
             )?;
         } else {
-            self.project_backward(Slot::Q, None, &mut g.h, g.q.top(t), norm, Some(s.q.top(t)), &s.h, all)?;
-            self.project_backward(Slot::K, None, &mut g.h, g.k.top(t), norm, Some(s.k.top(t)), &s.h, all)?;
-            self.project_backward(Slot::V, None, &mut g.h, g.v.top(t), norm, Some(s.v.top(t)), &s.h, all)?;
+            self.project_backward(
+                Slot::Q,
+                None,
+                &mut g.h,
+                g.q.top(t),
+                norm,
+                Some(Output::Kept(s.q.top(t))),
+                &s.h,
+                all,
+            )?;
+            self.project_backward(
+                Slot::K,
+                None,
+                &mut g.h,
+                g.k.top(t),
+                norm,
+                Some(Output::Kept(s.k.top(t))),
+                &s.h,
+                all,
+            )?;
+            self.project_backward(
+                Slot::V,
+                None,
+                &mut g.h,
+                g.v.top(t),
+                norm,
+                Some(Output::Kept(s.v.top(t))),
+                &s.h,
+                all,
+            )?;
             self.project_down_backward(SIBLINGS[0], None, &mut g.h, norm, all)?;
         }
         Ok(())

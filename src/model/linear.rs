@@ -8,6 +8,7 @@
 use std::ops::Range;
 
 use qpeft_kernels::ops::quant_linear::{quant_linear_backward, quant_linear_forward};
+use qpeft_kernels::ops::row_scale::Output;
 use qpeft_kernels::rng::RngKey;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
 
@@ -150,15 +151,15 @@ pub struct Saved<'a> {
     pub x: View<'a>,
     /// (T, rank): the low-rank activations.
     pub h: View<'a>,
-    /// (T, out): the output, if [`Adapter::needs_output`]; `None` where the gradient of
-    /// [`Adapter::output_scale`] was made already.
-    pub y: Option<View<'a>>,
+    /// The output, if [`Adapter::needs_output`]; `None` where the gradient of [`Adapter::output_scale`] was made
+    /// already.
+    pub y: Option<Output<'a>>,
 }
 
 /// Where the gradient of a linear's input goes.
 ///
-/// On CUDA the gradient of the low-rank activations lies in the padding of its rows
-/// ([`Tensor::with_padding`]), so that one product writes both.
+/// On CUDA the gradient of the low-rank activations lies in the padding of its rows, so that one product writes both,
+/// or in that of the output's gradient, so that one product reads both ([`Tensor::with_padding`]).
 #[derive(Debug)]
 pub struct InputGradient<'a> {
     /// (T, in).

@@ -23,6 +23,8 @@ use crate::error::{Error, Result};
 pub struct Settings {
     /// Every linear has a bf16 copy, so that products need not dequantize.
     pub copies: bool,
+    /// silu(gate) * up of every layer is made again in the backward pass.
+    pub remakes_act: bool,
     /// So many of the lowest layers are computed again in the backward pass.
     pub recomputed: usize,
     /// The embedding table stays in pinned host memory.
@@ -33,12 +35,26 @@ pub struct Settings {
     pub batch: usize,
 }
 
+impl Settings {
+    /// What the forward pass of a decoder of so many layers keeps.
+    pub fn keep(&self, n_layers: usize) -> Keep {
+        let layers = n_layers - self.recomputed;
+        if self.remakes_act && layers > 0 { Keep::LayersWithoutAct(layers) } else { Keep::Layers(layers) }
+    }
+}
+
 impl std::fmt::Display for Settings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match (self.copies, self.recomputed) {
-            (true, _) => f.write_str("bf16 copies of the linears")?,
-            (false, 0) => f.write_str("linears dequantized in every pass")?,
-            (false, n) => write!(f, "linears dequantized in every pass, {n} layers computed again")?,
+        f.write_str(if self.copies {
+            "bf16 copies of the linears"
+        } else {
+            "linears dequantized in every pass"
+        })?;
+        if self.recomputed > 0 {
+            write!(f, ", {} layers computed again", self.recomputed)?;
+        }
+        if self.remakes_act {
+            f.write_str(", silu(gate) * up made again")?;
         }
         if self.embedding_on_host {
             f.write_str(", embedding table in host memory")?;
@@ -103,15 +119,16 @@ impl DryRun<'_> {
     /// # Errors
     /// A size overflows.
     pub fn need(&mut self, settings: Settings) -> Result<Need> {
-        let keep = Keep::Layers(self.decoder.layers.len() - settings.recomputed);
+        let keep = settings.keep(self.decoder.layers.len());
         let capacity = settings.batch * self.length;
         let (activations, _) =
             self.count(|decoder| Buffers::placed(decoder, capacity, keep, settings.streams_on_host))?;
         let copies = if settings.copies { self.count(Decoder::keep_copies)?.0 } else { 0 };
         let embedding = if settings.embedding_on_host { self.decoder.embedding.device_bytes() } else { 0 };
-        let linear_scratch = self.decoder.linears().map(|l| (&l.weight, settings.copies, pads(l)));
-        let head = (self.decoder.head(), false, 0);
-        let weight = linear_scratch.chain([head]).map(|(w, copied, pad)| weight_scratch(w, pad, copied));
+        let linear_scratch = self.decoder.linears().map(|l| (&l.weight, settings.copies, pads(l), l.rank()));
+        let head = (self.decoder.head(), false, 0, 0);
+        let weight = linear_scratch.chain([head]);
+        let weight = weight.map(|(w, copied, pad, rank)| weight_scratch(w, pad, rank, copied));
         let products = self.decoder.linears().map(|l| l.rank() * l.weight.rows() * size_of::<f32>()).max();
         Ok(Need {
             weights: self.decoder.device_bytes() - embedding,
@@ -138,14 +155,19 @@ impl DryRun<'_> {
         let (lowest, highest) = (*self.recomputed.start().min(&layers), *self.recomputed.end().min(&layers));
         let mut settings = Settings {
             copies: true,
+            remakes_act: false,
             recomputed: lowest,
             embedding_on_host: false,
             streams_on_host: false,
             batch,
         };
         let mut smallest;
-        for copies in [true, false] {
-            settings.copies = copies;
+        // What it costs to make the products again is a tenth of what it costs to dequantize again.
+        for (copies, remakes_act) in [(true, false), (true, true), (false, false), (false, true)] {
+            if remakes_act && lowest == layers {
+                continue;
+            }
+            settings = Settings { copies, remakes_act, ..settings };
             let need = self.need(settings)?;
             if need.total() <= limit {
                 return Ok((settings, need));
@@ -159,7 +181,8 @@ impl DryRun<'_> {
             let (mut low, mut high) = (lowest, highest + 1);
             while low < high {
                 let recomputed = usize::midpoint(low, high);
-                let candidate = Settings { recomputed, ..settings };
+                let remakes_act = recomputed < layers;
+                let candidate = Settings { recomputed, remakes_act, ..settings };
                 let need = self.need(candidate)?;
                 if need.total() <= limit {
                     fits = Some((candidate, need));
@@ -218,7 +241,7 @@ impl Decoder {
             for (slot, linear) in Slot::ALL.into_iter().zip(&mut layer.linears) {
                 let widths: Vec<usize> = slot.siblings().iter().map(|&s| ranks[s as usize]).collect();
                 let padding = padding(linear.weight.cols(), &widths);
-                linear.weight.keep_copy(&device, padding, linear.adapter.is_some())?;
+                linear.weight.keep_copy(&device, padding, linear.rank(), linear.adapter.is_some())?;
             }
         }
         Ok(())

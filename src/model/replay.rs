@@ -1,5 +1,5 @@
-//! Passes that were recorded once and are replayed with one call: a small model's step is bound by the host
-//! otherwise.
+//! Passes that come back: the second time their products are tuned, from the third time on they are replayed from a
+//! recording with one call, because a small model's step is bound by the host otherwise.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -29,33 +29,55 @@ pub struct Key {
 /// Recordings kept at once: data of ever new lengths would fill memory with passes that never come back.
 const KEPT: usize = 32;
 
-/// What was run before, and the recordings of what came back.
+/// How far a pass has come.
+#[derive(Debug)]
+enum Stage {
+    /// It ran once: kernels are compiled and scratch has its size.
+    Ran,
+    /// Its products use their fastest algorithms.
+    Tuned,
+    /// It is replayed.
+    Recorded(Graph),
+}
+
+/// The passes that were run before.
 #[derive(Debug, Default)]
 pub struct Replays {
-    recorded: HashMap<Key, Option<Graph>>,
+    passes: HashMap<Key, Stage>,
 }
 
 impl Replays {
-    /// Runs a pass: as it is the first time, recorded the second time, replayed from then on.
+    /// Runs a pass. `records`: whether it may be recorded: it does the same every time, on one stream.
     ///
     /// # Errors
     /// `enqueue` fails, or the device refuses.
-    pub fn run(&mut self, cuda: &Arc<Cuda>, key: Key, enqueue: impl FnOnce() -> Result<()>) -> Result<()> {
-        match self.recorded.get_mut(&key) {
-            // The first run also compiles kernels and sizes scratch, neither of which can be recorded.
+    pub fn run(
+        &mut self,
+        cuda: &Arc<Cuda>,
+        key: Key,
+        records: bool,
+        enqueue: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        match self.passes.get_mut(&key) {
             None => {
                 enqueue()?;
-                if self.recorded.len() >= KEPT {
-                    self.recorded.clear();
+                if self.passes.len() >= KEPT {
+                    self.passes.clear();
                 }
                 let key = Key { scratch: cuda.scratch_moves(), ..key };
-                self.recorded.insert(key, None);
+                self.passes.insert(key, Stage::Ran);
             }
-            Some(slot @ None) => {
-                let graph = slot.insert(Graph::record(cuda, enqueue)?);
+            Some(stage @ Stage::Ran) => {
+                cuda.tuning(enqueue)?;
+                *stage = Stage::Tuned;
+            }
+            Some(Stage::Tuned) if !records => enqueue()?,
+            Some(stage @ Stage::Tuned) => {
+                let mut graph = Graph::record(cuda, enqueue)?;
                 graph.launch()?;
+                *stage = Stage::Recorded(graph);
             }
-            Some(Some(graph)) => graph.launch()?,
+            Some(Stage::Recorded(graph)) => graph.launch()?,
         }
         Ok(())
     }

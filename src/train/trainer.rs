@@ -187,8 +187,7 @@ impl<'a> Run<'a> {
                 if settings.copies {
                     decoder.keep_copies()?;
                 }
-                let keep = Keep::Layers(decoder.layers.len() - settings.recomputed);
-                (settings.batch, keep, settings.streams_on_host)
+                (settings.batch, settings.keep(decoder.layers.len()), settings.streams_on_host)
             }
             None if config.gradient_checkpointing => (config.batch_size, Keep::LAYER_INPUTS, false),
             None => (config.batch_size, Keep::EVERYTHING, false),
@@ -304,6 +303,8 @@ impl<'a> Run<'a> {
             if due(self.config.save_steps) || self.state.step == total_steps {
                 let path = self.save()?;
                 observer.saved(&path);
+                // From here on the run is the one that resumes from the checkpoint, bit for bit.
+                self.decoder.refresh_anew(&self.params)?;
             }
         }
         self.prune()?;

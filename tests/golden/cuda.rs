@@ -84,6 +84,8 @@ fn cuda_bits_do_not_depend_on_what_is_computed_again_or_kept() {
             (Keep::EVERYTHING, false),
             (Keep::LAYER_INPUTS, false),
             (Keep::Layers(1), false),
+            (Keep::LayersWithoutAct(usize::MAX), false),
+            (Keep::LayersWithoutAct(1), true),
             (Keep::EVERYTHING, true),
             (Keep::LAYER_INPUTS, true),
         ] {
@@ -125,10 +127,33 @@ fn cuda_equal_runs_write_equal_parameters() {
 }
 
 #[test]
-fn cuda_takes_the_memory_that_was_predicted() {
-    if device().is_none() {
-        return;
+fn cuda_goes_on_from_a_checkpoint_bit_for_bit() {
+    let Some((_turn, device)) = device() else { return };
+    for run_of in RUNS {
+        for copies in [false, true] {
+            let mut run = Run::on(&device, run_of, Keep::EVERYTHING, copies);
+            let mut optimizer = run.optimizer(1.0);
+            (0..3).for_each(|_| _ = run.step(&mut optimizer, 1e-2));
+            run.decoder.refresh_anew(&run.params).unwrap();
+            let (values, (m, v)) = (run.params.values.read().unwrap(), optimizer.moments().unwrap());
+            let mut resumed = Run::on(&device, run_of, Keep::EVERYTHING, copies);
+            let mut other = resumed.optimizer(1.0);
+            resumed.params.write(&values).unwrap();
+            other.restore(&m, &v, 3).unwrap();
+            resumed.decoder.refresh(&resumed.params).unwrap();
+            let go_on = |run: &mut Run, optimizer: &mut Optimizer| {
+                let losses: Vec<f64> = (0..3).map(|_| run.step(optimizer, 1e-2).0).collect();
+                (losses, run.params.values.read().unwrap())
+            };
+            let (whole, parts) = (go_on(&mut run, &mut optimizer), go_on(&mut resumed, &mut other));
+            assert!(whole == parts, "{run_of:?}, copies {copies}: other bits after a checkpoint");
+        }
     }
+}
+
+#[test]
+fn cuda_takes_the_memory_that_was_predicted() {
+    let Some((_turn, _)) = device() else { return };
     let shape: Shape = "smollm2-135m".parse().unwrap();
     let tiny = Base::open(&model("nf4")).unwrap();
     for use_dora in [false, true] {
@@ -145,9 +170,12 @@ fn cuda_takes_the_memory_that_was_predicted() {
             };
             let hyper = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
             let (batch, length) = (4, 256);
-            for (copies, all) in [(false, false), (false, true), (true, false)] {
-                let what =
-                    format!("synthetic {synthetic}, dora {use_dora}, copies {copies}, recomputed {all}");
+            for (copies, all, remakes_act) in
+                [(false, false, false), (false, true, false), (true, false, false), (false, false, true)]
+            {
+                let what = format!(
+                    "synthetic {synthetic}, dora {use_dora}, copies {copies}, recomputed {all}, act {remakes_act}"
+                );
                 let (counter, meter) = meta();
                 let mut decoder = build(&counter);
                 let before = meter.bytes();
@@ -158,8 +186,14 @@ fn cuda_takes_the_memory_that_was_predicted() {
                 let decoder = &mut decoder;
                 let mut dry =
                     DryRun { decoder, meter: &meter, adapter_bytes, length, recomputed: 0..=recomputed };
-                let settings =
-                    Settings { copies, recomputed, embedding_on_host: false, streams_on_host: false, batch };
+                let settings = Settings {
+                    copies,
+                    remakes_act,
+                    recomputed,
+                    embedding_on_host: false,
+                    streams_on_host: false,
+                    batch,
+                };
                 let predicted = dry.need(settings).unwrap().total() - WORKSPACE;
 
                 // A device of its own counts from zero.
@@ -170,7 +204,7 @@ fn cuda_takes_the_memory_that_was_predicted() {
                 if copies {
                     decoder.keep_copies().unwrap();
                 }
-                let keep = Keep::Layers(decoder.layers.len() - recomputed);
+                let keep = settings.keep(decoder.layers.len());
                 let buffers = Buffers::new(&decoder, batch * length, keep).unwrap();
                 decoder.refresh(&params).unwrap();
                 let mut texts = Batch::new();

@@ -1,10 +1,14 @@
 //! Matrix products through cuBLASLt, with the plan of every shape kept.
 //!
+//! A plan begins with the library's first guess of an algorithm; [`Cuda::tuning`] finds the fastest one ([`tune`]).
 //! cuBLASLt thinks in columns: a row-major matrix is the transpose of a column-major one with the same leading
 //! dimension, so C = A B is asked for as C^T = B^T A^T, with the operands swapped.
 
+pub(crate) mod tune;
+
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::mem::MaybeUninit;
 use std::sync::PoisonError;
 
 use cudarc::cublaslt::result::{self, CublasError};
@@ -80,18 +84,26 @@ struct Shape {
     alignments: [u32; 3],
 }
 
+type Algo = sys::cublasLtMatmulAlgo_t;
+
+/// Algorithms that cuBLASLt is asked for.
+const CANDIDATES: usize = 8;
+
 #[derive(Debug)]
 struct Plan {
     desc: sys::cublasLtMatmulDesc_t,
     layouts: [sys::cublasLtMatrixLayout_t; 3],
-    algo: sys::cublasLtMatmulAlgo_t,
+    /// The first is in use; there are others as long as nothing was measured.
+    algos: Vec<Algo>,
 }
 
 /// The handle and the plans of all shapes so far.
 #[derive(Debug)]
 pub(super) struct Plans {
     handle: sys::cublasLtHandle_t,
-    plans: HashMap<Shape, Plan>,
+    plans: HashMap<(Shape, bool), Plan>,
+    /// Whether plans look for their fastest algorithm now.
+    tuning: bool,
 }
 
 // SAFETY: a handle may be used from any thread; it lives behind a mutex.
@@ -116,15 +128,16 @@ impl Drop for Plans {
 impl Plans {
     /// A handle on the current device.
     pub(super) fn new() -> Result<Plans, CublasError> {
-        Ok(Plans { handle: result::create_handle()?, plans: HashMap::new() })
+        Ok(Plans { handle: result::create_handle()?, plans: HashMap::new(), tuning: false })
     }
 
-    fn plan(&mut self, shape: Shape) -> Result<&Plan, CublasError> {
-        if !self.plans.contains_key(&shape) {
+    /// The plan of a shape; a product that adds to its output has one of its own.
+    fn plan(&mut self, shape: Shape, adds: bool) -> Result<&mut Plan, CublasError> {
+        if !self.plans.contains_key(&(shape, adds)) {
             let plan = self.build(shape)?;
-            self.plans.insert(shape, plan);
+            self.plans.insert((shape, adds), plan);
         }
-        Ok(&self.plans[&shape])
+        Ok(self.plans.get_mut(&(shape, adds)).expect("inserted above"))
     }
 
     fn build(&self, shape: Shape) -> Result<Plan, CublasError> {
@@ -160,29 +173,25 @@ impl Plans {
         let preference = result::create_matmul_pref()?;
         let attributes = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
         let [a, b, c] = shape.alignments;
-        // SAFETY: the preference is alive; the workspace limit is a u64, alignments are u32.
-        let algo = unsafe {
-            result::set_matmul_pref_attribute(
-                preference,
-                attributes,
-                std::ptr::from_ref(&(WORKSPACE as u64)).cast(),
-                8,
-            )?;
+        // SAFETY: the preference is alive; the workspace limit is a u64, alignments are u32. The library writes at most
+        // as many results as it is told that there is room for, and says how many.
+        let algos = unsafe {
             use sys::cublasLtMatmulPreferenceAttributes_t as P;
+            let limit = WORKSPACE as u64;
+            result::set_matmul_pref_attribute(preference, attributes, std::ptr::from_ref(&limit).cast(), 8)?;
             for (attribute, bytes) in [
                 (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, b),
                 (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, a),
                 (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c),
                 (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, c),
             ] {
-                result::set_matmul_pref_attribute(
-                    preference,
-                    attribute,
-                    std::ptr::from_ref(&bytes).cast(),
-                    4,
-                )?;
+                let bytes = std::ptr::from_ref(&bytes).cast();
+                result::set_matmul_pref_attribute(preference, attribute, bytes, 4)?;
             }
-            let found = result::get_matmul_algo_heuristic(
+            let mut found =
+                [const { MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::uninit() }; CANDIDATES];
+            let mut count = 0;
+            let status = sys::cublasLtMatmulAlgoGetHeuristic(
                 self.handle,
                 desc,
                 layouts[0],
@@ -190,11 +199,20 @@ impl Plans {
                 layouts[2],
                 layouts[2],
                 preference,
+                CANDIDATES as i32,
+                found.as_mut_ptr().cast(),
+                &raw mut count,
             );
             let _ = result::destroy_matmul_pref(preference);
-            found?.algo
+            status.result()?;
+            let found = found[..count as usize].iter().map(|found| found.assume_init_ref());
+            let usable = found.filter(|found| found.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS);
+            usable.map(|found| found.algo).collect::<Vec<Algo>>()
         };
-        Ok(Plan { desc, layouts, algo })
+        if algos.is_empty() {
+            return Err(CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED));
+        }
+        Ok(Plan { desc, layouts, algos })
     }
 }
 
@@ -242,33 +260,53 @@ impl Cuda {
             reason: format!("cuBLASLt refuses {shape:?}: {e}"),
         };
         let mut plans = self.gemm.lock().unwrap_or_else(PoisonError::into_inner);
-        let handle = plans.handle;
-        let plan = plans.plan(shape).map_err(refuse)?;
-        let began = self.profile_begin()?;
-        // SAFETY: the plan was made for these shapes, strides and alignments; the matrices are alive until the
-        // stream has passed this point, because their buffers are freed by calls that wait for the device.
-        unsafe {
-            result::matmul(
-                handle,
-                plan.desc,
-                std::ptr::from_ref(&alpha).cast(),
-                std::ptr::from_ref(&beta).cast(),
-                b.matrix.ptr as *const c_void,
-                plan.layouts[0],
-                a.matrix.ptr as *const c_void,
-                plan.layouts[1],
-                c.ptr as *const c_void,
-                plan.layouts[2],
-                c.ptr as *mut c_void,
-                plan.layouts[2],
-                &raw const plan.algo,
-                workspace as *mut c_void,
-                WORKSPACE,
-                self.stream().cast(),
-            )
+        let (handle, tuning) = (plans.handle, plans.tuning && 2 * m * n * k >= tune::LEAST_OPERATIONS);
+        let plan = plans.plan(shape, beta != 0.0).map_err(refuse)?;
+        let (desc, layouts) = (plan.desc, plan.layouts);
+        let run = |algo: &Algo, beta: f32| {
+            // SAFETY: the plan was made for these shapes, strides and alignments; the matrices are alive until the
+            // stream has passed this point, because their buffers are freed by calls that wait for the device.
+            unsafe {
+                result::matmul(
+                    handle,
+                    desc,
+                    std::ptr::from_ref(&alpha).cast(),
+                    std::ptr::from_ref(&beta).cast(),
+                    b.matrix.ptr as *const c_void,
+                    layouts[0],
+                    a.matrix.ptr as *const c_void,
+                    layouts[1],
+                    c.ptr as *const c_void,
+                    layouts[2],
+                    c.ptr as *mut c_void,
+                    layouts[2],
+                    algo,
+                    workspace as *mut c_void,
+                    WORKSPACE,
+                    self.stream().cast(),
+                )
+            }
+            .map_err(refuse)
+        };
+        if tuning && plan.algos.len() > 1 {
+            plan.algos = vec![tune::fastest(self, c, beta, workspace, &plan.algos, run)?];
         }
-        .map_err(refuse)?;
+        let began = self.profile_begin()?;
+        run(&plan.algos[0], beta)?;
         drop(plans);
         self.profile_end(OP, began)
+    }
+
+    /// Runs `enqueue`; its large products look for their fastest algorithms on the way, which takes a second or two
+    /// in all and waits for the device.
+    ///
+    /// # Errors
+    /// `enqueue` fails.
+    pub fn tuning<E>(&self, enqueue: impl FnOnce() -> Result<(), E>) -> Result<(), E> {
+        let set = |on: bool| self.gemm.lock().unwrap_or_else(PoisonError::into_inner).tuning = on;
+        set(true);
+        let done = enqueue();
+        set(false);
+        done
     }
 }

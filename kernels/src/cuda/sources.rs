@@ -1,6 +1,7 @@
 //! Every kernel file of this crate, so that one test compiles them all for every architecture.
 
 use super::compile::Source;
+use super::gemm::tune;
 use crate::ops::{
     adamw, attention, convert, cross_entropy, dequantize, dropout, fold, gather, global_norm, low_rank,
     residual, rms_norm, rope, row_norm, row_scale, swiglu,
@@ -37,4 +38,5 @@ pub static SOURCES: &[&Source] = &[
     &row_scale::SOURCE,
     &svd::SOURCE,
     &swiglu::SOURCE,
+    &tune::SOURCE,
 ];

@@ -4,7 +4,7 @@
 
 use rayon::prelude::*;
 
-use super::row_scale::row_scale_backward;
+use super::row_scale::{Output, row_scale_backward};
 use super::swiglu::{backward_cuda, check_gradients, forward_cuda, scaled_cuda};
 use crate::cpu::rows::{pieces, rows_per_task};
 use crate::cpu::{by_isa, math};
@@ -92,8 +92,8 @@ pub fn geglu_backward_scaled(
     }
     backward_fast(dgate.reborrow(), dup.reborrow(), dy, gate, up)?;
     let [dgate_scale, dup_scale] = dscales;
-    row_scale_backward(dgate_scale, dgate.as_view(), gate, scales[0])?;
-    row_scale_backward(dup_scale, dup.as_view(), up, scales[1])
+    row_scale_backward(dgate_scale, dgate.as_view(), Output::Kept(gate), scales[0])?;
+    row_scale_backward(dup_scale, dup.as_view(), Output::Kept(up), scales[1])
 }
 
 // ------------------------------------------------------------------------------------------ CPU

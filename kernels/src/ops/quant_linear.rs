@@ -13,6 +13,7 @@ use crate::cpu::gemm::{Mat, MatMut, gemm};
 use crate::cpu::scratch::with_scratch;
 use crate::cpu::{by_isa, math};
 use crate::error::{Result, check};
+use crate::ops::low_rank::low_rank_input_gradient;
 use crate::tensor::{View, ViewMut};
 use crate::weight::BaseWeight;
 
@@ -105,6 +106,44 @@ pub fn quant_linear_backward(
     };
     backward_fast(dx.mat(OP)?, branch, dy.mat(OP)?, weight, row_scale, accumulate);
     Ok(())
+}
+
+/// [`quant_linear_backward`] together with the gradient that reaches x through the branch: `dx = dy diag(g) W + dh a`,
+/// `dh = dy b`.
+///
+/// On CUDA one product makes dx where dh lies in the padding behind the rows of dy.
+///
+/// - `Shapes`: as [`quant_linear_backward`], and a (R, K).
+/// - `Accumulates`: nothing, dx and dh are overwritten.
+/// - `Precision`: as [`quant_linear_backward`], relative to `Σ |dy| |g w| + Σ |dh| |a|`.
+/// - `Errors`: as [`quant_linear_backward`].
+/// - `Source`: LoRA (arXiv 2106.09685) equation 3, by x.
+pub fn quant_linear_backward_with_branch(
+    mut dx: ViewMut<'_>,
+    mut dh: ViewMut<'_>,
+    dy: View<'_>,
+    weight: &BaseWeight,
+    row_scale: Option<View<'_>>,
+    b: View<'_>,
+    a: View<'_>,
+) -> Result<()> {
+    const OP: &str = "quant_linear_backward_with_branch";
+    if let Some(device) = dy.cuda() {
+        check(OP, "columns of dy", weight.rows(), dy.cols)?;
+        check(OP, "rows of dx", dy.rows, dx.rows)?;
+        check(OP, "columns of dx", weight.cols(), dx.cols)?;
+        check(OP, "rows of dh", dy.rows, dh.rows)?;
+        check(OP, "rows of b", weight.rows(), b.rows)?;
+        check(OP, "columns of b", dh.cols, b.cols)?;
+        check(OP, "rows of a", dh.cols, a.rows)?;
+        check(OP, "columns of a", weight.cols(), a.cols)?;
+        check_row_scale(OP, row_scale, weight)?;
+        if cuda::backward_with_branch(OP, device, &dx, &dh, dy, weight, row_scale, [b, a])? {
+            return Ok(());
+        }
+    }
+    quant_linear_backward(dx.reborrow(), Some(dh.reborrow()), dy, weight, row_scale, Some(b), false)?;
+    low_rank_input_gradient(dx, dh.as_view(), a)
 }
 
 fn check_row_scale(op: &'static str, row_scale: Option<View<'_>>, weight: &BaseWeight) -> Result<()> {

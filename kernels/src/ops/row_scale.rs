@@ -9,11 +9,36 @@ use crate::cpu::by_isa;
 use crate::cpu::rows::{row, rows_per_task};
 use crate::cuda::spans::{self, Chunks};
 use crate::cuda::{Arg, Cuda, Grid, Scratch, Source};
-use crate::error::{Result, check};
+use crate::error::{Error, Result, check};
 use crate::tensor::{View, ViewMut};
 
 const FORWARD: &str = "row_scale_forward";
 const BACKWARD: &str = "row_scale_backward";
+
+/// The output y of a linear with factors, as the backward pass finds it.
+#[derive(Debug, Clone, Copy)]
+pub enum Output<'a> {
+    /// y itself, (T, N).
+    Kept(View<'a>),
+    /// y = sum - to, both (T, N): the residual stream before and after y was added. Nobody has to keep y then, and it is
+    /// the y that the rest of the model has seen, rounded as the sum is.
+    Added {
+        /// What y was added to.
+        to: View<'a>,
+        /// What came out.
+        sum: View<'a>,
+    },
+}
+
+impl<'a> Output<'a> {
+    /// The matrix that y is read from, and the one to subtract from it.
+    fn parts(self) -> (View<'a>, Option<View<'a>>) {
+        match self {
+            Output::Kept(y) => (y, None),
+            Output::Added { to, sum } => (sum, Some(to)),
+        }
+    }
+}
 
 /// Multiplies every channel by its factor.
 ///
@@ -47,26 +72,31 @@ pub fn row_scale_forward(y: ViewMut, x: View, scale: View) -> Result<()> {
 /// where it is until weight decay or another run moves it; a caller that must move it from 0 gives the
 /// unscaled x as `y` and ones as `scale`, which is the exact gradient for any factor.
 ///
-/// Shapes: `dscale`, `scale` (1, N); `dy`, `y` (T, N), y without bias.
+/// Shapes: `dscale`, `scale` (1, N); `dy`, `y` (T, N), y without bias, itself or as the difference of two streams.
 /// Accumulates: `dscale` is added to.
 /// Precision: products summed over 8 tokens in f32, over all in f64, one rounding; within 1e-6 of f64, relative
-/// to sum |dy y / scale|.
+/// to sum |dy y / scale|; of an added y relative to sum |dy| (|sum| + |to|) / scale, for the rounding of the sum.
 ///
 /// # Errors
 /// Shapes that do not belong together, or no kernel for the device.
 ///
 /// Source: derived from the formula above; DoRA, arXiv 2402.09353, section 4.3 (the norm is a constant).
-pub fn row_scale_backward(dscale: ViewMut, dy: View, y: View, scale: View) -> Result<()> {
+pub fn row_scale_backward(dscale: ViewMut, dy: View, y: Output, scale: View) -> Result<()> {
+    let (y, to) = y.parts();
     check(BACKWARD, "rows of dy", y.rows, dy.rows)?;
     check(BACKWARD, "columns of dy", y.cols, dy.cols)?;
     check(BACKWARD, "rows of scale", 1, scale.rows)?;
     check(BACKWARD, "columns of scale", y.cols, scale.cols)?;
     check(BACKWARD, "rows of dscale", 1, dscale.rows)?;
     check(BACKWARD, "columns of dscale", y.cols, dscale.cols)?;
-    if let Some(cuda) = dy.cuda() {
-        return backward_cuda(cuda, &dscale, dy, y, scale);
+    if let Some(to) = to {
+        check(BACKWARD, "rows of what y was added to", y.rows, to.rows)?;
+        check(BACKWARD, "columns of what y was added to", y.cols, to.cols)?;
     }
-    backward_fast(dscale, dy, y, scale)
+    if let Some(cuda) = dy.cuda() {
+        return backward_cuda(cuda, &dscale, dy, y, to, scale);
+    }
+    backward_fast(dscale, dy, y, to, scale)
 }
 
 // ----------------------------------------------------------------------------------------- CUDA
@@ -90,7 +120,14 @@ fn forward_cuda(cuda: &Cuda, y: &ViewMut, x: View, scale: View) -> Result<()> {
     cuda.launch(&SOURCE, "row_scale_forward", grid, &args)
 }
 
-fn backward_cuda(cuda: &Cuda, dscale: &ViewMut, dy: View, y: View, scale: View) -> Result<()> {
+fn backward_cuda(
+    cuda: &Cuda,
+    dscale: &ViewMut,
+    dy: View,
+    y: View,
+    to: Option<View>,
+    scale: View,
+) -> Result<()> {
     let chunks = Chunks::of(y.rows, y.cols);
     let partial = cuda.scratch(Scratch::Partials, chunks.count * y.cols * size_of::<f32>())?;
     let args = [
@@ -99,6 +136,8 @@ fn backward_cuda(cuda: &Cuda, dscale: &ViewMut, dy: View, y: View, scale: View) 
         Arg::size(dy.stride),
         Arg::Ptr(y.bf16(BACKWARD)?),
         Arg::size(y.stride),
+        Arg::Ptr(to.map_or(Ok(0), |to| to.bf16(BACKWARD))?),
+        Arg::size(to.map_or(0, |to| to.stride)),
         Arg::size(y.rows),
         Arg::size(y.cols),
         Arg::size(chunks.rows),
@@ -176,10 +215,11 @@ fn backward_naive(dscale: &mut [f64], dy: &[f64], y: &[f64], scale: &[f64]) {
     }
 }
 
-fn backward_fast(dscale: ViewMut, dy: View, y: View, scale: View) -> Result<()> {
+fn backward_fast(dscale: ViewMut, dy: View, y: View, to: Option<View>, scale: View) -> Result<()> {
     let (tokens, cols, dy_stride, y_stride) = (y.rows, y.cols, dy.stride, y.stride);
     let (dscale, dy, y, scale) =
         (dscale.cpu(BACKWARD)?, dy.cpu(BACKWARD)?, y.cpu(BACKWARD)?, scale.cpu(BACKWARD)?);
+    let to = to.map(|to| Ok::<_, Error>((to.cpu(BACKWARD)?, to.stride))).transpose()?;
     dscale[..cols].par_chunks_mut(CHANNELS).enumerate().for_each(|(i, dscale)| {
         let (start, width) = (i * CHANNELS, dscale.len());
         let mut sums = [0.0f64; CHANNELS];
@@ -187,7 +227,14 @@ fn backward_fast(dscale: ViewMut, dy: View, y: View, scale: View) -> Result<()> 
             let mut partial = [0.0f32; CHANNELS];
             for t in first..tokens.min(first + GROUP) {
                 let (dy, y) = (row(dy, t, cols, dy_stride), row(y, t, cols, y_stride));
-                add_products(&mut partial[..width], &dy[start..start + width], &y[start..start + width]);
+                let (sums, here) = (&mut partial[..width], start..start + width);
+                match to {
+                    None => add_products(sums, &dy[here.clone()], &y[here]),
+                    Some((to, stride)) => {
+                        let to = row(to, t, cols, stride);
+                        add_products_of_difference(sums, &dy[here.clone()], &y[here.clone()], &to[here]);
+                    }
+                }
             }
             sums.iter_mut().zip(partial).for_each(|(sum, partial)| *sum += partial as f64);
         }
@@ -204,6 +251,14 @@ by_isa! {
     fn add_products(sums: &mut [f32], dy: &[f32], y: &[f32]) {
         for ((sum, &dy), &y) in sums.iter_mut().zip(dy).zip(y) {
             *sum += dy * y;
+        }
+    }
+}
+
+by_isa! {
+    fn add_products_of_difference(sums: &mut [f32], dy: &[f32], y: &[f32], to: &[f32]) {
+        for (((sum, &dy), &y), &to) in sums.iter_mut().zip(dy).zip(y).zip(to) {
+            *sum += dy * (y - to);
         }
     }
 }
@@ -241,7 +296,26 @@ mod tests {
                 [(Out::Add(&start), &dscale)],
                 [&dy, &y, &scale],
                 tolerance(2e-7, 2e-6),
-                |[dscale], [dy, y, scale]| row_scale_backward(dscale, dy, y, scale),
+                |[dscale], [dy, y, scale]| row_scale_backward(dscale, dy, Output::Kept(y), scale),
+            );
+            // The same y as what was added to a stream: subtracted exactly, for both are multiples of 2^-12.
+            let coarse = |mat: &Mat| {
+                let values = mat.values().iter().map(|x| (x * 4096.0).round() / 4096.0).collect();
+                Mat::new(tokens, channels, values)
+            };
+            let (y, to) = (coarse(&y), coarse(&x));
+            let sum = y.values().iter().zip(to.values()).map(|(y, to)| y + to).collect();
+            let sum = Mat::new(tokens, channels, sum);
+            let mut dscale = start.f64();
+            backward_naive(&mut dscale, &dy.f64(), &y.f64(), &scale.f64());
+            check_fast(
+                &what,
+                [(Out::Add(&start), &dscale)],
+                [&dy, &to, &sum, &scale],
+                tolerance(2e-7, 2e-6),
+                |[dscale], [dy, to, sum, scale]| {
+                    row_scale_backward(dscale, dy, Output::Added { to, sum }, scale)
+                },
             );
         }
     }
@@ -267,7 +341,7 @@ mod tests {
         for zero in [0.0, -0.0] {
             let mut dscale = Mat::new(1, 2, vec![5.0, 0.0]);
             let scale = Mat::new(1, 2, vec![zero, 2.0]);
-            row_scale_backward(dscale.view_mut(), dy.view(), y.view(), scale.view()).unwrap();
+            row_scale_backward(dscale.view_mut(), dy.view(), Output::Kept(y.view()), scale.view()).unwrap();
             assert_eq!(dscale.values()[0], 5.0);
             assert!(dscale.values()[1].is_finite());
         }
@@ -284,7 +358,7 @@ mod tests {
         assert_eq!(forward(mat(2, 4), mat(2, 4)), "row_scale_forward: rows of scale is 2, expected 1");
         assert_eq!(forward(mat(2, 4), mat(1, 3)), "row_scale_forward: columns of scale is 3, expected 4");
         let backward = |mut dscale: Mat, dy: Mat, scale: Mat| {
-            row_scale_backward(dscale.view_mut(), dy.view(), mat(2, 4).view(), scale.view())
+            row_scale_backward(dscale.view_mut(), dy.view(), Output::Kept(mat(2, 4).view()), scale.view())
                 .unwrap_err()
                 .to_string()
         };
@@ -330,7 +404,16 @@ mod tests {
             let (outputs, inputs) =
                 ([(Out::Add(&start), F32, &dscale[..])], [(&dy, Bf16), (&x, Bf16), (&scale, F32)]);
             check_cuda(&device, &what, outputs, inputs, close, |[dscale], [dy, y, scale]| {
-                row_scale_backward(dscale, dy, y, scale)
+                row_scale_backward(dscale, dy, Output::Kept(y), scale)
+            });
+            let to = Mat::random(5, tokens, channels, 1.0).rounded();
+            let difference: Vec<f64> = x.f64().iter().zip(to.f64()).map(|(x, to)| x - to).collect();
+            let mut dscale = start.f64();
+            backward_naive(&mut dscale, &dy.f64(), &difference, &scale.f64());
+            let outputs = [(Out::Add(&start), F32, &dscale[..])];
+            let inputs = [(&dy, Bf16), (&to, Bf16), (&x, Bf16), (&scale, F32)];
+            check_cuda(&device, &what, outputs, inputs, close, |[dscale], [dy, to, sum, scale]| {
+                row_scale_backward(dscale, dy, Output::Added { to, sum }, scale)
             });
         }
     }

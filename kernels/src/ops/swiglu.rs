@@ -9,7 +9,7 @@ use crate::cpu::{by_isa, math};
 use crate::cuda::spans::{self, Chunks};
 use crate::cuda::{Arg, Cuda, Scratch, Source};
 use crate::error::{Result, check};
-use crate::ops::row_scale::{add_partials_cuda, row_scale_backward};
+use crate::ops::row_scale::{Output, add_partials_cuda, row_scale_backward};
 use crate::tensor::{View, ViewMut};
 
 const FORWARD: &str = "swiglu_forward";
@@ -95,8 +95,8 @@ pub fn swiglu_backward_scaled(
     }
     backward_fast(dgate.reborrow(), dup.reborrow(), dy, gate, up)?;
     let [dgate_scale, dup_scale] = dscales;
-    row_scale_backward(dgate_scale, dgate.as_view(), gate, scales[0])?;
-    row_scale_backward(dup_scale, dup.as_view(), up, scales[1])
+    row_scale_backward(dgate_scale, dgate.as_view(), Output::Kept(gate), scales[0])?;
+    row_scale_backward(dup_scale, dup.as_view(), Output::Kept(up), scales[1])
 }
 
 /// All like `gate`: the gradients, then dy, gate, up.
@@ -397,8 +397,9 @@ mod tests {
             let [mut dgate, mut dup] = [0; 2].map(|_| Mat::poisoned(rows, cols));
             swiglu_backward(dgate.view_mut(), dup.view_mut(), dy.view(), gate.view(), up.view()).unwrap();
             let (mut d0, mut d1) = (start0.clone(), start1.clone());
-            row_scale_backward(d0.view_mut(), dgate.view(), gate.view(), scale0.view()).unwrap();
-            row_scale_backward(d1.view_mut(), dup.view(), up.view(), scale1.view()).unwrap();
+            row_scale_backward(d0.view_mut(), dgate.view(), Output::Kept(gate.view()), scale0.view())
+                .unwrap();
+            row_scale_backward(d1.view_mut(), dup.view(), Output::Kept(up.view()), scale1.view()).unwrap();
             check_fast(
                 "swiglu_backward_scaled",
                 [

@@ -78,6 +78,15 @@ impl Copy {
         Some((self.buffer.ptr(), missing))
     }
 
+    /// The address and the stride, if it is up to date, for this use, and as large as so many rows.
+    pub(super) fn with_room(&self, rows: usize, cols: usize, scaled: bool) -> Option<(u64, usize)> {
+        let contents = *self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+        let contents = contents.filter(|contents| contents.scaled == scaled && self.is_fresh())?;
+        let stride = cols + contents.place.map_or(0, |place| place.padding);
+        let fits = rows * stride * Dtype::Bf16.size() <= self.buffer.bytes();
+        (self.adapted && fits).then(|| (self.buffer.ptr(), stride))
+    }
+
     /// The address and the columns of padding, where the rows are there with the row scale of now.
     pub(super) fn scaled(&self) -> Option<(u64, usize)> {
         let contents = *self.contents.lock().unwrap_or_else(PoisonError::into_inner);

@@ -182,8 +182,8 @@ impl BaseWeight {
     ///
     /// # Panics
     /// The weight is shared already.
-    pub fn keep_copy(&mut self, device: &Device, padding: usize, adapted: bool) -> Result<()> {
-        let bytes = self.rows * (self.cols + padding) * crate::tensor::Dtype::Bf16.size();
+    pub fn keep_copy(&mut self, device: &Device, padding: usize, rank: usize, adapted: bool) -> Result<()> {
+        let bytes = (self.rows + rank) * (self.cols + padding) * crate::tensor::Dtype::Bf16.size();
         match (device, &mut self.on_device) {
             (Device::Cuda(cuda), Some(on_device)) => {
                 let on_device = Arc::get_mut(on_device).expect("a weight that is not shared yet");
@@ -208,6 +208,12 @@ impl BaseWeight {
     /// Address of the bf16 copy for this use, and what the caller has to write there first.
     pub(crate) fn cached_copy(&self, scaled: bool, place: Option<Place>) -> Option<(u64, Missing)> {
         self.on_device.as_ref()?.copy.as_ref()?.take(self.rows, self.cols, scaled, place)
+    }
+
+    /// The bf16 copy as it was last written, if it is for this use and of now and has room for `below` more rows:
+    /// address and stride.
+    pub(crate) fn copy_with_room(&self, scaled: bool, below: usize) -> Option<(u64, usize)> {
+        self.on_device.as_ref()?.copy.as_ref()?.with_room(self.rows + below, self.cols, scaled)
     }
 
     /// The bf16 copy, where its rows are scaled by the row scale of now: address and stride.

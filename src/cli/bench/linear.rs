@@ -44,7 +44,7 @@ pub fn run(args: &BenchLinearArgs, printer: &Printer) -> anyhow::Result<()> {
             let mut weight = packed.clone().to_device(&device)?;
             if !dequantized {
                 let ranks: &[usize] = if branch { &[args.lora_r] } else { &[] };
-                weight.keep_copy(&device, padding(args.cols, ranks), branch)?;
+                weight.keep_copy(&device, padding(args.cols, ranks), args.lora_r, branch)?;
             }
             let layer = Layer::new(&device, args, &weight)?;
             let (forward, backward) = if branch { layer.adapted(&device)? } else { layer.plain(&device)? };

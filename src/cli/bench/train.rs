@@ -171,16 +171,16 @@ impl Subject {
         decoder.refresh(&params)?;
         let hyper = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
         let optimizer = Optimizer::new(device, params.count(), hyper, 1.0)?;
-        let (batch_size, recomputed, on_host) = match &fit {
+        let layers = decoder.layers.len();
+        let (batch_size, keep, on_host) = match &fit {
             Some(Fit { settings, .. }) => {
                 if settings.copies {
                     decoder.keep_copies()?;
                 }
-                (settings.batch, settings.recomputed, settings.streams_on_host)
+                (settings.batch, settings.keep(layers), settings.streams_on_host)
             }
-            None => (args.batch_size, (*recomputed.start()).min(decoder.layers.len()), false),
+            None => (args.batch_size, Keep::Layers(layers - (*recomputed.start()).min(layers)), false),
         };
-        let keep = Keep::Layers(decoder.layers.len() - recomputed);
         let buffers = Buffers::placed(&decoder, batch_size * args.max_seq_length, keep, on_host)?;
         let batches = synthetic(args, batch_size, decoder.config.vocab_size);
         Ok(Subject { method, decoder, params, optimizer, buffers, batches, fit, seconds: Vec::new() })

@@ -95,15 +95,50 @@ pub(super) fn backward(
     Ok(())
 }
 
-/// Bytes of scratch that products with a weight take: its bf16 rows with this padding, unless it has a copy or is bf16.
-pub fn weight_scratch(weight: &BaseWeight, padding: usize, copied: bool) -> usize {
-    let depth = weight.cols() + padding;
+/// Where dh lies right behind the rows of dy: dx = (dy, dh) (diag(g) W; a), with the rows of a below those of the
+/// weight. False: it does not, or the weight is too large for scratch, and nothing was done.
+pub(super) fn backward_with_branch(
+    op: &'static str,
+    cuda: &Arc<Cuda>,
+    dx: &ViewMut<'_>,
+    dh: &ViewMut<'_>,
+    dy: View<'_>,
+    weight: &BaseWeight,
+    row_scale: Option<View<'_>>,
+    [b, a]: [View<'_>; 2],
+) -> Result<bool> {
+    let (dx, dh, dy) = (dx.matrix(op)?, dh.matrix(op)?, dy.matrix(op)?);
+    let (rows, cols, rank) = (weight.rows(), weight.cols(), dh.cols);
+    if find(dy, dh).is_none_or(|place| place.offset != 0) || tiles(weight, cols).count() != 1 {
+        return Ok(false);
+    }
+    cuda.gemm(dh, dy, b.matrix(op)?, 1.0, 0.0)?;
+    let of = |ptr: u64, rows: usize, stride: usize| Matrix { ptr, rows, cols, stride, dtype: Dtype::Bf16 };
+    let (ptr, stride) = if let Some(copy) = weight.copy_with_room(row_scale.is_some(), rank) {
+        copy
+    } else {
+        let ptr = cuda.scratch(Scratch::Weight, (rows + rank) * cols * Dtype::Bf16.size())?;
+        dequantize_rows(ViewMut::on_cuda(cuda, of(ptr, rows, cols)), weight, 0..rows, row_scale, None)?;
+        (ptr, cols)
+    };
+    let below = ptr + (rows * stride * Dtype::Bf16.size()) as u64;
+    convert(ViewMut::on_cuda(cuda, of(below, rank, stride)), a)?;
+    cuda.gemm(dx, Matrix { cols: rows + rank, ..dy }, of(ptr, rows + rank, stride), 1.0, 0.0)?;
+    Ok(true)
+}
+
+/// Bytes of scratch that products with a weight take: its bf16 rows with this padding, and as many below as the rank,
+/// unless it has a copy or is bf16.
+pub fn weight_scratch(weight: &BaseWeight, padding: usize, rank: usize, copied: bool) -> usize {
+    let (rows, cols) = (weight.rows(), weight.cols());
+    let depth = cols + padding;
     let dense = padding == 0 && weight.weight_type() == WeightType::Ggml(GgmlType::BF16);
     if copied || dense {
-        0
-    } else {
-        weight.rows().min((TILE / depth.max(1)).max(1)) * depth * Dtype::Bf16.size()
+        return 0;
     }
+    let forward = rows.min((TILE / depth.max(1)).max(1)) * depth;
+    let backward = if tiles(weight, cols).count() == 1 { (rows + rank) * cols } else { 0 };
+    forward.max(backward) * Dtype::Bf16.size()
 }
 
 /// The rows of the weight in pieces that fit scratch.
@@ -168,4 +203,149 @@ fn folded(
         }
     }
     Ok(matrix)
+}
+
+#[cfg(test)]
+mod tests {
+    use qpeft_formats::GgmlType;
+    use qpeft_formats::safetensors::Dtype as Element;
+
+    use crate::ops::quant_linear::{
+        Branch, quant_linear_backward, quant_linear_backward_with_branch, quant_linear_forward,
+    };
+    use crate::testing::{Mat, Tolerance, assert_close, cuda, tolerance};
+    use crate::weight::{BaseWeight, WeightType};
+    use crate::{Device, Tensor};
+
+    fn put(tensor: &mut Tensor, values: &Mat) {
+        tensor.write(&values.values()).unwrap();
+    }
+
+    /// Values that bf16 holds, so that both devices begin with the same numbers.
+    fn random(seed: u64, rows: usize, cols: usize) -> Mat {
+        Mat::random(seed, rows, cols, 1.0).rounded()
+    }
+
+    /// Sums of products of unit normals with rows scaled by g and rounded to bf16: each term is off by 1.1e-3 |g| in the
+    /// root mean square, the worst of 10^5 sums by five times what their number's root makes of it.
+    fn close(terms: usize, g: &Mat) -> Tolerance {
+        let largest = g.values().iter().fold(1.0f64, |largest, g| largest.max(f64::from(g.abs())));
+        tolerance(1.0 / 128.0, 6e-3 * largest * (terms as f64).sqrt())
+    }
+
+    /// All three products on the device against the CPU's, with the low-rank matrices beside x, dy or dx, or apart.
+    fn check(device: &Device, weight: &BaseWeight, t: usize, r: usize, copied: bool) {
+        let (n, k) = (weight.rows(), weight.cols());
+        let what = format!("{} {n} x {k}, {t} tokens, rank {r}, copied {copied}", weight.type_name());
+        let ([x, dy], [h, b, a]) =
+            ([random(1, t, k), random(2, t, n)], [random(3, t, r), random(4, n, r), random(5, r, k)]);
+        let g = Mat::random(6, 1, n, 1.0);
+        let mut on_device = weight.clone().to_device(device).unwrap();
+        if copied {
+            on_device.keep_copy(device, crate::tensor::padding(k, &[r]), r, true).unwrap();
+        }
+        let activations = |m: &Mat| {
+            let mut tensor = Tensor::activations(device, m.rows, m.cols).unwrap();
+            put(&mut tensor, m);
+            tensor
+        };
+        let mut g_device = Tensor::zeros(device, 1, n).unwrap();
+        put(&mut g_device, &g);
+        let [b_device, a_device] = [&b, &a].map(activations);
+        let (mut x_device, mut beside_x) = Tensor::with_padding(device, t, k, &[r]).unwrap();
+        let (mut dy_device, mut beside_dy) = Tensor::with_padding(device, t, n, &[r]).unwrap();
+        put(&mut x_device, &x);
+        put(&mut beside_x[0], &h);
+        put(&mut dy_device, &dy);
+
+        let [mut y, mut dx, mut dh] = [(t, n), (t, k), (t, r)].map(|(rows, cols)| Mat::poisoned(rows, cols));
+        let branch = Branch { h: h.view(), b: b.view() };
+        quant_linear_forward(y.view_mut(), x.view(), weight, Some(g.view()), Some(branch)).unwrap();
+        let mut y_device = activations(&Mat::poisoned(t, n));
+        let branch = Branch { h: beside_x[0].view(), b: b_device.view() };
+        let scale = Some(g_device.view());
+        let weight_device = &on_device;
+        quant_linear_forward(y_device.view_mut(), x_device.view(), weight_device, scale, Some(branch))
+            .unwrap();
+        assert_close(&format!("{what}: y"), &y_device.read().unwrap(), &y.values(), close(k, &g));
+
+        let (to, dh_to) = (dx.view_mut(), dh.view_mut());
+        let row_scale = Some(g.view());
+        quant_linear_backward_with_branch(to, dh_to, dy.view(), weight, row_scale, b.view(), a.view())
+            .unwrap();
+        for beside in [true, false] {
+            let mut dx_device = activations(&Mat::poisoned(t, k));
+            let mut apart = activations(&Mat::poisoned(t, r));
+            let dh_device = if beside { &mut beside_dy[0] } else { &mut apart };
+            let (to, dh_to, [b, a]) = (dx_device.view_mut(), dh_device.view_mut(), [&b_device, &a_device]);
+            let dy = dy_device.view();
+            quant_linear_backward_with_branch(to, dh_to, dy, weight_device, scale, b.view(), a.view())
+                .unwrap();
+            let what = format!("{what}, beside {beside}");
+            assert_close(&format!("{what}: dh"), &dh_device.read().unwrap(), &dh.values(), close(n, &g));
+            // dh A has terms of the size of dh.
+            let terms = n + n * r;
+            assert_close(&format!("{what}: dx"), &dx_device.read().unwrap(), &dx.values(), close(terms, &g));
+        }
+        let (to, dh_to) = (dx.view_mut(), Some(dh.view_mut()));
+        quant_linear_backward(to, dh_to, dy.view(), weight, row_scale, Some(b.view()), false).unwrap();
+        let (mut dx_device, mut beside_dx) = Tensor::with_padding(device, t, k, &[r]).unwrap();
+        let (to, dh_to, dy) = (dx_device.view_mut(), Some(beside_dx[0].view_mut()), dy_device.view());
+        quant_linear_backward(to, dh_to, dy, weight_device, scale, Some(b_device.view()), false).unwrap();
+        assert_close(
+            &format!("{what}: dh beside dx"),
+            &beside_dx[0].read().unwrap(),
+            &dh.values(),
+            close(n, &g),
+        );
+        assert_close(&format!("{what}: dx alone"), &dx_device.read().unwrap(), &dx.values(), close(n, &g));
+    }
+
+    #[test]
+    fn the_cuda_products_equal_those_of_the_cpu_wherever_the_branch_lies() {
+        let Some(device) = cuda::device() else { return };
+        for (n, k) in [(8, 32), (96, 256), (257, 96), (512, 1024)] {
+            let f32 = BaseWeight::from_f32(n, k, &Mat::random(9, n, k, 1.0).rounded().values()).unwrap();
+            let q8_0 = f32.quantized_from(WeightType::Ggml(GgmlType::Q8_0), Element::F32).unwrap();
+            for weight in [&f32, &q8_0] {
+                for (t, r) in [(1, 8), (33, 16), (129, 4)] {
+                    for copied in [false, true] {
+                        check(&device, weight, t, r, copied);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Products that are large enough to look for their fastest algorithm, which must not show in the result, nor in
+    /// what a product adds to.
+    #[test]
+    fn cuda_tuning_changes_no_bit() {
+        let Some(device) = cuda::device() else { return };
+        let cuda = device.cuda().unwrap();
+        let (t, n, k) = (1024, 1032, 1536);
+        let [a, b, c] = [random(1, t, k), random(2, n, k), random(3, t, n)].map(|m| {
+            let mut tensor = Tensor::activations(&device, m.rows, m.cols).unwrap();
+            put(&mut tensor, &m);
+            tensor
+        });
+        for beta in [0.0, 1.0] {
+            let product = || {
+                let mut to = Tensor::activations(&device, t, n).unwrap();
+                to.write(&c.read().unwrap()).unwrap();
+                let [to_matrix, a, b] =
+                    [to.view(), a.view(), b.view()].map(|view| view.matrix("test").unwrap());
+                cuda.gemm(to_matrix, a, crate::cuda::gemm::transposed(b), 1.0, beta).unwrap();
+                to.read().unwrap()
+            };
+            let before = product();
+            let mut while_tuning = Vec::new();
+            cuda.tuning(|| {
+                while_tuning = product();
+                Ok::<_, crate::Error>(())
+            })
+            .unwrap();
+            assert!(before == while_tuning && before == product(), "beta {beta}: other bits");
+        }
+    }
 }
