@@ -113,16 +113,21 @@ impl Adapter for Dora {
         self.lora.fold(params, weight, Some(self.factor.view()))
     }
 
+    fn project(&self, h: ViewMut<'_>, x: View<'_>, pass: &Pass<'_>, scratch: &mut Scratch) -> Result<()> {
+        self.lora.project(h, x, pass, scratch)
+    }
+
     fn forward(
         &self,
         y: ViewMut<'_>,
+        onto: Option<View<'_>>,
         h: ViewMut<'_>,
         x: View<'_>,
         weight: &BaseWeight,
         pass: &Pass<'_>,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        self.lora.forward_scaled(y, h, x, weight, Some(self.factor.view()), pass, scratch)
+        self.lora.forward_scaled(y, onto, h, x, weight, Some(self.factor.view()), pass, scratch)
     }
 
     fn backward(

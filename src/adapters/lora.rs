@@ -11,6 +11,7 @@ use qpeft_kernels::ops::low_rank::{
 };
 use qpeft_kernels::ops::quant_linear::{
     Branch, quant_linear_backward, quant_linear_backward_with_branch, quant_linear_forward,
+    quant_linear_forward_onto,
 };
 use qpeft_kernels::rng::RngKey;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
@@ -65,13 +66,14 @@ impl Lora {
         Ok(fold_branch(self.folded.view_mut(), self.b.view(params), self.scaling, g)?)
     }
 
-    /// y = diag(g) W x + folded B (A drop(x)); leaves h = A drop(x).
+    /// y = onto + diag(g) W x + folded B (A drop(x)); leaves h = A drop(x).
     ///
     /// # Errors
     /// An op refuses.
     pub fn forward_scaled(
         &self,
         y: ViewMut<'_>,
+        onto: Option<View<'_>>,
         mut h: ViewMut<'_>,
         x: View<'_>,
         weight: &BaseWeight,
@@ -79,12 +81,14 @@ impl Lora {
         pass: &Pass<'_>,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        let input = self.drop(x, pass, &mut scratch.dropped)?;
         if !pass.shared {
-            low_rank_forward(h.reborrow(), input, self.a.view(pass.factors))?;
+            self.project(h.reborrow(), x, pass, scratch)?;
         }
         let branch = Branch { h: h.as_view(), b: self.folded.view() };
-        Ok(quant_linear_forward(y, x, weight, g, Some(branch))?)
+        match onto {
+            None => Ok(quant_linear_forward(y, x, weight, g, Some(branch))?),
+            Some(to) => Ok(quant_linear_forward_onto(y, to, x, weight, g, Some(branch))?),
+        }
     }
 
     /// The mirror of [`Lora::forward_scaled`].
@@ -218,16 +222,22 @@ impl Adapter for Lora {
         self.fold(params.values.view(), weight, None)
     }
 
+    fn project(&self, h: ViewMut<'_>, x: View<'_>, pass: &Pass<'_>, scratch: &mut Scratch) -> Result<()> {
+        let input = self.drop(x, pass, &mut scratch.dropped)?;
+        Ok(low_rank_forward(h, input, self.a.view(pass.factors))?)
+    }
+
     fn forward(
         &self,
         y: ViewMut<'_>,
+        onto: Option<View<'_>>,
         h: ViewMut<'_>,
         x: View<'_>,
         weight: &BaseWeight,
         pass: &Pass<'_>,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        self.forward_scaled(y, h, x, weight, None, pass, scratch)
+        self.forward_scaled(y, onto, h, x, weight, None, pass, scratch)
     }
 
     fn backward(

@@ -180,10 +180,14 @@ pub fn bytes(text: &str) -> Result<u64, String> {
     let plain = upper.trim_end_matches('B');
     let unit = UNITS.iter().find_map(|(unit, factor)| Some((plain.strip_suffix(unit)?, *factor)));
     let (digits, factor) = unit.unwrap_or((plain, 1));
-    let number = digits.trim_end().parse::<u64>().ok().filter(|&n| n > 0);
-    number
-        .and_then(|n| n.checked_mul(factor))
-        .ok_or_else(|| "expected bytes, as in `2G`, `500M` or `8GiB`".to_owned())
+    let digits = digits.trim_end();
+    let whole = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(factor));
+    let number = whole.or_else(|| {
+        let fraction = digits.parse::<f64>().ok().filter(|x| digits.contains('.') && x.is_finite())?;
+        let bytes = fraction * factor as f64;
+        (bytes < 2f64.powi(63)).then_some(bytes as u64)
+    });
+    number.filter(|&n| n > 0).ok_or_else(|| "expected bytes, as in `2G`, `500M` or `8GiB`".to_owned())
 }
 
 #[cfg(test)]
@@ -232,8 +236,9 @@ mod tests {
         assert_eq!(type_override("=q8_0").unwrap_err(), "expected `REGEX=TYPE`");
         assert!(type_override("a=q9").unwrap_err().starts_with("expected one of `F32`"));
         assert!(type_override("(=q8_0").unwrap_err().starts_with("expected `REGEX=TYPE`; pattern `(`"));
+        assert_eq!([bytes("9.5GiB"), bytes("0.5k")], [Ok(10_200_547_328), Ok(500)]);
         assert_eq!([bytes("2G"), bytes("500mb"), bytes("7")], [Ok(2_000_000_000), Ok(500_000_000), Ok(7)]);
-        for wrong in ["0", "2T", "G", "-1", "99999999999999G"] {
+        for wrong in ["0", "2T", "G", "-1", "-1.5G", "0.0", "1e3", "nan", "99999999999999G", "9e99.5G"] {
             assert_eq!(bytes(wrong), Err("expected bytes, as in `2G`, `500M` or `8GiB`".to_owned()));
         }
     }

@@ -86,8 +86,6 @@ pub struct LayerBuffers {
 /// What one layer at a time uses.
 #[derive(Debug)]
 pub struct Shared {
-    /// (T, C): output of a residual branch.
-    pub branch: Tensor,
     /// (T, F): silu(gate) * up; no rows where each layer keeps its own.
     pub act: Tensor,
     /// (T, rank): the low-rank activations beside `act`.
@@ -255,7 +253,7 @@ impl Buffers {
             recomputed,
             streams: Streams::new(device, streams, t, c.hidden_size, streams_on_host)?,
             layers,
-            shared: Shared::new(model, if shares_act { [t, t] } else { [t, 0] }, &ranks)?,
+            shared: Shared::new(model, if shares_act { t } else { 0 }, &ranks)?,
             final_norm: zeros(t, c.hidden_size)?,
             final_rstd: Tensor::zeros(device, 1, t)?,
             hidden: zeros(chunk, c.hidden_size)?,
@@ -285,7 +283,6 @@ impl Buffers {
     /// Bytes of all tensors.
     pub fn bytes(&self) -> usize {
         let own = [
-            &self.shared.branch,
             &self.shared.act,
             &self.shared.act_h,
             &self.final_norm,
@@ -486,12 +483,12 @@ fn chunk_rows(device: &Device, capacity: usize, vocab_size: usize) -> usize {
 }
 
 impl Shared {
-    fn new(model: &Decoder, [rows, act_rows]: [usize; 2], ranks: &[usize; SLOTS]) -> Result<Shared> {
+    fn new(model: &Decoder, rows: usize, ranks: &[usize; SLOTS]) -> Result<Shared> {
         let c = &model.config;
-        let rank = if act_rows > 0 { ranks[Slot::Down as usize] } else { 0 };
-        let (act, mut h) = Tensor::with_padding(&model.device, act_rows, c.intermediate_size, &[rank])?;
+        let rank = if rows > 0 { ranks[Slot::Down as usize] } else { 0 };
+        let (act, mut h) = Tensor::with_padding(&model.device, rows, c.intermediate_size, &[rank])?;
         let act_h = h.pop().expect("one width");
-        Ok(Shared { branch: Tensor::activations(&model.device, rows, c.hidden_size)?, act, act_h })
+        Ok(Shared { act, act_h })
     }
 }
 

@@ -3,8 +3,7 @@
 use qpeft_kernels::ops::attention::{AttentionShape, attention_backward, attention_forward};
 use qpeft_kernels::ops::convert::convert;
 use qpeft_kernels::ops::low_rank::{low_rank_forward, low_rank_projection_backward};
-use qpeft_kernels::ops::residual::residual_forward;
-use qpeft_kernels::ops::rms_norm::{residual_rms_norm_forward, rms_norm_backward, rms_norm_forward};
+use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_forward};
 use qpeft_kernels::ops::rope::{rope_backward, rope_forward};
 use qpeft_kernels::ops::row_scale::Output;
 use qpeft_kernels::ops::swiglu::{swiglu_backward, swiglu_backward_scaled, swiglu_forward};
@@ -214,9 +213,25 @@ impl Layer {
         };
         let shared = &self.shared_pass(SIBLINGS[0], &s.h, t, pass);
         self.project_down(SIBLINGS[0], &mut s.h, norm, shared)?;
-        self.project(Slot::Q, s.q.top_mut(t), &mut s.h, norm, shared, scratch)?;
-        self.project(Slot::K, k_all.view_mut().into_row_range(cached, t), &mut s.h, norm, shared, scratch)?;
-        self.project(Slot::V, v_all.view_mut().into_row_range(cached, t), &mut s.h, norm, shared, scratch)?;
+        self.project(Slot::Q, s.q.top_mut(t), None, &mut s.h, norm, shared, scratch)?;
+        self.project(
+            Slot::K,
+            k_all.view_mut().into_row_range(cached, t),
+            None,
+            &mut s.h,
+            norm,
+            shared,
+            scratch,
+        )?;
+        self.project(
+            Slot::V,
+            v_all.view_mut().into_row_range(cached, t),
+            None,
+            &mut s.h,
+            norm,
+            shared,
+            scratch,
+        )?;
         rope_forward(s.q.top_mut(t), place.rope, place.positions, d)?;
         rope_forward(k_all.view_mut().into_row_range(cached, t), place.rope, place.positions, d)?;
         attention_forward(
@@ -229,54 +244,45 @@ impl Layer {
             place.k_starts,
             &place.attention(),
         )?;
-        self.project(Slot::O, common.branch.top_mut(t), &mut s.h, s.attn.top(t), pass, scratch)?;
+        let attn = s.attn.top(t);
+        self.project(Slot::O, s.middle.top_mut(t), Some(x), &mut s.h, attn, pass, scratch)?;
 
-        residual_rms_norm_forward(
+        rms_norm_forward(
             s.ffn_norm.top_mut(t),
             s.ffn_rstd.view_mut().into_column_range(0, t),
-            s.middle.top_mut(t),
-            x,
-            common.branch.top(t),
+            s.middle.top(t),
             self.ffn_norm.view(),
             place.config.rms_norm_eps,
         )?;
         let norm = s.ffn_norm.top(t);
         let shared = &self.shared_pass(SIBLINGS[2], &s.h, t, pass);
         self.project_down(SIBLINGS[2], &mut s.h, norm, shared)?;
-        self.project(Slot::Gate, s.gate.top_mut(t), &mut s.h, norm, shared, scratch)?;
-        self.project(Slot::Up, s.up.top_mut(t), &mut s.h, norm, shared, scratch)?;
+        self.project(Slot::Gate, s.gate.top_mut(t), None, &mut s.h, norm, shared, scratch)?;
+        self.project(Slot::Up, s.up.top_mut(t), None, &mut s.h, norm, shared, scratch)?;
         let own = s.act.rows() > 0;
         let act = if own { &mut s.act } else { &mut common.act };
         swiglu_forward(act.top_mut(t), s.gate.top(t), s.up.top(t))?;
         let (act, down) = (act.top(t), self.linear(Slot::Down));
-        if y.is_none() {
-            match down.projection() {
-                Some(a) => {
-                    let h = s.h[Slot::Down as usize].top_mut(t).into_column_range(0, down.rank());
-                    return Ok(low_rank_forward(h, act, a.view(pass.factors))?);
-                }
-                None if down.adapter.is_none() => return Ok(()),
-                None => {}
-            }
-        }
         let kept = &mut s.h[Slot::Down as usize];
+        let Some(y) = y else {
+            let h = kept.top_mut(t).into_column_range(0, down.rank());
+            return down.adapter.as_ref().map_or(Ok(()), |adapter| adapter.project(h, act, pass, scratch));
+        };
         let h = if own { &mut *kept } else { &mut common.act_h };
         let beside = h.top_mut(t).into_column_range(0, down.rank());
-        down.forward(common.branch.top_mut(t), beside, act, pass, scratch)?;
+        down.forward(y, Some(s.middle.top(t)), beside, act, pass, scratch)?;
         if !own && down.rank() > 0 {
             let beside = common.act_h.top(t).column_range(0, down.rank());
             convert(kept.top_mut(t).into_column_range(0, down.rank()), beside)?;
         }
-        match y {
-            Some(y) => Ok(residual_forward(y, s.middle.top(t), common.branch.top(t))?),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     fn project(
         &self,
         slot: Slot,
         y: ViewMut<'_>,
+        onto: Option<View<'_>>,
         h: &mut [Tensor; SLOTS],
         x: View<'_>,
         pass: &Pass<'_>,
@@ -284,7 +290,7 @@ impl Layer {
     ) -> Result<()> {
         let linear = self.linear(slot);
         let h = h[slot as usize].top_mut(x.rows).into_column_range(0, linear.rank());
-        linear.forward(y, h, x, pass, scratch)
+        linear.forward(y, onto, h, x, pass, scratch)
     }
 
     /// `pass`, or the same that says that the products of `slots` with their first factors are made together:

@@ -7,7 +7,9 @@
 
 use std::ops::Range;
 
-use qpeft_kernels::ops::quant_linear::{quant_linear_backward, quant_linear_forward};
+use qpeft_kernels::ops::quant_linear::{
+    quant_linear_backward, quant_linear_forward, quant_linear_forward_onto,
+};
 use qpeft_kernels::ops::row_scale::Output;
 use qpeft_kernels::rng::RngKey;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
@@ -218,13 +220,20 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     /// An op refuses.
     fn refresh(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()>;
 
-    /// y (T, out) = the adapted linear of x (T, in); leaves h (T, rank).
+    /// h (T, rank) = the low-rank activations of x alone, as [`Adapter::forward`] leaves them.
+    ///
+    /// # Errors
+    /// An op refuses.
+    fn project(&self, h: ViewMut<'_>, x: View<'_>, pass: &Pass<'_>, scratch: &mut Scratch) -> Result<()>;
+
+    /// y (T, out) = the adapted linear of x (T, in), plus `onto` (T, out) if it is given; leaves h (T, rank).
     ///
     /// # Errors
     /// An op refuses.
     fn forward(
         &self,
         y: ViewMut<'_>,
+        onto: Option<View<'_>>,
         h: ViewMut<'_>,
         x: View<'_>,
         weight: &BaseWeight,
@@ -285,21 +294,25 @@ impl Linear {
         self.adapter.as_ref()?.output_scale()
     }
 
-    /// y (T, out) = the linear of x (T, in).
+    /// y (T, out) = the linear of x (T, in), plus `onto` (T, out) if it is given.
     ///
     /// # Errors
     /// An op refuses.
     pub fn forward(
         &self,
         y: ViewMut<'_>,
+        onto: Option<View<'_>>,
         h: ViewMut<'_>,
         x: View<'_>,
         pass: &Pass<'_>,
         scratch: &mut Scratch,
     ) -> Result<()> {
         match &self.adapter {
-            Some(adapter) => adapter.forward(y, h, x, &self.weight, pass, scratch),
-            None => Ok(quant_linear_forward(y, x, &self.weight, None, None)?),
+            Some(adapter) => adapter.forward(y, onto, h, x, &self.weight, pass, scratch),
+            None => match onto {
+                None => Ok(quant_linear_forward(y, x, &self.weight, None, None)?),
+                Some(to) => Ok(quant_linear_forward_onto(y, to, x, &self.weight, None, None)?),
+            },
         }
     }
 

@@ -8,6 +8,8 @@ use std::ops::RangeInclusive;
 
 use qpeft_kernels::Device;
 use qpeft_kernels::cuda::gemm::WORKSPACE;
+use qpeft_kernels::cuda::spans::PARTIALS;
+use qpeft_kernels::cuda::{Cuda, Scratch};
 use qpeft_kernels::device::Meter;
 use qpeft_kernels::ops::quant_linear::weight_scratch;
 use qpeft_kernels::tensor::padding;
@@ -78,7 +80,27 @@ pub struct Need {
     /// Parameters, their gradients, the optimizer's moments.
     pub adapter: usize,
     /// What kernels use besides.
-    pub scratch: usize,
+    pub scratch: ScratchNeed,
+}
+
+/// Bytes of scratch, by purpose; see [`Scratch`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ScratchNeed {
+    /// A dequantized weight.
+    pub weight: usize,
+    /// cuBLASLt's workspace.
+    pub gemm: usize,
+    /// Partial sums.
+    pub partials: usize,
+    /// A small product.
+    pub products: usize,
+}
+
+impl ScratchNeed {
+    /// Everything.
+    pub fn total(&self) -> usize {
+        self.weight + self.gemm + self.partials + self.products
+    }
 }
 
 impl Need {
@@ -89,13 +111,31 @@ impl Need {
             ("bf16 copies", self.copies),
             ("activations and gradients", self.activations),
             ("adapter and optimizer", self.adapter),
-            ("kernels", self.scratch),
+            ("kernels", self.scratch.total()),
         ]
     }
 
     /// Everything.
     pub fn total(&self) -> usize {
-        self.weights + self.copies + self.activations + self.adapter + self.scratch
+        self.weights + self.copies + self.activations + self.adapter + self.scratch.total()
+    }
+
+    /// Takes it all from the driver at once, scratch first: scratch that grew in the middle would leave what it had.
+    ///
+    /// # Errors
+    /// The device has not so much memory left.
+    pub fn reserve(&self, cuda: &Cuda) -> Result<()> {
+        let ScratchNeed { weight, gemm, partials, products } = self.scratch;
+        cuda.reserve(self.total())?;
+        for (purpose, bytes) in [
+            (Scratch::Weight, weight),
+            (Scratch::Gemm, gemm),
+            (Scratch::Partials, partials),
+            (Scratch::Products, products),
+        ] {
+            cuda.scratch(purpose, bytes)?;
+        }
+        Ok(())
     }
 }
 
@@ -125,17 +165,26 @@ impl DryRun<'_> {
             self.count(|decoder| Buffers::placed(decoder, capacity, keep, settings.streams_on_host))?;
         let copies = if settings.copies { self.count(Decoder::keep_copies)?.0 } else { 0 };
         let embedding = if settings.embedding_on_host { self.decoder.embedding.device_bytes() } else { 0 };
-        let linear_scratch = self.decoder.linears().map(|l| (&l.weight, settings.copies, pads(l), l.rank()));
-        let head = (self.decoder.head(), false, 0, 0);
-        let weight = linear_scratch.chain([head]);
-        let weight = weight.map(|(w, copied, pad, rank)| weight_scratch(w, pad, rank, copied));
+        let of = |l: &Linear| {
+            // The norms of rows are made of the weight alone, and before there are copies.
+            let norms = if l.output_scale().is_some() { weight_scratch(&l.weight, 0, 0, false) } else { 0 };
+            norms.max(weight_scratch(&l.weight, pads(l), l.rank(), settings.copies))
+        };
+        let weight = self.decoder.linears().map(of).max().unwrap_or(0);
         let products = self.decoder.linears().map(|l| l.rank() * l.weight.rows() * size_of::<f32>()).max();
+        let products = products.unwrap_or(0);
+        let scratch = ScratchNeed {
+            weight: weight.max(weight_scratch(self.decoder.head(), 0, 0, false)),
+            gemm: WORKSPACE,
+            partials: products.max(PARTIALS),
+            products,
+        };
         Ok(Need {
             weights: self.decoder.device_bytes() - embedding,
             copies,
             activations: activations + capacity * size_of::<f32>(),
             adapter: self.adapter_bytes,
-            scratch: WORKSPACE + weight.max().unwrap_or(0) + 2 * products.unwrap_or(0),
+            scratch,
         })
     }
 
@@ -214,7 +263,7 @@ impl DryRun<'_> {
             gib(smallest.weights),
             gib(smallest.activations),
             gib(smallest.adapter),
-            gib(smallest.scratch),
+            gib(smallest.scratch.total()),
         ))
         .with_hint(if smallest.total() - smallest.activations <= limit {
             "lower `--max-seq-length`, or raise `--memory-limit`".to_owned()

@@ -194,7 +194,7 @@ impl Start<'_> {
 fn load(base: &Base, device: &Device, fit: Option<&Fit>) -> Result<Decoder> {
     let Some(Fit { settings, need, .. }) = fit else { return Ok(Decoder::load(base, device)?) };
     if let Some(cuda) = device.cuda() {
-        cuda.reserve(need.total()).map_err(crate::Error::from)?;
+        need.reserve(cuda)?;
     }
     Ok(Decoder::load_placed(base, device, settings.embedding_on_host)?)
 }

@@ -79,9 +79,10 @@ struct Shape {
     n: usize,
     k: usize,
     transposed: [bool; 2],
-    strides: [usize; 3],
+    /// Of a, b, c and the result; as are the alignments.
+    strides: [usize; 4],
     dtypes: [Dtype; 3],
-    alignments: [u32; 3],
+    alignments: [u32; 4],
 }
 
 type Algo = sys::cublasLtMatmulAlgo_t;
@@ -92,7 +93,8 @@ const CANDIDATES: usize = 8;
 #[derive(Debug)]
 struct Plan {
     desc: sys::cublasLtMatmulDesc_t,
-    layouts: [sys::cublasLtMatrixLayout_t; 3],
+    /// Theirs: b, a, c, the result.
+    layouts: [sys::cublasLtMatrixLayout_t; 4],
     /// The first is in use; there are others as long as nothing was measured.
     algos: Vec<Algo>,
 }
@@ -169,10 +171,11 @@ impl Plans {
             layout(shape.dtypes[1], b_rows, b_cols, shape.strides[1])?,
             layout(shape.dtypes[0], a_rows, a_cols, shape.strides[0])?,
             layout(shape.dtypes[2], m, n, shape.strides[2])?,
+            layout(shape.dtypes[2], m, n, shape.strides[3])?,
         ];
         let preference = result::create_matmul_pref()?;
         let attributes = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-        let [a, b, c] = shape.alignments;
+        let [a, b, c, d] = shape.alignments;
         // SAFETY: the preference is alive; the workspace limit is a u64, alignments are u32. The library writes at most
         // as many results as it is told that there is room for, and says how many.
         let algos = unsafe {
@@ -183,7 +186,7 @@ impl Plans {
                 (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, b),
                 (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, a),
                 (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c),
-                (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, c),
+                (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, d),
             ] {
                 let bytes = std::ptr::from_ref(&bytes).cast();
                 result::set_matmul_pref_attribute(preference, attribute, bytes, 4)?;
@@ -197,7 +200,7 @@ impl Plans {
                 layouts[0],
                 layouts[1],
                 layouts[2],
-                layouts[2],
+                layouts[3],
                 preference,
                 CANDIDATES as i32,
                 found.as_mut_ptr().cast(),
@@ -232,7 +235,28 @@ impl Cuda {
         alpha: f32,
         beta: f32,
     ) -> Result<()> {
-        let (a, b) = (a.into(), b.into());
+        self.product(c, c, a.into(), b.into(), alpha, beta)
+    }
+
+    /// d = c + a b, with c and d of one type; else as [`Cuda::gemm`].
+    ///
+    /// # Errors
+    /// Shapes or types that do not belong together, or cuBLASLt refuses.
+    pub fn gemm_onto(
+        &self,
+        d: Matrix,
+        c: Matrix,
+        a: impl Into<Operand>,
+        b: impl Into<Operand>,
+    ) -> Result<()> {
+        check(OP, "rows of d", c.rows, d.rows)?;
+        check(OP, "columns of d", c.cols, d.cols)?;
+        check(OP, "bytes of an element of d", c.dtype.size(), d.dtype.size())?;
+        self.product(d, c, a.into(), b.into(), 1.0, 1.0)
+    }
+
+    /// d = alpha a b + beta c.
+    fn product(&self, d: Matrix, c: Matrix, a: Operand, b: Operand, alpha: f32, beta: f32) -> Result<()> {
         let ((m, k), (b_k, n)) = (a.shape(), b.shape());
         check(OP, "rows of b", k, b_k)?;
         check(OP, "rows of c", m, c.rows)?;
@@ -240,7 +264,8 @@ impl Cuda {
         if m == 0 || n == 0 {
             return Ok(());
         }
-        if k == 0 {
+        let in_place = c.ptr == d.ptr;
+        if k == 0 && in_place {
             let size = c.dtype.size();
             return if beta == 0.0 { self.zero_rows(c.ptr, c.stride * size, n * size, m) } else { Ok(()) };
         }
@@ -251,9 +276,9 @@ impl Cuda {
             n,
             k,
             transposed: [a.transposed, b.transposed],
-            strides: [a.matrix.stride, b.matrix.stride, c.stride],
+            strides: [a.matrix.stride, b.matrix.stride, c.stride, d.stride],
             dtypes: [a.matrix.dtype, b.matrix.dtype, c.dtype],
-            alignments: [a.matrix.alignment(), b.matrix.alignment(), c.alignment()],
+            alignments: [a.matrix.alignment(), b.matrix.alignment(), c.alignment(), d.alignment()],
         };
         let refuse = |e: CublasError| Error::Device {
             device: self.name(),
@@ -278,8 +303,8 @@ impl Cuda {
                     layouts[1],
                     c.ptr as *const c_void,
                     layouts[2],
-                    c.ptr as *mut c_void,
-                    layouts[2],
+                    d.ptr as *mut c_void,
+                    layouts[3],
                     algo,
                     workspace as *mut c_void,
                     WORKSPACE,
@@ -289,7 +314,7 @@ impl Cuda {
             .map_err(refuse)
         };
         if tuning && plan.algos.len() > 1 {
-            plan.algos = vec![tune::fastest(self, c, beta, workspace, &plan.algos, run)?];
+            plan.algos = vec![tune::fastest(self, d, (beta, in_place), workspace, &plan.algos, run)?];
         }
         let began = self.profile_begin()?;
         run(&plan.algos[0], beta)?;

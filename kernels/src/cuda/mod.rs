@@ -12,7 +12,7 @@ pub mod library;
 pub mod memory;
 mod profile;
 pub mod sources;
-pub(crate) mod spans;
+pub mod spans;
 pub mod tensor_map;
 pub mod transfer;
 

@@ -46,6 +46,9 @@ const STRIP: usize = 256;
 /// Blocks that keep any device busy; fixed, so that sums have the same bits on every device.
 const BLOCKS: usize = 1024;
 
+/// Bytes that the sums of columns take at most, of two matrices at once.
+pub const PARTIALS: usize = 2 * BLOCKS * STRIP * size_of::<f32>();
+
 /// How the rows of a (rows, cols) matrix are shared out where every column is added up.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Chunks {

@@ -14,6 +14,7 @@ use crate::cpu::scratch::with_scratch;
 use crate::cpu::{by_isa, math};
 use crate::error::{Result, check};
 use crate::ops::low_rank::low_rank_input_gradient;
+use crate::ops::residual::residual_backward;
 use crate::tensor::{View, ViewMut};
 use crate::weight::BaseWeight;
 
@@ -45,17 +46,9 @@ pub fn quant_linear_forward(
     branch: Option<Branch<'_>>,
 ) -> Result<()> {
     const OP: &str = "quant_linear_forward";
-    check(OP, "columns of x", weight.cols(), x.cols)?;
-    check(OP, "rows of y", x.rows, y.rows)?;
-    check(OP, "columns of y", weight.rows(), y.cols)?;
-    check_row_scale(OP, row_scale, weight)?;
-    if let Some(Branch { h, b }) = &branch {
-        check(OP, "rows of h", x.rows, h.rows)?;
-        check(OP, "rows of b", weight.rows(), b.rows)?;
-        check(OP, "columns of b", h.cols, b.cols)?;
-    }
+    check_forward(OP, &y, x, weight, row_scale, branch)?;
     if let Some(device) = x.cuda() {
-        return cuda::forward(OP, device, &y, x, weight, row_scale, branch);
+        return cuda::forward(OP, device, &y, None, x, weight, row_scale, branch);
     }
     let row_scale = row_scale_slice(OP, row_scale)?;
     let branch = match branch {
@@ -64,6 +57,35 @@ pub fn quant_linear_forward(
     };
     forward_fast(y.mat(OP)?, x.mat(OP)?, weight, row_scale, branch);
     Ok(())
+}
+
+/// [`quant_linear_forward`] onto a residual stream: `y = to + x Wᵀ diag(g) + h bᵀ`.
+///
+/// On CUDA one product makes y where h lies in the padding behind the rows of x. Its backward is that of
+/// [`quant_linear_forward`]; the gradient of `to` is dy.
+///
+/// - `Shapes`: as [`quant_linear_forward`], and to (T, N).
+/// - `Accumulates`: `y =`.
+/// - `Precision`: as [`quant_linear_forward`], and one rounding of the sum.
+/// - `Errors`: as [`quant_linear_forward`].
+/// - `Source`: see [`quant_linear_forward`]; He et al., arXiv 1512.03385, equation 1.
+pub fn quant_linear_forward_onto(
+    mut y: ViewMut<'_>,
+    to: View<'_>,
+    x: View<'_>,
+    weight: &BaseWeight,
+    row_scale: Option<View<'_>>,
+    branch: Option<Branch<'_>>,
+) -> Result<()> {
+    const OP: &str = "quant_linear_forward_onto";
+    check(OP, "rows of to", y.rows, to.rows)?;
+    check(OP, "columns of to", y.cols, to.cols)?;
+    if let Some(device) = x.cuda() {
+        check_forward(OP, &y, x, weight, row_scale, branch)?;
+        return cuda::forward(OP, device, &y, Some(to), x, weight, row_scale, branch);
+    }
+    quant_linear_forward(y.reborrow(), x, weight, row_scale, branch)?;
+    residual_backward(y, to)
 }
 
 /// Backward of [`quant_linear_forward`] to its inputs: `dx = dy diag(g) W` and `dh = dy b`.
@@ -144,6 +166,24 @@ pub fn quant_linear_backward_with_branch(
     }
     quant_linear_backward(dx.reborrow(), Some(dh.reborrow()), dy, weight, row_scale, Some(b), false)?;
     low_rank_input_gradient(dx, dh.as_view(), a)
+}
+
+fn check_forward(
+    op: &'static str,
+    y: &ViewMut<'_>,
+    x: View<'_>,
+    weight: &BaseWeight,
+    row_scale: Option<View<'_>>,
+    branch: Option<Branch<'_>>,
+) -> Result<()> {
+    check(op, "columns of x", weight.cols(), x.cols)?;
+    check(op, "rows of y", x.rows, y.rows)?;
+    check(op, "columns of y", weight.rows(), y.cols)?;
+    check_row_scale(op, row_scale, weight)?;
+    let Some(Branch { h, b }) = branch else { return Ok(()) };
+    check(op, "rows of h", x.rows, h.rows)?;
+    check(op, "rows of b", weight.rows(), b.rows)?;
+    check(op, "columns of b", h.cols, b.cols)
 }
 
 fn check_row_scale(op: &'static str, row_scale: Option<View<'_>>, weight: &BaseWeight) -> Result<()> {

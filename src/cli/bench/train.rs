@@ -163,7 +163,7 @@ impl Subject {
             None => None,
         };
         if let (Some(fit), Some(cuda)) = (&fit, device.cuda()) {
-            cuda.reserve(fit.need.total())?;
+            fit.need.reserve(cuda)?;
         }
         let mut decoder = build(device, fit.is_some_and(|fit| fit.settings.embedding_on_host))?;
         let mut params = adapters::attach(&mut decoder, &config)?;

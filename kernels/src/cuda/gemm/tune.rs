@@ -24,7 +24,8 @@ const TURN: f64 = 2e-3;
 /// What a candidate must be better than the first guess by: less is noise.
 const MARGIN: f64 = 0.99;
 
-/// `run` computes c = alpha a b + beta c with an algorithm and a beta. What was in `c` is there again on return.
+/// `run` computes c = alpha a b + beta times c itself (`in_place`) or another matrix, with an algorithm and a beta. What
+/// it adds to is as it was on return.
 /// `spare`: eight bytes that nothing uses between two products.
 ///
 /// # Errors
@@ -32,12 +33,12 @@ const MARGIN: f64 = 0.99;
 pub(super) fn fastest(
     cuda: &Cuda,
     c: Matrix,
-    beta: f32,
+    (beta, in_place): (f32, bool),
     spare: u64,
     algos: &[Algo],
     run: impl Fn(&Algo, f32) -> Result<()>,
 ) -> Result<Algo> {
-    let mut saved = vec![0; if beta == 0.0 { 0 } else { extent(c) }];
+    let mut saved = vec![0; if in_place && beta != 0.0 { extent(c) } else { 0 }];
     cuda.read(c.ptr, &mut saved)?;
     let mut same = Vec::with_capacity(algos.len());
     let mut expected = None;

@@ -35,12 +35,14 @@ pub(super) fn forward(
     op: &'static str,
     cuda: &Arc<Cuda>,
     y: &ViewMut<'_>,
+    to: Option<View<'_>>,
     x: View<'_>,
     weight: &BaseWeight,
     row_scale: Option<View<'_>>,
     branch: Option<Branch<'_>>,
 ) -> Result<()> {
     let (y, x) = (y.matrix(op)?, x.matrix(op)?);
+    let to = to.map(|to| to.matrix(op)).transpose()?;
     let place = match branch {
         Some(Branch { h, .. }) => find(x, h.matrix(op)?),
         None => None,
@@ -50,7 +52,10 @@ pub(super) fn forward(
     let x = Matrix { cols: depth, ..x };
     for rows in tiles(weight, depth) {
         let w = folded(cuda, weight, rows.clone(), row_scale, beside)?;
-        cuda.gemm(columns(y, rows), x, transposed(w), 1.0, 0.0)?;
+        match to {
+            None => cuda.gemm(columns(y, rows), x, transposed(w), 1.0, 0.0)?,
+            Some(to) => cuda.gemm_onto(columns(y, rows.clone()), columns(to, rows), x, transposed(w))?,
+        }
     }
     match branch {
         Some(Branch { h, b }) if place.is_none() => {
@@ -212,6 +217,7 @@ mod tests {
 
     use crate::ops::quant_linear::{
         Branch, quant_linear_backward, quant_linear_backward_with_branch, quant_linear_forward,
+        quant_linear_forward_onto,
     };
     use crate::testing::{Mat, Tolerance, assert_close, cuda, tolerance};
     use crate::weight::{BaseWeight, WeightType};
@@ -268,6 +274,24 @@ mod tests {
         quant_linear_forward(y_device.view_mut(), x_device.view(), weight_device, scale, Some(branch))
             .unwrap();
         assert_close(&format!("{what}: y"), &y_device.read().unwrap(), &y.values(), close(k, &g));
+
+        // Rounded once, whatever it is added to.
+        let stream = random(7, t, n);
+        let stream_device = activations(&stream);
+        let branch = Branch { h: h.view(), b: b.view() };
+        quant_linear_forward_onto(
+            y.view_mut(),
+            stream.view(),
+            x.view(),
+            weight,
+            Some(g.view()),
+            Some(branch),
+        )
+        .unwrap();
+        let branch = Branch { h: beside_x[0].view(), b: b_device.view() };
+        let (to, onto, from) = (y_device.view_mut(), stream_device.view(), x_device.view());
+        quant_linear_forward_onto(to, onto, from, weight_device, scale, Some(branch)).unwrap();
+        assert_close(&format!("{what}: y onto"), &y_device.read().unwrap(), &y.values(), close(k, &g));
 
         let (to, dh_to) = (dx.view_mut(), dh.view_mut());
         let row_scale = Some(g.view());
