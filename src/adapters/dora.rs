@@ -9,8 +9,7 @@
 use std::ops::Range;
 
 use qpeft_kernels::ops::dequantize::row_norms_squared;
-use qpeft_kernels::ops::fold::fold_row_factor;
-use qpeft_kernels::ops::row_norm::row_norm_packed;
+use qpeft_kernels::ops::row_norm::{row_norm_fold, row_norm_packed};
 use qpeft_kernels::ops::row_scale::row_scale_backward;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
 
@@ -107,10 +106,21 @@ impl Adapter for Dora {
     }
 
     fn refresh(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
-        self.refresh_norm(params, weight)?;
-        let params = params.values.view();
-        fold_row_factor(self.factor.view_mut(), self.magnitude.view(params), self.norm.view())?;
-        self.lora.fold(params, weight, Some(self.factor.view()))
+        let Pass { params, factors, .. } = params.pass(None);
+        let Lora { a, b, scaling, folded, .. } = &mut self.lora;
+        row_norm_fold(
+            self.norm.view_mut(),
+            self.factor.view_mut(),
+            folded.view_mut(),
+            self.w_squared.view(),
+            a.view(factors),
+            b.view(params),
+            self.magnitude.view(params),
+            *scaling,
+            weight,
+        )?;
+        weight.set_fresh(false);
+        Ok(())
     }
 
     fn project(&self, h: ViewMut<'_>, x: View<'_>, pass: &Pass<'_>, scratch: &mut Scratch) -> Result<()> {

@@ -33,7 +33,7 @@ pub struct Lora {
     /// Tells the dropout of this linear from that of the others.
     pub id: u64,
     /// (out, r): s diag(g) B, folded once per optimizer step.
-    folded: Tensor,
+    pub folded: Tensor,
 }
 
 impl Lora {
@@ -55,15 +55,6 @@ impl Lora {
         let a = Entry { key: key("lora_A"), shape: vec![rank, weight.cols()], offset: a_offset };
         let b = Entry { key: key("lora_B"), shape: vec![weight.rows(), rank], offset: b_offset };
         Ok(Lora { a, b, scaling, dropout, id, folded: Tensor::activations(device, weight.rows(), rank)? })
-    }
-
-    /// Folds s and the row factor g into B; see [`Adapter::refresh`].
-    ///
-    /// # Errors
-    /// An op refuses.
-    pub fn fold(&mut self, params: View<'_>, weight: &BaseWeight, g: Option<View<'_>>) -> Result<()> {
-        weight.set_fresh(false);
-        Ok(fold_branch(self.folded.view_mut(), self.b.view(params), self.scaling, g)?)
     }
 
     /// y = onto + diag(g) W x + folded B (A drop(x)); leaves h = A drop(x).
@@ -219,7 +210,8 @@ impl Adapter for Lora {
     }
 
     fn refresh(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
-        self.fold(params.values.view(), weight, None)
+        weight.set_fresh(false);
+        Ok(fold_branch(self.folded.view_mut(), self.b.view(params.values.view()), self.scaling, None)?)
     }
 
     fn project(&self, h: ViewMut<'_>, x: View<'_>, pass: &Pass<'_>, scratch: &mut Scratch) -> Result<()> {

@@ -62,13 +62,14 @@ __device__ __forceinline__ double warp_sum_f64(double x) {
 
 constexpr int THREADS = 256;
 
-// norm = sqrt(|W|^2 + 2 s B . (W A^T) + s^2 B (A A^T) B^T), a warp per row. `wa` is A W^T, (rank, rows); `w` the rows
+// norm = sqrt(|W|^2 + 2 s B . (W A^T) + s^2 B (A A^T) B^T), a warp per row; and, where `m` is given, what is folded with
+// it: g = m / norm, 0 where the norm is 0, and folded_b = s diag(g) B. `g` may be `folded`. `wa` is A W^T, (rank, rows); `w` the rows
 // of W themselves, which only rows that B A nearly cancels read: those are built and measured.
 extern "C" __global__ void __launch_bounds__(THREADS)
     row_norm_forward(float* norm, const float* w_squared, const void* wa, i32 wa_stride, i32 wa_is_bf16, const void* a,
                      i32 a_stride, i32 a_is_bf16, const void* b, i32 b_stride, i32 b_is_bf16, const float* gram,
-                     const void* w, i32 w_stride, i32 w_is_bf16, const float* folded, float scaling, i32 rows,
-                     i32 cols, i32 rank) {
+                     const void* w, i32 w_stride, i32 w_is_bf16, const float* folded, const float* m, float* g_out,
+                     bf16* folded_b, i32 folded_b_stride, float scaling, i32 rows, i32 cols, i32 rank) {
     const u32 row = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= (u32)rows) return;
     const i64 b_row = (i64)row * b_stride;
@@ -98,5 +99,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         square = warp_sum_f64(square);
     }
-    if (lane == 0) norm[row] = (float)sqrt(square);
+    const float length = (float)sqrt(square);
+    if (lane == 0) norm[row] = length;
+    if (m == nullptr) return;
+    const float factor = length == 0.0f ? 0.0f : m[row] / length;
+    if (lane == 0) g_out[row] = factor;
+    for (u32 q = lane; q < (u32)rank; q += 32)
+        folded_b[(i64)row * folded_b_stride + q] = to_bf16(scaling * factor * element(b, b_row + q, b_is_bf16));
 }

@@ -3,6 +3,7 @@
 //! There is no backward: DoRA treats the norm as a constant (section 4.3), and so does PEFT.
 
 use std::cell::Cell;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
@@ -12,6 +13,7 @@ use crate::cpu::scratch::with_scratch;
 use crate::cuda::gemm::{Matrix, transposed};
 use crate::cuda::{Arg, Cuda, Grid, Scratch, Source};
 use crate::error::{Error, Result, check};
+use crate::ops::fold::{fold_branch, fold_row_factor};
 use crate::ops::quant_linear::{for_each_tile, quant_linear_forward};
 use crate::tensor::{Dtype, View, ViewMut};
 use crate::weight::BaseWeight;
@@ -76,38 +78,52 @@ pub fn row_norm_packed(
     weight: &BaseWeight,
     folded: View,
 ) -> Result<()> {
-    let (rank, n) = (a.rows, weight.rows());
     let Some(cuda) = norm.cuda() else {
+        let (rank, n) = (a.rows, weight.rows());
         return with_scratch(rank * n, |wa| {
             let mut wa = ViewMut::from_slice(wa, rank, n);
             quant_linear_forward(wa.reborrow(), a, weight, None, None)?;
             row_norm_forward(norm, w_squared, wa.as_view(), a, b, scaling, weight)
         });
     };
-    let ptr = cuda.scratch(Scratch::Products, rank * n * Dtype::F32.size())?;
-    let wa = Matrix { ptr, rows: rank, cols: n, stride: n, dtype: Dtype::F32 };
-    let mut wa = ViewMut::on_cuda(&cuda, wa);
-    let operands = Operands { w_squared, wa: wa.as_view(), a, b, scaling };
-    check_operands(&norm, &operands, weight.rows(), weight.cols())?;
-    if let Some((ptr, stride)) = weight.scaled_copy() {
-        check(FORWARD, "columns of folded", weight.rows(), folded.cols)?;
-        let w = Matrix { ptr, rows: weight.rows(), cols: weight.cols(), stride, dtype: Dtype::Bf16 };
-        cuda.gemm(wa.matrix(FORWARD)?, a.matrix(FORWARD)?, transposed(w), 1.0, 0.0)?;
-        let w = ViewMut::on_cuda(&cuda, w);
-        return forward_cuda(&cuda, &norm, operands, w.as_view(), Some(folded));
-    }
-    for_each_tile(&cuda, weight, |rows, w| {
-        let wa = wa.reborrow().into_column_range(rows.start, rows.len());
-        cuda.gemm(wa.matrix(FORWARD)?, a.matrix(FORWARD)?, transposed(w.matrix(FORWARD)?), 1.0, 0.0)?;
-        let operands = Operands {
-            w_squared: w_squared.column_range(rows.start, rows.len()),
-            wa: wa.as_view(),
-            a,
-            b: b.row_range(rows.start, rows.len()),
-            scaling,
-        };
-        forward_cuda(&cuda, &norm.reborrow().into_column_range(rows.start, rows.len()), operands, w, None)
-    })
+    packed_cuda(&cuda, &mut norm, [w_squared, a, b], scaling, weight, folded, None)
+}
+
+/// [`row_norm_packed`] and what DoRA folds with the norm, in one kernel on CUDA.
+///
+/// g_n = m_n / norm_n as [`fold_row_factor`], folded = s diag(g) B as [`fold_branch`].
+///
+/// Shapes: as [`row_norm_packed`]; `m`, `g` (1, N); `folded` (N, R) of the type of activations.
+/// `g` holds on entry the row scale that a copy of the weight on the device has in its rows, if there is such a copy.
+/// Accumulates: nothing, `norm`, `g` and `folded` are overwritten.
+/// Precision: as the three ops.
+///
+/// # Errors
+/// Shapes that do not belong together, or no kernel for the device.
+///
+/// Source: the three ops.
+pub fn row_norm_fold(
+    mut norm: ViewMut,
+    mut g: ViewMut,
+    folded: ViewMut,
+    w_squared: View,
+    a: View,
+    b: View,
+    m: View,
+    scaling: f32,
+    weight: &BaseWeight,
+) -> Result<()> {
+    check(FORWARD, "columns of m", weight.rows(), m.cols)?;
+    check(FORWARD, "columns of g", weight.rows(), g.cols)?;
+    check(FORWARD, "rows of folded", weight.rows(), folded.rows)?;
+    check(FORWARD, "columns of folded", a.rows, folded.cols)?;
+    let Some(cuda) = norm.cuda() else {
+        row_norm_packed(norm.reborrow(), w_squared, a, b, scaling, weight, g.as_view())?;
+        fold_row_factor(g.reborrow(), m, norm.as_view())?;
+        return fold_branch(folded, b, scaling, Some(g.as_view()));
+    };
+    let fold = Fold { m, g: g.as_view(), folded: folded.as_view() };
+    packed_cuda(&cuda, &mut norm, [w_squared, a, b], scaling, weight, g.as_view(), Some(fold))
 }
 
 /// [`row_norm_forward`] of a weight that lies dequantized in memory.
@@ -133,7 +149,7 @@ pub fn row_norm_forward_dense(
     let operands = Operands { w_squared, wa, a, b, scaling };
     check_operands(&norm, &operands, w.rows, w.cols)?;
     if let Some(cuda) = norm.cuda() {
-        return forward_cuda(&cuda, &norm, operands, w, None);
+        return forward_cuda(&cuda, &norm, operands, w, None, None);
     }
     forward_fast(norm.cpu(FORWARD)?, operands, Rows::Dense(w.mat(FORWARD)?))
 }
@@ -165,12 +181,64 @@ fn check_operands(norm: &ViewMut, operands: &Operands, n: usize, k: usize) -> Re
 
 pub(crate) static SOURCE: Source = Source::new("row_norm.cu", include_str!("row_norm.cu"));
 
+/// Where the kernel writes what is folded with a norm; both are written to.
+#[derive(Debug, Clone, Copy)]
+struct Fold<'a> {
+    m: View<'a>,
+    g: View<'a>,
+    folded: View<'a>,
+}
+
+fn packed_cuda(
+    cuda: &Arc<Cuda>,
+    norm: &mut ViewMut,
+    [w_squared, a, b]: [View; 3],
+    scaling: f32,
+    weight: &BaseWeight,
+    folded: View,
+    fold: Option<Fold>,
+) -> Result<()> {
+    let (rank, n) = (a.rows, weight.rows());
+    let ptr = cuda.scratch(Scratch::Products, rank * n * Dtype::F32.size())?;
+    let wa = Matrix { ptr, rows: rank, cols: n, stride: n, dtype: Dtype::F32 };
+    let mut wa = ViewMut::on_cuda(cuda, wa);
+    let operands = Operands { w_squared, wa: wa.as_view(), a, b, scaling };
+    check_operands(norm, &operands, weight.rows(), weight.cols())?;
+    if let Some((ptr, stride)) = weight.scaled_copy() {
+        check(FORWARD, "columns of folded", weight.rows(), folded.cols)?;
+        let w = Matrix { ptr, rows: weight.rows(), cols: weight.cols(), stride, dtype: Dtype::Bf16 };
+        cuda.gemm(wa.matrix(FORWARD)?, a.matrix(FORWARD)?, transposed(w), 1.0, 0.0)?;
+        let w = ViewMut::on_cuda(cuda, w);
+        return forward_cuda(cuda, norm, operands, w.as_view(), Some(folded), fold);
+    }
+    for_each_tile(cuda, weight, |rows, w| {
+        let wa = wa.reborrow().into_column_range(rows.start, rows.len());
+        cuda.gemm(wa.matrix(FORWARD)?, a.matrix(FORWARD)?, transposed(w.matrix(FORWARD)?), 1.0, 0.0)?;
+        let (start, len) = (rows.start, rows.len());
+        let operands = Operands {
+            w_squared: w_squared.column_range(start, len),
+            wa: wa.as_view(),
+            a,
+            b: b.row_range(start, len),
+            scaling,
+        };
+        let fold = fold.map(|Fold { m, g, folded }| Fold {
+            m: m.column_range(start, len),
+            g: g.column_range(start, len),
+            folded: folded.row_range(start, len),
+        });
+        let norm = norm.reborrow().into_column_range(start, len);
+        forward_cuda(cuda, &norm, operands, w, None, fold)
+    })
+}
+
 fn forward_cuda(
     cuda: &Cuda,
     norm: &ViewMut,
     operands: Operands,
     w: View,
     folded: Option<View>,
+    fold: Option<Fold>,
 ) -> Result<()> {
     let Operands { w_squared, wa, a, b, scaling } = operands;
     let (rank, tiles) = (a.rows, a.rows.div_ceil(4));
@@ -202,6 +270,15 @@ fn forward_cuda(
     args.push(Arg::Ptr(gram));
     args.extend(either(w)?);
     args.push(Arg::Ptr(folded.map_or(Ok(0), |g| g.f32(FORWARD))?));
+    args.extend(match fold {
+        None => [Arg::Ptr(0), Arg::Ptr(0), Arg::Ptr(0), Arg::size(0)],
+        Some(Fold { m, g, folded }) => [
+            Arg::Ptr(m.f32(FORWARD)?),
+            Arg::Ptr(g.f32(FORWARD)?),
+            Arg::Ptr(folded.bf16(FORWARD)?),
+            Arg::size(folded.stride),
+        ],
+    });
     args.extend([Arg::F32(scaling), Arg::size(w.rows), Arg::size(w.cols), Arg::size(rank)]);
     cuda.launch(&SOURCE, "row_norm_forward", Grid::of(w.rows.div_ceil(8), 256), &args)
 }
@@ -436,6 +513,44 @@ mod tests {
         row_norm_forward(packed.view_mut(), w2, wa, a.view(), b.view(), 2.0, &weight).unwrap();
         row_norm_forward_dense(dense.view_mut(), w2, wa, a.view(), b.view(), 2.0, w.view()).unwrap();
         assert_eq!(packed.values(), dense.values());
+    }
+
+    #[test]
+    fn what_is_folded_with_a_norm_follows_from_it_also_on_cuda() {
+        let device = cuda::device();
+        for (n, k, r) in [(1, 1, 1), (7, 129, 1), (129, 127, 7), (70, 300, 16), (40, 576, 40)] {
+            let [a, w] = [(1, r), (3, n)].map(|(seed, rows)| TestMat::random(seed, rows, k, 0.7).rounded());
+            let (b, m, s) = (TestMat::random(2, n, r, 0.7), TestMat::random(4, 1, n, 1.0), 2.0_f32);
+            let weight = BaseWeight::from_f32(n, k, &w.values()).unwrap();
+            let (w_squared, _) = prepared(&weight, &a);
+            let mut norm = vec![0.0; n];
+            forward_naive(&mut norm, &w.f64(), &a.f64(), &b.f64(), f64::from(s));
+            let g: Vec<f64> = m.f64().iter().zip(&norm).map(|(m, norm)| m / norm).collect();
+            let folded: Vec<f64> =
+                b.f64().iter().enumerate().map(|(i, b)| f64::from(s) * g[i / r] * b).collect();
+            let close = tolerance(if k == 1 { 1e-4 } else { 1e-5 }, 0.0);
+            let what = format!("row_norm_fold {n} x {k}, rank {r}");
+            check_fast(
+                &what,
+                [(Out::Set(1, n), &norm), (Out::Set(1, n), &g), (Out::Set(n, r), &folded)],
+                [&w_squared, &a, &b, &m],
+                close,
+                |[norm, g, folded], [w_squared, a, b, m]| {
+                    row_norm_fold(norm, g, folded, w_squared, a, b, m, s, &weight)
+                },
+            );
+            let Some(device) = &device else { continue };
+            let weight = weight.to_device(device).unwrap();
+            let outputs = [
+                (Out::Set(1, n), F32, &norm[..]),
+                (Out::Set(1, n), F32, &g[..]),
+                (Out::Set(n, r), Bf16, &folded[..]),
+            ];
+            let inputs = [(&w_squared, F32), (&a, Bf16), (&b, F32), (&m, F32)];
+            check_cuda(device, &what, outputs, inputs, close, |[norm, g, folded], [w_squared, a, b, m]| {
+                row_norm_fold(norm, g, folded, w_squared, a, b, m, s, &weight)
+            });
+        }
     }
 
     #[test]
