@@ -3,7 +3,7 @@
 use qpeft_kernels::ops::attention::{AttentionShape, attention_backward, attention_forward};
 use qpeft_kernels::ops::convert::convert;
 use qpeft_kernels::ops::low_rank::{low_rank_forward, low_rank_projection_backward};
-use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_forward};
+use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_backward_scaled, rms_norm_forward};
 use qpeft_kernels::ops::rope::{rope_backward, rope_forward};
 use qpeft_kernels::ops::row_scale::Output;
 use qpeft_kernels::ops::swiglu::{swiglu_backward, swiglu_backward_scaled, swiglu_forward};
@@ -465,22 +465,23 @@ impl Layer {
             s.ffn_norm.top(t),
             both,
         )?;
-        rms_norm_backward(
-            g.stream.top_mut(t),
-            g.ffn_norm.top(t),
-            s.middle.top(t),
-            s.ffn_rstd.view().column_range(0, t),
-            self.ffn_norm.view(),
-        )?;
-
         // middle = x + o(attention(rope(q(norm)), rope(k(norm)), v(norm)))
+        let (rstd, middle) = (s.ffn_rstd.view().column_range(0, t), s.middle.top(t));
+        let (dmiddle, dnorm, weight) = (g.stream.top_mut(t), g.ffn_norm.top(t), self.ffn_norm.view());
+        let magnitude = self.linear(Slot::O).output_scale();
+        if let Some(entry) = magnitude {
+            let (dm, m) = (entry.view_mut(to.dparams.reborrow()), entry.view(to.pass.params));
+            rms_norm_backward_scaled(dmiddle, dm, dnorm, middle, x, rstd, weight, m)?;
+        } else {
+            rms_norm_backward(dmiddle, dnorm, middle, rstd, weight)?;
+        }
         self.project_backward(
             Slot::O,
             Some(overwrite(g.attn.top_mut(t))),
             &mut g.h,
             g.stream.top(t),
             s.attn.top(t),
-            Some(Output::Added { to: x, sum: s.middle.top(t) }),
+            magnitude.is_none().then_some(Output::Added { to: x, sum: middle }),
             &s.h,
             to,
         )?;

@@ -8,7 +8,7 @@ use std::ops::RangeInclusive;
 
 use qpeft_kernels::Device;
 use qpeft_kernels::cuda::gemm::WORKSPACE;
-use qpeft_kernels::cuda::spans::PARTIALS;
+use qpeft_kernels::cuda::spans::{column_sums, column_sums_by_rows};
 use qpeft_kernels::cuda::{Cuda, Scratch};
 use qpeft_kernels::device::Meter;
 use qpeft_kernels::ops::quant_linear::weight_scratch;
@@ -173,10 +173,15 @@ impl DryRun<'_> {
         let weight = self.decoder.linears().map(of).max().unwrap_or(0);
         let products = self.decoder.linears().map(|l| l.rank() * l.weight.rows() * size_of::<f32>()).max();
         let products = products.unwrap_or(0);
+        // The gradients of magnitudes are sums over the tokens.
+        let sums = |l: &Linear| l.output_scale().map(|_| column_sums(capacity, l.weight.rows()));
+        let sums = self.decoder.linears().filter_map(sums).max();
+        let by_rows = column_sums_by_rows(capacity, self.decoder.config.hidden_size);
+        let sums = sums.map_or(0, |sums| sums.max(by_rows));
         let scratch = ScratchNeed {
             weight: weight.max(weight_scratch(self.decoder.head(), 0, 0, false)),
             gemm: WORKSPACE,
-            partials: products.max(PARTIALS),
+            partials: products.max(sums),
             products,
         };
         Ok(Need {

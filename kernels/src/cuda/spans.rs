@@ -46,8 +46,18 @@ const STRIP: usize = 256;
 /// Blocks that keep any device busy; fixed, so that sums have the same bits on every device.
 const BLOCKS: usize = 1024;
 
-/// Bytes that the sums of columns take at most, of two matrices at once.
-pub const PARTIALS: usize = 2 * BLOCKS * STRIP * size_of::<f32>();
+/// Chunks of rows where a block keeps whole rows; fixed for the same reason.
+pub(crate) const ROW_CHUNKS: usize = 256;
+
+/// Bytes of scratch that the sums of the columns of two (rows, cols) matrices take.
+pub fn column_sums(rows: usize, cols: usize) -> usize {
+    2 * Chunks::of(rows, cols).count * cols * size_of::<f32>()
+}
+
+/// The same of one matrix that blocks read by whole rows.
+pub fn column_sums_by_rows(rows: usize, cols: usize) -> usize {
+    ROW_CHUNKS.min(rows) * cols * size_of::<f32>()
+}
 
 /// How the rows of a (rows, cols) matrix are shared out where every column is added up.
 #[derive(Debug, Clone, Copy)]

@@ -15,42 +15,27 @@ struct Result {
 __device__ __forceinline__ bool is_wide(Operand x) { return aligned16(x.p, x.stride); }
 __device__ __forceinline__ bool is_wide(Result x) { return aligned16(x.p, x.stride); }
 
-// The row to be normalized: x, or x + branch, rounded first, so that the backward pass sees the numbers that were used.
-template <bool BRANCH, typename Width>
-__device__ __forceinline__ auto load_row(Operand x, Operand branch, Span s, Width width) {
-    auto v = load_span(x.p, x.stride, s, width);
-    if constexpr (BRANCH) {
-        const auto b = load_span(branch.p, branch.stride, s, width);
-#pragma unroll
-        for (int i = 0; i < Width::N; i++) v.v[i] = to_f32(to_bf16(v.v[i] + b.v[i]));
-    }
-    return v;
-}
-
 template <int THREADS> __device__ __forceinline__ float reciprocal_root(float squares, u32 cols, float eps) {
     return 1.0f / sqrtf(block_sum<THREADS>(squares) / (float)max(cols, 1u) + eps);
 }
 
-template <int THREADS, bool BRANCH, typename Width>
-__device__ __forceinline__ void forward_looped(Result y, float* rstd, Result sum, Operand x, Operand branch,
-                                               const float* weight, u32 cols, float eps, Width width) {
+template <int THREADS, typename Width>
+__device__ __forceinline__ void forward_looped(Result y, float* rstd, Operand x, const float* weight, u32 cols,
+                                               float eps, Width width) {
     constexpr int N = Width::N;
     const u32 row = blockIdx.x;
     float squares = 0.0f;
     for (u32 k = threadIdx.x; k * N < cols; k += THREADS) {
         const Span s = span_of_row(row, k, cols, width);
-        const auto v = load_row<BRANCH>(x, branch, s, width);
-        if constexpr (BRANCH) store_span(sum.p, sum.stride, s, width, v);
+        const auto v = load_span(x.p, x.stride, s, width);
 #pragma unroll
         for (int i = 0; i < N; i++) squares += v.v[i] * v.v[i];
     }
     const float r = reciprocal_root<THREADS>(squares, cols, eps);
     if (threadIdx.x == 0) rstd[row] = r;
-    // Every thread reads again what it wrote itself.
-    const Operand source = BRANCH ? Operand{sum.p, sum.stride} : x;
     for (u32 k = threadIdx.x; k * N < cols; k += THREADS) {
         const Span s = span_of_row(row, k, cols, width);
-        auto v = load_span(source.p, source.stride, s, width);
+        auto v = load_span(x.p, x.stride, s, width);
         const auto w = load_span(weight, 0, Span{0, s.col, s.present}, width);
 #pragma unroll
         for (int i = 0; i < N; i++) v.v[i] = v.v[i] * r * w.v[i];
@@ -58,26 +43,23 @@ __device__ __forceinline__ void forward_looped(Result y, float* rstd, Result sum
     }
 }
 
-// y = x rstd weight, with BRANCH also sum = x + branch; `sum` may be `x`. SPANS = 0: any number of columns.
-template <int THREADS, int SPANS, bool BRANCH>
-__device__ __forceinline__ void forward(Result y, float* rstd, Result sum, Operand x, Operand branch,
-                                        const float* weight, u32 cols, float eps) {
-    bool wide = is_wide(y) && is_wide(x) && aligned16(weight, 0) && cols % 8 == 0;
-    if (BRANCH) wide = wide && is_wide(branch) && is_wide(sum);
-    if (!wide) {
-        forward_looped<THREADS, BRANCH>(y, rstd, sum, x, branch, weight, cols, eps, Narrow{});
+// y = x rstd weight. SPANS = 0: any number of columns.
+template <int THREADS, int SPANS>
+__device__ __forceinline__ void forward(Result y, float* rstd, Operand x, const float* weight, u32 cols, float eps) {
+    if (!(is_wide(y) && is_wide(x) && aligned16(weight, 0) && cols % 8 == 0)) {
+        forward_looped<THREADS>(y, rstd, x, weight, cols, eps, Narrow{});
         return;
     }
     const Wide width;
     if constexpr (SPANS == 0) {
-        forward_looped<THREADS, BRANCH>(y, rstd, sum, x, branch, weight, cols, eps, width);
+        forward_looped<THREADS>(y, rstd, x, weight, cols, eps, width);
     } else {
         const u32 row = blockIdx.x;
         f32x8 v[SPANS], w[SPANS];
 #pragma unroll
         for (int u = 0; u < SPANS; u++) {
             const Span s = span_of_row(row, threadIdx.x + u * THREADS, cols, width);
-            v[u] = load_row<BRANCH>(x, branch, s, width);
+            v[u] = load_span(x.p, x.stride, s, width);
             w[u] = load_span(weight, 0, Span{0, s.col, s.present}, width);
         }
         float squares = 0.0f;
@@ -90,7 +72,6 @@ __device__ __forceinline__ void forward(Result y, float* rstd, Result sum, Opera
 #pragma unroll
         for (int u = 0; u < SPANS; u++) {
             const Span s = span_of_row(row, threadIdx.x + u * THREADS, cols, width);
-            if constexpr (BRANCH) store_span(sum.p, sum.stride, s, width, v[u]);
 #pragma unroll
             for (int i = 0; i < 8; i++) v[u].v[i] = v[u].v[i] * r * w[u].v[i];
             store_span(y.p, y.stride, s, width, v[u]);
@@ -168,17 +149,65 @@ __device__ __forceinline__ void backward(Result dx, Operand dy, Operand x, const
     }
 }
 
+// The same for the rows of chunk blockIdx.x, and partial[blockIdx.x, n] = sum over them of dx (x - to). A thread keeps
+// its columns from row to row, so that their sums stay in registers. Rows are aligned and fit SPANS spans per thread.
+template <int THREADS, int SPANS>
+__device__ __forceinline__ void backward_columns(Result dx, float* partial, Operand dy, Operand x, Operand to,
+                                                 const float* rstd, const float* weight, u32 rows, u32 cols,
+                                                 u32 chunk) {
+    const Wide width;
+    f32x8 w[SPANS], sum[SPANS] = {};
+#pragma unroll
+    for (int u = 0; u < SPANS; u++)
+        w[u] = load_span(weight, 0, span_of_row(0, threadIdx.x + u * THREADS, cols, width), width);
+    const u32 end = min(rows, (blockIdx.x + 1) * chunk);
+#pragma unroll 1
+    for (u32 row = blockIdx.x * chunk; row < end; row++) {
+        f32x8 d[SPANS], v[SPANS], old[SPANS], before[SPANS];
+#pragma unroll
+        for (int u = 0; u < SPANS; u++) {
+            const Span s = span_of_row(row, threadIdx.x + u * THREADS, cols, width);
+            d[u] = load_span(dy.p, dy.stride, s, width);
+            v[u] = load_span(x.p, x.stride, s, width);
+            old[u] = load_span(dx.p, dx.stride, s, width);
+            before[u] = load_span(to.p, to.stride, s, width);
+        }
+        const float r = rstd[row];
+        float dot = 0.0f;
+#pragma unroll
+        for (int u = 0; u < SPANS; u++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                d[u].v[i] *= w[u].v[i];
+                dot += d[u].v[i] * v[u].v[i];
+            }
+        const float pull = r * r * (block_sum<THREADS>(dot) / (float)cols);
+#pragma unroll
+        for (int u = 0; u < SPANS; u++) {
+            const Span s = span_of_row(row, threadIdx.x + u * THREADS, cols, width);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                old[u].v[i] += r * (d[u].v[i] - v[u].v[i] * pull);
+                sum[u].v[i] += old[u].v[i] * (v[u].v[i] - before[u].v[i]);
+            }
+            store_span(dx.p, dx.stride, s, width, old[u]);
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < SPANS; u++) {
+        const Span s = span_of_row(blockIdx.x, threadIdx.x + u * THREADS, cols, width);
+        if (!s.present) continue;
+#pragma unroll
+        for (int i = 0; i < 8; i++) partial[(i64)s.row * cols + s.col + i] = sum[u].v[i];
+    }
+}
+
 // Blocks: one per row.
 #define ENTRIES(SUFFIX, THREADS, SPANS, BLOCKS)                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) rms_norm_forward_##SUFFIX(                           \
-        bf16* y, i32 y_stride, float* rstd, const bf16* x, i32 x_stride, const float* weight, i32 cols, float eps) {   \
-        forward<THREADS, SPANS, false>({y, y_stride}, rstd, {}, {x, x_stride}, {}, weight, cols, eps);                 \
-    }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) residual_rms_norm_forward_##SUFFIX(                  \
-        bf16* y, i32 y_stride, float* rstd, bf16* sum, i32 sum_stride, const bf16* x, i32 x_stride,                    \
-        const bf16* branch, i32 branch_stride, const float* weight, i32 cols, float eps) {                             \
-        forward<THREADS, SPANS, true>({y, y_stride}, rstd, {sum, sum_stride}, {x, x_stride}, {branch, branch_stride},  \
-                                      weight, cols, eps);                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                                      \
+        rms_norm_forward_##SUFFIX(bf16* y, i32 y_stride, float* rstd, const bf16* x, i32 x_stride,                     \
+                                  const float* weight, i32 cols, float eps) {                                          \
+        forward<THREADS, SPANS>({y, y_stride}, rstd, {x, x_stride}, weight, cols, eps);                                \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) rms_norm_backward_##SUFFIX(                          \
         bf16* dx, i32 dx_stride, const bf16* dy, i32 dy_stride, const bf16* x, i32 x_stride, const float* rstd,        \
@@ -191,3 +220,17 @@ ENTRIES(2048, 256, 1, 4)
 ENTRIES(4096, 256, 2, 4)
 ENTRIES(8192, 512, 2, 2)
 ENTRIES(any, 512, 0, 2)
+
+// Blocks: one per chunk of rows.
+#define COLUMNS(SUFFIX, THREADS, SPANS, BLOCKS)                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) rms_norm_backward_columns_##SUFFIX(                  \
+        bf16* dx, i32 dx_stride, float* partial, const bf16* dy, i32 dy_stride, const bf16* x, i32 x_stride,           \
+        const bf16* to, i32 to_stride, const float* rstd, const float* weight, i32 rows, i32 cols, i32 chunk) {        \
+        backward_columns<THREADS, SPANS>({dx, dx_stride}, partial, {dy, dy_stride}, {x, x_stride}, {to, to_stride},    \
+                                         rstd, weight, rows, cols, chunk);                                             \
+    }
+
+COLUMNS(1024, 128, 1, 5)
+COLUMNS(2048, 256, 1, 3)
+COLUMNS(4096, 256, 2, 2)
+COLUMNS(8192, 512, 2, 1)

@@ -6,14 +6,15 @@ use rayon::prelude::*;
 
 use crate::cpu::rows::{row, rows_per_task};
 use crate::cpu::{by_isa, math};
-use crate::cuda::{Arg, Cuda, Grid, Source};
+use crate::cuda::spans::{Chunks, ROW_CHUNKS};
+use crate::cuda::{Arg, Cuda, Grid, Scratch, Source};
 use crate::error::{Result, check};
-use crate::ops::residual::residual_forward;
+use crate::ops::row_scale::{Output, add_partials_cuda, row_scale_backward};
 use crate::tensor::{View, ViewMut};
 
 const FORWARD: &str = "rms_norm_forward";
 const BACKWARD: &str = "rms_norm_backward";
-const RESIDUAL: &str = "residual_rms_norm_forward";
+const SCALED: &str = "rms_norm_backward_scaled";
 
 /// Scales every token to a root mean square of one, then every channel by its weight.
 ///
@@ -32,47 +33,9 @@ pub fn rms_norm_forward(y: ViewMut, rstd: ViewMut, x: View, weight: View, eps: f
     check(FORWARD, "columns of y", x.cols, y.cols)?;
     check_saved(FORWARD, rstd.as_view(), x, weight)?;
     if let Some(cuda) = y.cuda() {
-        return forward_cuda(&cuda, &y, &rstd, None, x, weight, eps);
+        return forward_cuda(&cuda, &y, &rstd, x, weight, eps);
     }
     forward_fast(y, rstd, x, weight, eps)
-}
-
-/// Adds a branch to the residual stream and normalizes the sum: [`residual_forward`] and [`rms_norm_forward`] in one
-/// pass.
-///
-/// sum = x + branch; y = sum * rstd * weight, rstd = 1 / sqrt(mean(sum^2) + eps).
-///
-/// Shapes: `y`, `sum`, `x`, `branch` (T, C); `rstd` (1, T), saved for backward; `weight` (1, C).
-/// Accumulates: nothing, `y`, `rstd` and `sum` are overwritten.
-/// Precision: as the two ops; what is normalized is the sum as it is stored.
-///
-/// # Errors
-/// Shapes that do not belong together, or no kernel for the device.
-///
-/// Source: the two ops.
-pub fn residual_rms_norm_forward(
-    y: ViewMut,
-    rstd: ViewMut,
-    mut sum: ViewMut,
-    x: View,
-    branch: View,
-    weight: View,
-    eps: f32,
-) -> Result<()> {
-    for (rows, columns, operand) in [
-        ("rows of y", "columns of y", y.as_view()),
-        ("rows of sum", "columns of sum", sum.as_view()),
-        ("rows of branch", "columns of branch", branch),
-    ] {
-        check(RESIDUAL, rows, x.rows, operand.rows)?;
-        check(RESIDUAL, columns, x.cols, operand.cols)?;
-    }
-    check_saved(RESIDUAL, rstd.as_view(), x, weight)?;
-    if let Some(cuda) = y.cuda() {
-        return forward_cuda(&cuda, &y, &rstd, Some((&sum, branch)), x, weight, eps);
-    }
-    residual_forward(sum.reborrow(), x, branch)?;
-    rms_norm_forward(y, rstd, sum.as_view(), weight, eps)
 }
 
 /// The gradient of [`rms_norm_forward`] by its input, added to the gradient of the residual stream.
@@ -99,6 +62,56 @@ pub fn rms_norm_backward(dx: ViewMut, dy: View, x: View, rstd: View, weight: Vie
     backward_fast(dx, dy, x, rstd, weight)
 }
 
+/// [`rms_norm_backward`], and the gradients of the factors of the linear whose output was added to the stream and made x
+/// of it, without another pass over dx and x: an output projection with magnitudes (DoRA).
+///
+/// dx as [`rms_norm_backward`]; then dscale_n += sum_t dx_tn (x_tn - to_tn) / scale_n, as [`row_scale_backward`], a factor
+/// of 0 included.
+///
+/// Shapes: as [`rms_norm_backward`]; `to` (T, C), the stream before; `dscale`, `scale` (1, C).
+/// Accumulates: `dx` and `dscale` are added to.
+/// Precision: as the two ops; on CUDA the sums are of gradients before they are rounded to bf16, where rows are
+/// aligned and have at most 8192 columns.
+///
+/// # Errors
+/// Shapes that do not belong together, or no kernel for the device.
+///
+/// Source: the two ops.
+pub fn rms_norm_backward_scaled(
+    mut dx: ViewMut,
+    dscale: ViewMut,
+    dy: View,
+    x: View,
+    to: View,
+    rstd: View,
+    weight: View,
+    scale: View,
+) -> Result<()> {
+    for (rows, columns, operand) in [
+        ("rows of dx", "columns of dx", dx.as_view()),
+        ("rows of dy", "columns of dy", dy),
+        ("rows of to", "columns of to", to),
+    ] {
+        check(SCALED, rows, x.rows, operand.rows)?;
+        check(SCALED, columns, x.cols, operand.cols)?;
+    }
+    check_saved(SCALED, rstd, x, weight)?;
+    for (rows, columns, operand) in [
+        ("rows of dscale", "columns of dscale", dscale.as_view()),
+        ("rows of scale", "columns of scale", scale),
+    ] {
+        check(SCALED, rows, 1, operand.rows)?;
+        check(SCALED, columns, x.cols, operand.cols)?;
+    }
+    if let Some(cuda) = dx.cuda()
+        && scaled_cuda(&cuda, &dx, &dscale, [dy, x, to], rstd, weight, scale)?
+    {
+        return Ok(());
+    }
+    rms_norm_backward(dx.reborrow(), dy, x, rstd, weight)?;
+    row_scale_backward(dscale, dx.as_view(), Output::Added { to, sum: x }, scale)
+}
+
 fn check_saved(op: &'static str, rstd: View, x: View, weight: View) -> Result<()> {
     check(op, "rows of rstd", 1, rstd.rows)?;
     check(op, "columns of rstd (tokens)", x.rows, rstd.cols)?;
@@ -110,13 +123,13 @@ fn check_saved(op: &'static str, rstd: View, x: View, weight: View) -> Result<()
 
 pub(crate) static SOURCE: Source = Source::new("rms_norm.cu", include_str!("rms_norm.cu"));
 
-/// The three kernels for rows of one size.
+/// The kernels for rows of one size.
 #[derive(Debug)]
 struct Kernels {
     threads: usize,
     forward: &'static str,
-    residual: &'static str,
     backward: &'static str,
+    columns: &'static str,
 }
 
 /// The suffix of a kernel is the largest number of columns that it keeps in registers.
@@ -126,8 +139,8 @@ fn kernels(cols: usize) -> Kernels {
             Kernels {
                 threads: $threads,
                 forward: concat!("rms_norm_forward_", $suffix),
-                residual: concat!("residual_rms_norm_forward_", $suffix),
                 backward: concat!("rms_norm_backward_", $suffix),
+                columns: concat!("rms_norm_backward_columns_", $suffix),
             }
         };
     }
@@ -140,29 +153,20 @@ fn kernels(cols: usize) -> Kernels {
     }
 }
 
-/// With a residual (sum, branch), x + branch is what is normalized.
-fn forward_cuda(
-    cuda: &Cuda,
-    y: &ViewMut,
-    rstd: &ViewMut,
-    residual: Option<(&ViewMut, View)>,
-    x: View,
-    weight: View,
-    eps: f32,
-) -> Result<()> {
+fn forward_cuda(cuda: &Cuda, y: &ViewMut, rstd: &ViewMut, x: View, weight: View, eps: f32) -> Result<()> {
     let op = FORWARD;
     let kernels = kernels(x.cols);
-    let mut args = vec![Arg::Ptr(y.bf16(op)?), Arg::size(y.stride), Arg::Ptr(rstd.f32(op)?)];
-    if let Some((sum, _)) = residual {
-        args.extend([Arg::Ptr(sum.bf16(op)?), Arg::size(sum.stride)]);
-    }
-    args.extend([Arg::Ptr(x.bf16(op)?), Arg::size(x.stride)]);
-    if let Some((_, branch)) = residual {
-        args.extend([Arg::Ptr(branch.bf16(op)?), Arg::size(branch.stride)]);
-    }
-    args.extend([Arg::Ptr(weight.f32(op)?), Arg::size(x.cols), Arg::F32(eps)]);
-    let kernel = if residual.is_some() { kernels.residual } else { kernels.forward };
-    cuda.launch(&SOURCE, kernel, Grid::of(x.rows, kernels.threads), &args)
+    let args = [
+        Arg::Ptr(y.bf16(op)?),
+        Arg::size(y.stride),
+        Arg::Ptr(rstd.f32(op)?),
+        Arg::Ptr(x.bf16(op)?),
+        Arg::size(x.stride),
+        Arg::Ptr(weight.f32(op)?),
+        Arg::size(x.cols),
+        Arg::F32(eps),
+    ];
+    cuda.launch(&SOURCE, kernels.forward, Grid::of(x.rows, kernels.threads), &args)
 }
 
 fn backward_cuda(cuda: &Cuda, dx: &ViewMut, dy: View, x: View, rstd: View, weight: View) -> Result<()> {
@@ -183,6 +187,53 @@ fn backward_cuda(cuda: &Cuda, dx: &ViewMut, dy: View, x: View, rstd: View, weigh
         Arg::size(x.cols),
     ];
     cuda.launch(&SOURCE, kernels.backward, Grid::of(x.rows, kernels.threads), &args)
+}
+
+/// Columns of the longest rows that a block keeps in registers.
+const LONGEST: usize = 8192;
+
+/// False: the rows are not aligned or too long, and nothing was done.
+fn scaled_cuda(
+    cuda: &Cuda,
+    dx: &ViewMut,
+    dscale: &ViewMut,
+    [dy, x, to]: [View; 3],
+    rstd: View,
+    weight: View,
+    scale: View,
+) -> Result<bool> {
+    let (op, rows, cols) = (SCALED, x.rows, x.cols);
+    let aligned = |ptr: u64, stride: usize| ptr.is_multiple_of(16) && stride.is_multiple_of(8);
+    let mut wide = cols.is_multiple_of(8) && (1..=LONGEST).contains(&cols) && rows > 0;
+    for view in [dx.as_view(), dy, x, to] {
+        wide &= aligned(view.bf16(op)?, view.stride);
+    }
+    if !wide || !aligned(weight.f32(op)?, 0) {
+        return Ok(false);
+    }
+    let rows_each = rows.div_ceil(ROW_CHUNKS);
+    let chunks = Chunks { rows: rows_each, count: rows.div_ceil(rows_each), strips: 1 };
+    let partial = cuda.scratch(Scratch::Partials, chunks.count * cols * size_of::<f32>())?;
+    let args = [
+        Arg::Ptr(dx.bf16(op)?),
+        Arg::size(dx.stride),
+        Arg::Ptr(partial),
+        Arg::Ptr(dy.bf16(op)?),
+        Arg::size(dy.stride),
+        Arg::Ptr(x.bf16(op)?),
+        Arg::size(x.stride),
+        Arg::Ptr(to.bf16(op)?),
+        Arg::size(to.stride),
+        Arg::Ptr(rstd.f32(op)?),
+        Arg::Ptr(weight.f32(op)?),
+        Arg::size(rows),
+        Arg::size(cols),
+        Arg::size(rows_each),
+    ];
+    let kernels = kernels(cols);
+    cuda.launch(&SOURCE, kernels.columns, Grid::of(chunks.count, kernels.threads), &args)?;
+    add_partials_cuda(op, cuda, dscale, partial, chunks, scale)?;
+    Ok(true)
 }
 
 // ------------------------------------------------------------------------------------------ CPU
@@ -357,22 +408,69 @@ mod tests {
         assert_eq!(error.unwrap_err().to_string(), "rms_norm_backward: rows of dy is 1, expected 2");
     }
 
+    /// What the two ops give, in f64.
+    fn scaled_naive(
+        start: &Mat,
+        dstart: &Mat,
+        [dy, x, to]: [&Mat; 3],
+        [rstd, weight, scale]: [&Mat; 3],
+    ) -> [Vec<f64>; 2] {
+        let (mut dx, mut dscale, channels) = (start.f64(), dstart.f64(), x.cols);
+        backward_naive(&mut dx, &dy.f64(), &x.f64(), &rstd.f64(), &weight.f64());
+        let (x, to) = (x.f64(), to.f64());
+        for (n, (dscale, scale)) in dscale.iter_mut().zip(scale.f64()).enumerate() {
+            let products = (n..dx.len()).step_by(channels).map(|i| dx[i] * (x[i] - to[i]));
+            *dscale += if scale == 0.0 { 0.0 } else { products.sum::<f64>() / scale };
+        }
+        [dx, dscale]
+    }
+
+    /// Random factors away from 0, where quotients of sums grow without bound, and 0 itself.
+    fn factors(channels: usize) -> Mat {
+        let values = Mat::random(8, 1, channels, 1.0).values();
+        let away = |(i, x): (usize, f32)| if i % 5 == 2 { 0.0 } else { x + x.signum() * 0.5 };
+        Mat::new(1, channels, values.into_iter().enumerate().map(away).collect())
+    }
+
     #[test]
-    fn the_residual_sum_and_its_norm_equal_the_two_ops() {
+    fn the_gradients_of_the_factors_are_those_of_row_scale() {
         for (tokens, channels) in SHAPES {
-            let [x, branch] = [1, 2].map(|seed| Mat::random(seed, tokens, channels, 1.0));
-            let weight = Mat::random(3, 1, channels, 1.0);
-            let sum: Vec<f64> = x.values().iter().zip(branch.values()).map(|(x, b)| (x + b) as f64).collect();
-            let (mut y, mut rstd) = (vec![0.0; tokens * channels], vec![0.0; tokens]);
-            forward_naive(&mut y, &mut rstd, &sum, &weight.f64(), EPS as f64);
-            let set = Out::Set(tokens, channels);
+            let [start, dy, x, to] = [1, 2, 3, 4].map(|seed| Mat::random(seed, tokens, channels, 1.0));
+            let [weight, dstart] = [5, 6].map(|seed| Mat::random(seed, 1, channels, 1.0));
+            let (rstd, scale) = (Mat::random(7, 1, tokens, 0.5), factors(channels));
+            let [dx, dscale] = scaled_naive(&start, &dstart, [&dy, &x, &to], [&rstd, &weight, &scale]);
             check_fast(
-                &format!("residual_rms_norm_forward {tokens} x {channels}"),
-                [(set, &y), (Out::Set(1, tokens), &rstd), (Out::Set(tokens, channels), &sum)],
-                [&x, &branch, &weight],
-                tolerance(2e-6, 1e-9),
-                |[y, rstd, sum], [x, branch, weight]| {
-                    residual_rms_norm_forward(y, rstd, sum, x, branch, weight, EPS)
+                &format!("rms_norm_backward_scaled {tokens} x {channels}"),
+                [(Out::Add(&start), &dx), (Out::Add(&dstart), &dscale)],
+                [&dy, &x, &to, &rstd, &weight, &scale],
+                tolerance(2e-6, 1e-5 * (tokens as f64).sqrt()),
+                |[dx, dscale], [dy, x, to, rstd, weight, scale]| {
+                    rms_norm_backward_scaled(dx, dscale, dy, x, to, rstd, weight, scale)
+                },
+            );
+        }
+    }
+
+    #[test]
+    fn the_cuda_gradients_of_the_factors_equal_the_naive_ones() {
+        let Some(device) = cuda::device() else { return };
+        for (tokens, channels) in
+            cuda::SHAPES.into_iter().chain([(300, 1024), (70, 2056), (3, 8192), (5, 8200)])
+        {
+            let [start, dy, x, to] =
+                [1, 2, 3, 4].map(|seed| Mat::random(seed, tokens, channels, 1.0).rounded());
+            let [weight, dstart] = [5, 6].map(|seed| Mat::random(seed, 1, channels, 1.0));
+            let (rstd, scale) = (Mat::random(7, 1, tokens, 0.5), factors(channels));
+            let [dx, dscale] = scaled_naive(&start, &dstart, [&dy, &x, &to], [&rstd, &weight, &scale]);
+            check_cuda(
+                &device,
+                &format!("rms_norm_backward_scaled {tokens} x {channels}"),
+                [(Out::Add(&start), Bf16, &dx), (Out::Add(&dstart), F32, &dscale)],
+                [(&dy, Bf16), (&x, Bf16), (&to, Bf16), (&rstd, F32), (&weight, F32), (&scale, F32)],
+                // Where rows are not aligned the sums are of gradients that were rounded: 1.1e-3 of every term.
+                tolerance(2e-6, 2e-2 * (tokens as f64).sqrt()),
+                |[dx, dscale], [dy, x, to, rstd, weight, scale]| {
+                    rms_norm_backward_scaled(dx, dscale, dy, x, to, rstd, weight, scale)
                 },
             );
         }
@@ -384,7 +482,7 @@ mod tests {
         for (tokens, channels) in cuda::SHAPES {
             for std in [1.0, 1e3, 1e-4] {
                 let what = format!("rms_norm {tokens} x {channels} of {std}");
-                let [x, branch] = [1, 2].map(|seed| Mat::random(seed, tokens, channels, std).rounded());
+                let x = Mat::random(1, tokens, channels, std).rounded();
                 let weight = Mat::random(3, 1, channels, 1.0);
                 let (mut y, mut rstd) = (vec![0.0; tokens * channels], vec![0.0; tokens]);
                 forward_naive(&mut y, &mut rstd, &x.f64(), &weight.f64(), EPS as f64);
@@ -396,20 +494,6 @@ mod tests {
                     [(&x, Bf16), (&weight, F32)],
                     tolerance(2e-6, 0.0),
                     |[y, rstd], [x, weight]| rms_norm_forward(y, rstd, x, weight, EPS),
-                );
-                // The f32 sum of two bf16 numbers, rounded: what the kernel normalizes.
-                let sum = x.values().iter().zip(branch.values()).map(|(x, b)| x + b).collect();
-                let sum = Mat::new(tokens, channels, sum).rounded().f64();
-                forward_naive(&mut y, &mut rstd, &sum, &weight.f64(), EPS as f64);
-                check_cuda(
-                    &device,
-                    &what,
-                    [(set(), Bf16, &y), (Out::Set(1, tokens), F32, &rstd), (set(), Bf16, &sum)],
-                    [(&x, Bf16), (&branch, Bf16), (&weight, F32)],
-                    tolerance(2e-6, 0.0),
-                    |[y, rstd, sum], [x, branch, weight]| {
-                        residual_rms_norm_forward(y, rstd, sum, x, branch, weight, EPS)
-                    },
                 );
             }
         }

@@ -13,7 +13,7 @@ use crate::tensor::Dtype;
 pub(crate) static SOURCE: Source = Source::new("digest.cu", include_str!("digest.cu"));
 
 /// Products of fewer operations are over before it matters.
-pub(super) const LEAST_OPERATIONS: usize = 1 << 31;
+pub(super) const LEAST_OPERATIONS: usize = 1 << 29;
 
 /// How often the candidates take turns; the best time of each counts.
 const ROUNDS: usize = 3;
