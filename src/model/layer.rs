@@ -4,7 +4,7 @@ use qpeft_kernels::ops::attention::{AttentionShape, attention_backward, attentio
 use qpeft_kernels::ops::convert::convert;
 use qpeft_kernels::ops::low_rank::{low_rank_forward, low_rank_projection_backward};
 use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_backward_scaled, rms_norm_forward};
-use qpeft_kernels::ops::rope::{rope_backward, rope_forward};
+use qpeft_kernels::ops::rope::{rope_backward, rope_backward_scaled, rope_forward};
 use qpeft_kernels::ops::row_scale::Output;
 use qpeft_kernels::ops::swiglu::{swiglu_backward, swiglu_backward_scaled, swiglu_forward};
 use qpeft_kernels::{Ids, Tensor, View, ViewMut};
@@ -367,6 +367,29 @@ impl Layer {
         linear.backward(dx, dh, to.dparams.reborrow(), dy, Saved { x, h, y }, to.pass, to.scratch)
     }
 
+    /// The mirror of the rotation of the output x of `slot`, in its gradient dx. On the way the factors of that output
+    /// get their gradient, and any other adapter that reads it finds it as the linear gave it, before the rotation.
+    fn rotate_back(
+        &self,
+        slot: Slot,
+        dx: ViewMut<'_>,
+        x: ViewMut<'_>,
+        place: &Place<'_>,
+        to: &mut Backward<'_>,
+    ) -> Result<()> {
+        let (linear, table, positions) = (self.linear(slot), place.rope, place.positions);
+        let d = place.config.head_dim;
+        if let Some(scale) = linear.output_scale() {
+            let (dscale, scale) = (scale.view_mut(to.dparams.reborrow()), scale.view(to.pass.params));
+            return Ok(rope_backward_scaled(dx, dscale, x.as_view(), table, positions, d, scale)?);
+        }
+        rope_backward(dx, table, positions, d)?;
+        if linear.needs_output() {
+            rope_backward(x, table, positions, d)?;
+        }
+        Ok(())
+    }
+
     /// silu(gate) * up again, where the layers share room for it and another one has used that since.
     ///
     /// # Errors
@@ -394,7 +417,6 @@ impl Layer {
         to: &mut Backward<'_>,
     ) -> Result<()> {
         let t = x.rows;
-        let d = place.config.head_dim;
 
         // y = middle + down(swiglu(gate(norm), up(norm))); the stream's own gradient passes through
         let act = if s.act.rows() > 0 { s.act.top(t) } else { common.act.top(t) };
@@ -499,15 +521,9 @@ impl Layer {
             place.q_starts,
             &place.attention(),
         )?;
-        rope_backward(g.q.top_mut(t), place.rope, place.positions, d)?;
-        rope_backward(g.k.top_mut(t), place.rope, place.positions, d)?;
-        // An adapter that reads its output wants it as the linear gave it, before the rotation.
-        if self.linear(Slot::Q).needs_output() {
-            rope_backward(s.q.top_mut(t), place.rope, place.positions, d)?;
-        }
-        if self.linear(Slot::K).needs_output() {
-            rope_backward(s.k.top_mut(t), place.rope, place.positions, d)?;
-        }
+        self.rotate_back(Slot::Q, g.q.top_mut(t), s.q.top_mut(t), place, to)?;
+        self.rotate_back(Slot::K, g.k.top_mut(t), s.k.top_mut(t), place, to)?;
+        let unrotated = |slot, y| self.linear(slot).output_scale().is_none().then_some(Output::Kept(y));
         let norm = s.attn_norm.top(t);
         let shared = self.shared_pass(SIBLINGS[0], &g.h, t, to.pass);
         let mut with_shared = to.with_pass(&shared);
@@ -519,7 +535,7 @@ impl Layer {
                 &mut g.h,
                 g.q.top(t),
                 norm,
-                Some(Output::Kept(s.q.top(t))),
+                unrotated(Slot::Q, s.q.top(t)),
                 &s.h,
                 all,
             )?;
@@ -529,7 +545,7 @@ impl Layer {
                 &mut g.h,
                 g.k.top(t),
                 norm,
-                Some(Output::Kept(s.k.top(t))),
+                unrotated(Slot::K, s.k.top(t)),
                 &s.h,
                 all,
             )?;
@@ -558,7 +574,7 @@ impl Layer {
                 &mut g.h,
                 g.q.top(t),
                 norm,
-                Some(Output::Kept(s.q.top(t))),
+                unrotated(Slot::Q, s.q.top(t)),
                 &s.h,
                 all,
             )?;
@@ -568,7 +584,7 @@ impl Layer {
                 &mut g.h,
                 g.k.top(t),
                 norm,
-                Some(Output::Kept(s.k.top(t))),
+                unrotated(Slot::K, s.k.top(t)),
                 &s.h,
                 all,
             )?;

@@ -103,7 +103,7 @@ struct Plan {
 #[derive(Debug)]
 pub(super) struct Plans {
     handle: sys::cublasLtHandle_t,
-    plans: HashMap<(Shape, bool), Plan>,
+    by_shape: HashMap<(Shape, bool), Plan>,
     /// Whether plans look for their fastest algorithm now.
     tuning: bool,
 }
@@ -113,7 +113,7 @@ unsafe impl Send for Plans {}
 
 impl Drop for Plans {
     fn drop(&mut self) {
-        for plan in self.plans.values() {
+        for plan in self.by_shape.values() {
             // SAFETY: created by `plan`, used nowhere else.
             unsafe {
                 let _ = result::destroy_matmul_desc(plan.desc);
@@ -130,16 +130,16 @@ impl Drop for Plans {
 impl Plans {
     /// A handle on the current device.
     pub(super) fn new() -> Result<Plans, CublasError> {
-        Ok(Plans { handle: result::create_handle()?, plans: HashMap::new(), tuning: false })
+        Ok(Plans { handle: result::create_handle()?, by_shape: HashMap::new(), tuning: false })
     }
 
     /// The plan of a shape; a product that adds to its output has one of its own.
     fn plan(&mut self, shape: Shape, adds: bool) -> Result<&mut Plan, CublasError> {
-        if !self.plans.contains_key(&(shape, adds)) {
+        if !self.by_shape.contains_key(&(shape, adds)) {
             let plan = self.build(shape)?;
-            self.plans.insert((shape, adds), plan);
+            self.by_shape.insert((shape, adds), plan);
         }
-        Ok(self.plans.get_mut(&(shape, adds)).expect("inserted above"))
+        Ok(self.by_shape.get_mut(&(shape, adds)).expect("inserted above"))
     }
 
     fn build(&self, shape: Shape) -> Result<Plan, CublasError> {

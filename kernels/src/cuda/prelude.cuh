@@ -191,9 +191,9 @@ template <int THREADS, int SPANS, typename Body> __device__ __forceinline__ void
 }
 
 // The second half of a sum over the rows of a block of 8 warps: every warp has added up some of them, lane l the
-// columns col + N l .. + N. Writes the sums of columns col .. col + 32 N that exist.
-template <int N>
-__device__ __forceinline__ void store_column_sums(float* out, const f32xn<N>& sum, u32 col, u32 cols) {
+// columns col + N l .. + N. Writes the sums of columns col .. col + 32 N that exist, that of column c to out[place(c)].
+template <int N, typename Place>
+__device__ __forceinline__ void store_column_sums(float* out, const f32xn<N>& sum, u32 col, u32 cols, Place place) {
     __shared__ float partial[8][N][33];
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     __syncthreads();
@@ -205,5 +205,10 @@ __device__ __forceinline__ void store_column_sums(float* out, const f32xn<N>& su
     float total = 0.0f;
 #pragma unroll
     for (int w = 0; w < 8; w++) total += partial[w][c % N][c / N];
-    out[col + c] = total;
+    out[place(col + c)] = total;
+}
+
+template <int N>
+__device__ __forceinline__ void store_column_sums(float* out, const f32xn<N>& sum, u32 col, u32 cols) {
+    store_column_sums(out, sum, col, cols, [](u32 c) { return c; });
 }

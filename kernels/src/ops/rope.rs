@@ -2,7 +2,11 @@
 //!
 //! Angles come from a table made once for the longest sequence, so the step loop computes no sine.
 
+mod scaled;
+
 use rayon::prelude::*;
+
+pub use self::scaled::rope_backward_scaled;
 
 use crate::cpu::by_isa;
 use crate::cpu::rows::{row, rows_per_task};
@@ -272,13 +276,13 @@ mod tests {
     use crate::testing::cuda::{self, check_cuda};
     use crate::testing::{Mat, Out, assert_close, check_fast, check_gradient, golden, inner, tolerance};
 
-    fn table(positions: usize, head_dim: usize) -> Mat {
+    pub(super) fn table(positions: usize, head_dim: usize) -> Mat {
         let table = rope_table(&Device::Cpu, positions, head_dim, 1e4, &RopeScaling::None).unwrap();
         Mat::new(positions, head_dim, table.read().unwrap())
     }
 
     /// Positions of two sequences laid end to end.
-    fn positions(tokens: usize) -> Vec<u32> {
+    pub(super) fn positions(tokens: usize) -> Vec<u32> {
         (0..tokens).map(|t| (if t < tokens / 3 { t } else { t - tokens / 3 }) as u32).collect()
     }
 

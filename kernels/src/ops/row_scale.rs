@@ -173,7 +173,7 @@ pub(super) fn add_partials_cuda(
 const CHANNELS: usize = 192;
 
 /// Tokens whose products are added in f32 before they go into the sum in f64.
-const GROUP: usize = 8;
+pub(super) const GROUP: usize = 8;
 
 #[cfg(test)]
 fn forward_naive(y: &mut [f64], x: &[f64], scale: &[f64]) {
@@ -204,7 +204,7 @@ by_isa! {
 }
 
 #[cfg(test)]
-fn backward_naive(dscale: &mut [f64], dy: &[f64], y: &[f64], scale: &[f64]) {
+pub(super) fn backward_naive(dscale: &mut [f64], dy: &[f64], y: &[f64], scale: &[f64]) {
     let channels = scale.len();
     for n in 0..channels {
         if scale[n] != 0.0 {
@@ -238,17 +238,22 @@ fn backward_fast(dscale: ViewMut, dy: View, y: View, to: Option<View>, scale: Vi
             }
             sums.iter_mut().zip(partial).for_each(|(sum, partial)| *sum += partial as f64);
         }
-        for ((dscale, sum), &scale) in dscale.iter_mut().zip(sums).zip(&scale[start..]) {
-            if scale != 0.0 {
-                *dscale += (sum / scale as f64) as f32;
-            }
-        }
+        add_quotients(dscale, &sums, &scale[start..]);
     });
     Ok(())
 }
 
+/// dscale += sums / scale, nothing where scale is 0.
+pub(super) fn add_quotients(dscale: &mut [f32], sums: &[f64], scale: &[f32]) {
+    for ((dscale, sum), &scale) in dscale.iter_mut().zip(sums).zip(scale) {
+        if scale != 0.0 {
+            *dscale += (sum / scale as f64) as f32;
+        }
+    }
+}
+
 by_isa! {
-    fn add_products(sums: &mut [f32], dy: &[f32], y: &[f32]) {
+    pub(super) fn add_products(sums: &mut [f32], dy: &[f32], y: &[f32]) {
         for ((sum, &dy), &y) in sums.iter_mut().zip(dy).zip(y) {
             *sum += dy * y;
         }

@@ -1,0 +1,288 @@
+//! The inverse rotation of a gradient that also makes the gradient of the factors of a linear's rows.
+//!
+//! The linear's own output is recovered from the rotated one that attention has kept, where it is needed.
+
+use rayon::prelude::*;
+
+use super::{SOURCE, check_operands, rotate_fast, rotate_row};
+use crate::cpu::rows::row;
+use crate::cuda::spans::Chunks;
+use crate::cuda::{Arg, Cuda, Scratch};
+use crate::error::{Result, check};
+use crate::ids::Ids;
+use crate::ops::row_scale::{GROUP, add_partials_cuda, add_products, add_quotients};
+use crate::tensor::{View, ViewMut};
+
+const SCALED: &str = "rope_backward_scaled";
+
+/// [`rope_backward`](super::rope_backward), and the gradient of the factors of the columns, without another pass over
+/// the gradient: where x comes from a linear with magnitudes (DoRA).
+///
+/// dx as `rope_backward`; dscale_n += sum_t dx_tn u_tn / scale_n, dx and u both rotated back, u from the rotated `x`
+/// that [`rope_forward`](super::rope_forward) left and that stays as it is; a factor of 0 as in
+/// [`row_scale_backward`](crate::ops::row_scale::row_scale_backward).
+///
+/// Shapes: `dx`, `x` (T, heads * D); `dscale`, `scale` (1, heads * D); `table` and `positions` as `rope_forward`.
+/// Accumulates: `dscale` is added to; `dx` is rotated in place.
+/// Precision: as the two ops; on CUDA the sums are of numbers before they are rounded to bf16.
+///
+/// # Errors
+/// As `rope_forward`.
+///
+/// Source: the two ops.
+pub fn rope_backward_scaled<'a>(
+    mut dx: ViewMut,
+    dscale: ViewMut,
+    x: View,
+    table: View,
+    positions: impl Into<Ids<'a>>,
+    head_dim: usize,
+    scale: View,
+) -> Result<()> {
+    let positions = positions.into();
+    check_operands(SCALED, dx.as_view(), table, positions, head_dim)?;
+    check(SCALED, "rows of the rotated x", dx.rows, x.rows)?;
+    check(SCALED, "columns of the rotated x", dx.cols, x.cols)?;
+    for (rows, columns, row) in [
+        ("rows of dscale", "columns of dscale", dscale.as_view()),
+        ("rows of scale", "columns of scale", scale),
+    ] {
+        check(SCALED, rows, 1, row.rows)?;
+        check(SCALED, columns, dx.cols, row.cols)?;
+    }
+    if let Some(cuda) = dx.cuda() {
+        return scaled_cuda(&cuda, &dx, &dscale, x, table, positions, head_dim, scale);
+    }
+    rotate_fast(SCALED, dx.reborrow(), table, positions.host(), head_dim, true)?;
+    add_scale_gradients(dscale, dx.as_view(), x, table, positions.host(), head_dim, scale)
+}
+
+// ----------------------------------------------------------------------------------------- CUDA
+
+fn scaled_cuda(
+    cuda: &Cuda,
+    dx: &ViewMut,
+    dscale: &ViewMut,
+    x: View,
+    table: View,
+    positions: Ids,
+    head_dim: usize,
+    scale: View,
+) -> Result<()> {
+    if x.cols == 0 {
+        return Ok(());
+    }
+    // A thread holds both columns of a pair.
+    let chunks = Chunks::of(x.rows, x.cols / 2);
+    let partial = cuda.scratch(Scratch::Partials, chunks.count * x.cols * size_of::<f32>())?;
+    let args = [
+        Arg::Ptr(dx.bf16(SCALED)?),
+        Arg::size(dx.stride),
+        Arg::Ptr(partial),
+        Arg::Ptr(x.bf16(SCALED)?),
+        Arg::size(x.stride),
+        Arg::Ptr(table.f32(SCALED)?),
+        Arg::size(table.stride),
+        Arg::Ptr(positions.device(SCALED)?),
+        Arg::size(x.rows),
+        Arg::size(x.cols / head_dim),
+        Arg::size(head_dim / 2),
+        Arg::size(chunks.rows),
+    ];
+    cuda.launch(&SOURCE, "rope_backward_columns", chunks.grid(), &args)?;
+    add_partials_cuda(SCALED, cuda, dscale, partial, chunks, scale)
+}
+
+// ------------------------------------------------------------------------------------------ CPU
+
+/// Pairs whose sums one task keeps on its stack.
+const PAIRS: usize = 96;
+
+#[cfg(test)]
+fn scaled_naive(
+    dx: &mut [f64],
+    dscale: &mut [f64],
+    x: &[f64],
+    table: &[f64],
+    positions: &[u32],
+    head_dim: usize,
+    scale: &[f64],
+) {
+    if positions.is_empty() {
+        return;
+    }
+    let mut unrotated = x.to_vec();
+    super::backward_naive(dx, table, positions, head_dim);
+    super::backward_naive(&mut unrotated, table, positions, head_dim);
+    crate::ops::row_scale::backward_naive(dscale, dx, &unrotated, scale);
+}
+
+/// The sums have the bits of those of `row_scale_backward` for an x that was rotated back in place.
+fn add_scale_gradients(
+    dscale: ViewMut,
+    dx: View,
+    x: View,
+    table: View,
+    positions: &[u32],
+    head_dim: usize,
+    scale: View,
+) -> Result<()> {
+    let (cols, strides, half) = (x.cols, [dx.stride, x.stride, table.stride], head_dim / 2);
+    let (dscale, dx, x) = (dscale.cpu(SCALED)?, dx.cpu(SCALED)?, x.cpu(SCALED)?);
+    let (table, scale) = (table.cpu(SCALED)?, scale.cpu(SCALED)?);
+    if cols == 0 {
+        return Ok(());
+    }
+    let [dx_stride, x_stride, table_stride] = strides;
+    dscale[..cols].par_chunks_mut(head_dim).enumerate().for_each(|(head, dscale)| {
+        for j in (0..half).step_by(PAIRS) {
+            let n = PAIRS.min(half - j);
+            let starts = [0, half].map(|start| head * head_dim + start + j);
+            let mut sums = [[0.0f64; PAIRS]; 2];
+            for (group, positions) in positions.chunks(GROUP).enumerate() {
+                let mut partial = [[0.0f32; PAIRS]; 2];
+                for (i, &position) in positions.iter().enumerate() {
+                    let t = group * GROUP + i;
+                    let (dx, x) = (row(dx, t, cols, dx_stride), row(x, t, cols, x_stride));
+                    let (cos, sin) = row(table, position as usize, head_dim, table_stride).split_at(half);
+                    let mut pairs = [0.0; 2 * PAIRS];
+                    let (lower, upper) = pairs[..2 * n].split_at_mut(n);
+                    lower.copy_from_slice(&x[starts[0]..][..n]);
+                    upper.copy_from_slice(&x[starts[1]..][..n]);
+                    rotate_row(&mut pairs[..2 * n], &cos[j..][..n], &sin[j..][..n], true);
+                    for ((partial, x), start) in partial.iter_mut().zip(pairs.chunks(n)).zip(starts) {
+                        add_products(&mut partial[..n], &dx[start..][..n], x);
+                    }
+                }
+                for (sum, partial) in sums.iter_mut().flatten().zip(partial.iter().flatten()) {
+                    *sum += *partial as f64;
+                }
+            }
+            for (i, sums) in sums.iter().enumerate() {
+                let start = i * half + j;
+                add_quotients(&mut dscale[start..][..n], sums, &scale[starts[i]..]);
+            }
+        }
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{positions, table};
+    use super::super::{forward_naive, rope_backward};
+    use super::*;
+    use crate::ops::row_scale::{Output, row_scale_backward};
+    use crate::tensor::Dtype::{Bf16, F32};
+    use crate::testing::cuda::{self, check_cuda};
+    use crate::testing::{Mat, Out, check_fast, check_gradient, inner, tolerance};
+
+    /// Factors away from 0, where the quotients of the sums grow without bound; and 0 itself.
+    fn factors(cols: usize) -> Mat {
+        let mut values = Mat::random(3, 1, cols, 1.0).values();
+        for x in &mut values {
+            *x += x.signum() * 0.5;
+        }
+        values.iter_mut().skip(1).step_by(5).for_each(|x| *x = 0.0);
+        Mat::new(1, cols, values)
+    }
+
+    #[test]
+    fn the_scaled_backward_equals_the_naive_one_and_has_the_bits_of_the_two_ops() {
+        let cases = [(1, 1, 2), (7, 9, 64), (129, 3, 16), (33, 4, 80), (12, 1, 6), (19, 2, 256), (0, 1, 64)];
+        for (tokens, heads, head_dim) in cases {
+            let cols = heads * head_dim;
+            let [dy, x] = [1, 2].map(|seed| Mat::random(seed, tokens, cols, 1.0));
+            let (scale, start) = (factors(cols), Mat::random(4, 1, cols, 1.0));
+            let (table, positions) = (table(tokens.max(1), head_dim), positions(tokens));
+            let (mut dx, mut dscale) = (dy.f64(), start.f64());
+            let operands = (x.f64(), table.f64(), scale.f64());
+            scaled_naive(&mut dx, &mut dscale, &operands.0, &operands.1, &positions, head_dim, &operands.2);
+            let [mut once, mut unrotated, mut sums] = [&dy, &x, &start].map(Mat::clone);
+            rope_backward(once.view_mut(), table.view(), &positions, head_dim).unwrap();
+            rope_backward(unrotated.view_mut(), table.view(), &positions, head_dim).unwrap();
+            row_scale_backward(sums.view_mut(), once.view(), Output::Kept(unrotated.view()), scale.view())
+                .unwrap();
+            let what = format!("rope_backward_scaled {tokens} x {heads} x {head_dim}");
+            for (dx, dscale, tolerance) in [
+                (&dx, &dscale, tolerance(1e-6, 2e-6 * (tokens as f64).sqrt().max(1.0))),
+                (&once.f64(), &sums.f64(), tolerance(0.0, 0.0)),
+            ] {
+                check_fast(
+                    &what,
+                    [(Out::Add(&dy), dx), (Out::Add(&start), dscale)],
+                    [&x, &table, &scale],
+                    tolerance,
+                    |[dx, dscale], [x, table, scale]| {
+                        rope_backward_scaled(dx, dscale, x, table, &positions, head_dim, scale)
+                    },
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_naive_scaled_backward_is_the_derivative_by_the_factors() {
+        let (tokens, head_dim, cols) = (5, 6, 12);
+        let [x, dy] = [1, 2].map(|seed| Mat::random(seed, tokens, cols, 1.0).f64());
+        let scale = Mat::random(3, 1, cols, 1.0).f64();
+        let (table, positions) = (table(tokens, head_dim).f64(), positions(tokens));
+        let forward = |scale: &[f64]| {
+            let mut y: Vec<f64> = x.iter().enumerate().map(|(i, x)| scale[i % cols] * x).collect();
+            forward_naive(&mut y, &table, &positions, head_dim);
+            y
+        };
+        let (mut dx, mut dscale) = (dy.clone(), vec![0.0; cols]);
+        scaled_naive(&mut dx, &mut dscale, &forward(&scale), &table, &positions, head_dim, &scale);
+        check_gradient("dscale", &scale, &dscale, |scale| inner(&forward(scale), &dy));
+    }
+
+    #[test]
+    fn operands_of_the_scaled_backward_that_do_not_belong_together_are_refused() {
+        let (mat, table) = (|rows, cols| Mat::random(1, rows, cols, 1.0), table(4, 8));
+        let scaled = |mut dscale: Mat, x: Mat, positions: &[u32], scale: Mat| {
+            let (mut dx, x, scale) = (mat(2, 16), x.view(), scale.view());
+            rope_backward_scaled(dx.view_mut(), dscale.view_mut(), x, table.view(), positions, 8, scale)
+                .unwrap_err()
+                .to_string()
+        };
+        let (one, two) = (|| mat(1, 16), || mat(2, 16));
+        let cases = [
+            (scaled(one(), two(), &[0, 4], one()), "position 4 is outside of 0..4"),
+            (scaled(one(), two(), &[0], one()), "number of positions is 1, expected 2"),
+            (scaled(one(), mat(3, 16), &[0, 1], one()), "rows of the rotated x is 3, expected 2"),
+            (scaled(one(), mat(2, 8), &[0, 1], one()), "columns of the rotated x is 8, expected 16"),
+            (scaled(two(), two(), &[0, 1], one()), "rows of dscale is 2, expected 1"),
+            (scaled(mat(1, 8), two(), &[0, 1], one()), "columns of dscale is 8, expected 16"),
+            (scaled(one(), two(), &[0, 1], two()), "rows of scale is 2, expected 1"),
+            (scaled(one(), two(), &[0, 1], mat(1, 8)), "columns of scale is 8, expected 16"),
+        ];
+        for (found, expected) in cases {
+            assert_eq!(found, format!("rope_backward_scaled: {expected}"));
+        }
+    }
+
+    #[test]
+    fn the_cuda_scaled_backward_equals_the_naive_one() {
+        let Some(device) = cuda::device() else { return };
+        let cases = [(1, 1, 2), (7, 9, 64), (600, 3, 16), (33, 4, 80), (12, 1, 6), (130, 5, 256), (0, 1, 64)];
+        for (tokens, heads, head_dim) in cases {
+            let cols = heads * head_dim;
+            let [dy, x] = [1, 2].map(|seed| Mat::random(seed, tokens, cols, 1.0).rounded());
+            let (scale, start) = (factors(cols), Mat::random(4, 1, cols, 1.0));
+            let (table, positions) = (table(tokens.max(1), head_dim), positions(tokens));
+            let on_device = cuda::ids(&device, &positions);
+            let (mut dx, mut dscale) = (dy.f64(), start.f64());
+            let operands = (x.f64(), table.f64(), scale.f64());
+            scaled_naive(&mut dx, &mut dscale, &operands.0, &operands.1, &positions, head_dim, &operands.2);
+            let what = format!("rope_backward_scaled {tokens} x {heads} x {head_dim}");
+            // As for the sums of row_scale, whose terms here bring the roundings of two rotations with them.
+            let close = tolerance(4e-6, 4e-6 * (tokens as f64).sqrt().max(1.0));
+            let outputs = [(Out::Add(&dy), Bf16, &dx[..]), (Out::Add(&start), F32, &dscale[..])];
+            let inputs = [(&x, Bf16), (&table, F32), (&scale, F32)];
+            check_cuda(&device, &what, outputs, inputs, close, |[dx, dscale], [x, table, scale]| {
+                rope_backward_scaled(dx, dscale, x, table, on_device.ids(), head_dim, scale)
+            });
+        }
+    }
+}
