@@ -19,7 +19,7 @@ use crate::cuda::Source;
 use crate::error::{Error, Result, check};
 use crate::rng::RngKey;
 use crate::tensor::View;
-use crate::weight::BaseWeight;
+use crate::weight::{BaseWeight, WeightType};
 
 pub(crate) static SOURCE: Source = Source::new("svd.cu", include_str!("svd/svd.cu"));
 
@@ -84,7 +84,7 @@ pub fn weight_svd(weight: &BaseWeight, rank: usize, options: &SvdOptions) -> Res
 /// A weight without a low-rank product, packed again.
 #[derive(Debug)]
 pub struct Remainder {
-    /// Q(W - s B A), in the type of W, in host memory.
+    /// Q(W - s B A), in host memory.
     pub packed: BaseWeight,
     /// |W|^2.
     pub weight: f64,
@@ -94,24 +94,31 @@ pub struct Remainder {
     pub quantization: f64,
 }
 
-/// Takes `scaling B A` out of a packed weight and packs the rest in the weight's own type, where the weight is.
+/// Takes `scaling B A` out of a packed weight and packs the rest in the type `to`, where the weight is.
 ///
 /// Shapes: `weight` (N, K), `b` (N, R), `a` (R, K), row by row.
 /// Precision: f32 products; squares summed in f64; the packed rest has the bits of [`BaseWeight::requantize`] of it.
 ///
 /// # Errors
-/// Factors of another shape, an element of the rest that is not finite, or the device refuses.
+/// Factors of another shape, rows that are not whole blocks of the type, an element of the rest that is not finite, or the device refuses.
 ///
 /// Source: Meng et al., arXiv 2404.02948, section 3 (the residual model).
-pub fn subtract(weight: &BaseWeight, b: &[f32], a: &[f32], scaling: f32) -> Result<Remainder> {
+pub fn subtract(
+    weight: &BaseWeight,
+    b: &[f32],
+    a: &[f32],
+    scaling: f32,
+    to: WeightType,
+) -> Result<Remainder> {
     const OP: &str = "subtract";
     let (n, k) = (weight.rows(), weight.cols());
     let rank = b.len() / n.max(1);
     check(OP, "elements of b", n * rank, b.len())?;
     check(OP, "elements of a", rank * k, a.len())?;
+    let like = weight.retyped(to)?;
     match weight.device() {
-        Some(device) => subtract::on_cuda(weight, device, b, a, scaling),
-        None => subtract::on_cpu(weight, b, a, scaling),
+        Some(device) => subtract::on_cuda(device, b, a, scaling, &like),
+        None => subtract::on_cpu(weight, b, a, scaling, &like),
     }
 }
 

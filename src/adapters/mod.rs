@@ -9,6 +9,7 @@ pub mod pissa;
 pub mod staged;
 
 use qpeft_formats::peft::{HostTensor, PeftAdapter, PeftConfig, TargetModules};
+use qpeft_kernels::weight::WeightType;
 
 pub use folder::AdapterFolder;
 pub use method::Method;
@@ -205,14 +206,16 @@ pub fn save(params: &Parameters, config: &PeftConfig) -> Result<PeftAdapter> {
 /// Splits every target of `decoder` by PiSSA: the targets' weights become their residuals, and the
 /// factors come back as the values of an adapter of `config`.
 ///
-/// `given`: factors to take in place of computing them. `device`: where to compute.
+/// `given`: factors to take in place of computing them. `residual`: the type of all residuals; without it every
+/// target keeps its own. `device`: where to compute.
 ///
 /// # Errors
-/// A rank exceeds its weight, given factors do not fit, or a residual is not finite.
+/// A rank exceeds its weight, given factors do not fit, or a residual is not finite or cannot be stored in its type.
 pub fn split_targets(
     decoder: &mut Decoder,
     config: &PeftConfig,
     given: Option<&PeftAdapter>,
+    residual: Option<WeightType>,
     options: &qpeft_kernels::svd::SvdOptions,
     device: &qpeft_kernels::Device,
     mut progress: impl FnMut(usize, usize),
@@ -233,7 +236,9 @@ pub fn split_targets(
         let given =
             given.map(|_| pissa::Pair { a: values[a.range()].to_vec(), b: values[b.range()].to_vec() });
         let scaling = plain.scaling(&linear.module)? as f32;
-        jobs.push(pissa::Job { weight: linear.weight.clone(), rank: adapter.rank(), scaling, given });
+        let (weight, rank) = (linear.weight.clone(), adapter.rank());
+        let residual = residual.unwrap_or(weight.weight_type());
+        jobs.push(pissa::Job { weight, rank, scaling, given, residual });
         places.push([a.range(), b.range()]);
         errors.push((linear.module.clone(), pissa::SplitError::default()));
     }

@@ -2,7 +2,7 @@
 //! (Meng et al. 2024).
 //!
 //! `W = U S Vᵀ`; `B0 = U_r √(S_r / s)`, `A0 = √(S_r / s) V_rᵀ`, `W_res = W - s B0 A0`, stored as
-//! `Q(W_res)` in the base's own block type. From then on the pair trains as LoRA's (or DoRA's) does, on
+//! `Q(W_res)` in the base's own block type, or in the one that was asked for. From then on the pair trains as LoRA's (or DoRA's) does, on
 //! the residual; this file only splits. The split is computed once and written down (see `staged`): a
 //! second SVD would give other factors, and a raw PiSSA pair fits no base but its own residual.
 
@@ -11,6 +11,7 @@ use std::sync::mpsc;
 
 use qpeft_kernels::cuda::Cuda;
 use qpeft_kernels::svd::{Remainder, SvdOptions, subtract, weight_svd};
+use qpeft_kernels::weight::WeightType;
 use qpeft_kernels::{Device, Dtype};
 
 use crate::error::Result;
@@ -36,6 +37,8 @@ pub struct Job {
     pub scaling: f32,
     /// The pair to take out, in place of the principal one.
     pub given: Option<Pair>,
+    /// Type of the residual.
+    pub residual: WeightType,
 }
 
 /// One linear, split.
@@ -43,7 +46,7 @@ pub struct Job {
 pub struct Split {
     /// What was taken out.
     pub pair: Pair,
-    /// `Q(W_res)`, in the base's block type, in host memory.
+    /// `Q(W_res)`, in host memory.
     pub residual: BaseWeight,
     /// What the split costs and what it leaves.
     pub error: SplitError,
@@ -102,12 +105,13 @@ pub fn factorize(weight: &BaseWeight, rank: usize, scaling: f32, options: &SvdOp
     Ok(Pair { a, b })
 }
 
-/// Takes `s B A` out of `weight` and packs the rest in the weight's own type, where it is.
+/// Takes `s B A` out of `weight` and packs the rest in the type `to`, where the weight is.
 ///
 /// # Errors
-/// The residual is not finite.
-pub fn split(weight: &BaseWeight, pair: Pair, scaling: f32) -> Result<Split> {
-    let Remainder { packed, weight, remainder, quantization } = subtract(weight, &pair.b, &pair.a, scaling)?;
+/// The residual is not finite, or its rows are not whole blocks of the type.
+pub fn split(weight: &BaseWeight, pair: Pair, scaling: f32, to: WeightType) -> Result<Split> {
+    let Remainder { packed, weight, remainder, quantization } =
+        subtract(weight, &pair.b, &pair.a, scaling, to)?;
     let error = SplitError { weight, residual: remainder, quantization };
     Ok(Split { pair, residual: packed, error })
 }
@@ -131,7 +135,7 @@ pub fn split_all(
             Some(given) => given.clone(),
             None => factorize(&weight, job.rank, job.scaling, options)?,
         };
-        split(&weight, pair, job.scaling)
+        split(&weight, pair, job.scaling, job.residual)
     };
     let Some(cuda) = device.cuda() else {
         return jobs.iter().enumerate().try_for_each(|(i, job)| done(i, split_one(job)?));

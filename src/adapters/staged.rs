@@ -14,12 +14,12 @@ use std::path::{Path, PathBuf};
 
 use qpeft_formats::file::{AtomicDir, write_atomic};
 use qpeft_formats::peft::{InitLoraWeights, PeftAdapter};
+use qpeft_kernels::weight::WeightType;
 use serde::{Deserialize, Serialize};
 
 use super::pissa::SplitError;
 use crate::error::{Error, Result};
-use crate::model::residual;
-use crate::model::{Base, Decoder};
+use crate::model::{Base, Decoder, residual, weight_name};
 
 /// Folder of the staged init within a run.
 pub const INIT: &str = "init";
@@ -63,6 +63,9 @@ pub struct Settings {
     /// The kind of device that computed, where it is not the CPU: its results differ in the last bits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
+    /// The type of all residuals, where it is not each target's own.
+    #[serde(default, with = "weight_name", skip_serializing_if = "Option::is_none")]
+    pub residual_type: Option<WeightType>,
     /// The split modules, in model order.
     pub targets: Vec<String>,
 }
@@ -201,7 +204,7 @@ pub fn write(
     let staged = AtomicDir::create(&run.join(INIT))?;
     let name = residual::file_name(base);
     let path = staged.staging().join(name);
-    residual::write(base, decoder, &settings.targets, &path)?;
+    residual::write(base, decoder, &settings.targets, settings.residual_type, &path)?;
     // As PEFT keeps initial factors: labelled a plain pair, or loading them would split the base again.
     let mut factors = adapter.clone();
     factors.config.init_lora_weights = InitLoraWeights::Bool(true);

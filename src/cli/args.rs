@@ -204,6 +204,9 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_zero::<usize>, help_heading = "Adapter",
         hide_short_help = true, alias = "pissa-iter")]
     pub pissa_niter: usize,
+    /// Store PiSSA's residuals in this type: q8_0, bf16, nf4, ... [default: the base's own types]
+    #[arg(long, value_name = "TYPE", value_parser = weight_type, help_heading = "Adapter", hide_short_help = true)]
+    pub residual_quant: Option<WeightType>,
     /// Start from a saved adapter
     #[arg(long, value_name = "DIR", help_heading = "Adapter", hide_short_help = true)]
     pub init_adapter: Option<PathBuf>,
@@ -329,6 +332,7 @@ impl TrainArgs {
         if targets.len() > 1 && targets.iter().any(|name| name == "all-linear") {
             return Err(Usage::new("`--target-modules`: `all-linear` stands alone"));
         }
+        refuse_residual_quant(self.method, self.residual_quant)?;
         let alpha = match self.method {
             Method::Lora | Method::Dora => 32.0,
             Method::Pissa => self.lora_r as f64,
@@ -347,6 +351,7 @@ impl TrainArgs {
             lora_dropout: self.lora_dropout,
             target_modules: TargetModules::from_names(targets),
             pissa_niter: self.pissa_niter,
+            residual_quant: self.residual_quant,
             init_adapter: self.init_adapter.clone(),
             prompt_field: self.data_args.prompt_field.clone(),
             completion_field: self.data_args.completion_field.clone(),
@@ -378,6 +383,20 @@ impl TrainArgs {
             logging_steps: self.logging_steps,
         })
     }
+}
+
+/// Refuses a type of residuals where nothing is split.
+///
+/// # Errors
+/// [`Usage`] naming the flag.
+pub fn refuse_residual_quant(method: Method, residual_quant: Option<WeightType>) -> Result<(), Usage> {
+    if residual_quant.is_none() || method.info().staged {
+        return Ok(());
+    }
+    Err(Usage::new(format!(
+        "`--residual-quant` does nothing with `--method {method}`, which splits no weight"
+    ))
+    .hint("leave it out, or give `--method pissa`; `--base-quant` is the type of the base itself"))
 }
 
 /// `qpeft convert hf-to-gguf`

@@ -150,6 +150,7 @@ fn settings(args: &DemoArgs, model: &Path, data: &Path, held_out: &Path, run: &P
         lora_dropout: 0.0,
         target_modules: TargetModules::AllLinear,
         pissa_niter: 0,
+        residual_quant: None,
         init_adapter: None,
         prompt_field: Some("question".to_owned()),
         completion_field: Some("answer".to_owned()),

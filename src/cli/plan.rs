@@ -6,12 +6,12 @@ use qpeft_formats::peft::{PeftConfig, TargetModules};
 use qpeft_kernels::Device;
 use serde_json::{Map, Value, json};
 
-use super::args::PlanArgs;
+use super::args::{PlanArgs, refuse_residual_quant};
 use super::printer::Printer;
 use super::report::Usage;
 use crate::model::memory::meta;
 use crate::model::{Base, Decoder};
-use crate::train::fit::{ALL_LAYERS, ANY_LAYERS, fit_decoder, limit_of};
+use crate::train::fit::{ALL_LAYERS, ANY_LAYERS, fit_decoder, limit_of, retype_targets};
 
 const GIB: f64 = (1_u64 << 30) as f64;
 
@@ -20,6 +20,7 @@ const GIB: f64 = (1_u64 << 30) as f64;
 /// # Errors
 /// The model is refused, nothing fits, or there is neither a device nor a limit.
 pub fn run(args: &PlanArgs, printer: &Printer) -> anyhow::Result<()> {
+    refuse_residual_quant(args.method, args.residual_quant)?;
     let wanted = args.memory_limit.map(|bytes| bytes as usize);
     // A limit alone is enough, so that a plan for another machine can be made.
     let limit = match wanted {
@@ -30,7 +31,7 @@ pub fn run(args: &PlanArgs, printer: &Printer) -> anyhow::Result<()> {
         })?,
     };
     let (device, meter) = meta();
-    let decoder = match (&args.model, &args.shape) {
+    let mut decoder = match (&args.model, &args.shape) {
         (Some(path), _) => Decoder::load(&Base::open_as(path, args.base_quant)?, &device)?,
         (None, Some(shape)) => Decoder::synthetic(shape, args.base, &device, false)?,
         (None, None) => unreachable!("one of both is required"),
@@ -38,6 +39,9 @@ pub fn run(args: &PlanArgs, printer: &Printer) -> anyhow::Result<()> {
     let mut config = PeftConfig::new(args.lora_r, 2.0 * args.lora_r as f64);
     config.target_modules = Some(TargetModules::AllLinear);
     config.use_dora = args.method.info().magnitude;
+    if let Some(residual) = args.residual_quant {
+        retype_targets(&mut decoder, &config, residual)?;
+    }
     let recomputed = if args.gradient_checkpointing { ALL_LAYERS } else { ANY_LAYERS };
     let fit =
         fit_decoder(decoder, &config, (args.batch_size, args.max_seq_length), recomputed, limit, &meter)?;

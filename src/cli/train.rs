@@ -169,10 +169,12 @@ fn banner(plan: &Plan) -> Vec<(&'static str, String)> {
         lines.push(("device memory", fit.settings.to_string()));
     }
     if let Some(manifest) = &plan.staged {
+        let residual_type = manifest.settings.residual_type;
         let text = format!(
-            "rank {} holds {:.1} % of the squared norm; residual quantization error {:.3} % of the norm",
+            "rank {} holds {:.1} % of the squared norm; {}residual quantization error {:.3} % of the norm",
             manifest.settings.rank,
             100.0 * manifest.captured,
+            residual_type.map_or_else(String::new, |to| format!("residual in {to}; ")),
             100.0 * manifest.quantization_error
         );
         lines.insert(2, ("split", text));

@@ -20,6 +20,7 @@ pub mod save_folder;
 pub mod streams;
 pub mod synthetic;
 pub mod tokenizer;
+pub mod weight_name;
 
 pub use base::Base;
 pub use batch::Batch;

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::base::Base;
 use super::decoder::Decoder;
-use super::linear::Linear;
+use super::linear::{BaseWeight, Linear};
 use super::save::{permuted_heads, repack, slot_of, write_gguf};
 use super::save_folder::write_folder;
 use crate::error::{Error, Result};
@@ -30,35 +30,69 @@ pub fn file_name(base: &Base) -> &'static str {
 
 /// Refuses a base whose copy could not be stored, before anything expensive is done.
 ///
+/// `targets`: module paths of the linears that get the type `residual`, if one is given.
+///
 /// # Errors
-/// The base is quantized at load to a type that its container does not have.
-pub fn check(base: &Base) -> Result<()> {
-    let Base::Quantized { base: inner, to } = base else { return Ok(()) };
-    let (fits, container, types) = match (&**inner, to) {
-        (Base::Gguf(_), to) => (matches!(to, WeightType::Ggml(_)), "a GGUF file", "ggml's"),
-        (_, WeightType::Ggml(GgmlType::F32 | GgmlType::F16 | GgmlType::BF16)) => (true, "", ""),
-        (_, to) => (
-            !matches!(to, WeightType::Ggml(_)),
-            "a Hugging Face folder",
-            "nf4, nf4-dq, fp4, fp4-dq, int8, f32, f16 and bf16",
-        ),
+/// The container of the base does not have the type to which it is quantized at load, or that of the residuals; or the
+/// rows of a target are not whole blocks of it.
+pub fn check(base: &Base, targets: &[String], residual: Option<WeightType>) -> Result<()> {
+    let (container, at_load) = match base {
+        Base::Quantized { base, to } => (&**base, Some(*to)),
+        Base::Gguf(_) | Base::Folder(_) => (base, None),
     };
-    if fits {
-        return Ok(());
+    let (is_gguf, shown) = (matches!(container, Base::Gguf(_)), base.path().display());
+    let refused = |flag: &str, to: WeightType, hint: &str| {
+        let (container, types) = if is_gguf {
+            ("a GGUF file", "ggml's types")
+        } else {
+            ("a Hugging Face folder", "nf4, nf4-dq, fp4, fp4-dq, int8, f32, f16 and bf16")
+        };
+        Err(Error::refused(format!(
+            "PiSSA writes a residual base like `{shown}`, {container}, which cannot hold `{flag} {to}`; it holds {types}"
+        ))
+        .with_hint(hint))
+    };
+    let fits = |to: WeightType| match to {
+        WeightType::Ggml(dtype) => is_gguf || matches!(dtype, GgmlType::F32 | GgmlType::F16 | GgmlType::BF16),
+        WeightType::FourBit { .. } | WeightType::Int8 => !is_gguf,
+    };
+    if let Some(to) = at_load.filter(|&to| !fits(to)) {
+        let hint = "quantize the model first with `qpeft quantize`, and train on the result";
+        return refused("--base-quant", to, hint);
     }
-    Err(Error::refused(format!(
-        "PiSSA writes a residual base like `{}`, {container}, which cannot hold `--base-quant {to}`; it holds {types}",
-        base.path().display()
-    ))
-    .with_hint("quantize the model first with `qpeft quantize`, and train on the result"))
+    let Some(to) = residual else { return Ok(()) };
+    if !fits(to) {
+        let hint = if is_gguf { "give `q8_0` or `bf16`" } else { "give `int8` or `bf16`" };
+        return refused("--residual-quant", to, hint);
+    }
+    let config = base.config()?;
+    for module in targets {
+        let Some((_, slot)) = slot_of(&format!("{module}.weight")) else { continue };
+        BaseWeight::empty(to, 1, slot.shape(&config).1).map_err(|e| {
+            Error::refused(format!("`{shown}`: the residual of `{module}` cannot be stored in {to}: {e}"))
+                .with_hint("choose a type of smaller blocks for `--residual-quant`: q8_0, bf16")
+        })?;
+    }
+    Ok(())
 }
 
 /// Writes `base` to `path`, with the weights of `targets` (module paths) from `decoder`.
 ///
+/// `residual`: the type that all targets were given, if they were.
+///
 /// # Errors
 /// See [`check`]; or the output cannot be written. Nothing is left at `path` then.
-pub fn write<'d>(base: &Base, decoder: &'d Decoder, targets: &[String], path: &Path) -> Result<()> {
-    check(base)?;
+pub fn write<'d>(
+    base: &Base,
+    decoder: &'d Decoder,
+    targets: &[String],
+    residual: Option<WeightType>,
+    path: &Path,
+) -> Result<()> {
+    check(base, targets, residual)?;
+    // Tensors say how they are stored; what is said of all is said of what the targets leave, if they leave any.
+    let all_are_split = || decoder.linears().all(|linear| targets.contains(&linear.module));
+    let common = residual.filter(|_| all_are_split());
     let linear = |name: &str| -> Option<&'d Linear> {
         let (layer, slot) = slot_of(name)?;
         Some(&decoder.layers.get(layer)?.linears[slot as usize])
@@ -89,13 +123,16 @@ pub fn write<'d>(base: &Base, decoder: &'d Decoder, targets: &[String], path: &P
     };
     match base {
         Base::Gguf(file) => gguf(file, &target),
-        Base::Folder(folder) => write_folder(folder, path, folder.config(), SHARD_BYTES, |name| {
-            target(name).map(|linear| tensors(linear, name)).transpose()
-        }),
+        Base::Folder(folder) => {
+            let config = common.map_or_else(|| folder.config().clone(), |to| config_as(folder.config(), to));
+            write_folder(folder, path, &config, SHARD_BYTES, |name| {
+                target(name).map(|linear| tensors(linear, name)).transpose()
+            })
+        }
         Base::Quantized { base, to } => match &**base {
             Base::Gguf(file) => gguf(file, &linear),
             Base::Folder(folder) => {
-                let config = config_as(folder.config(), *to);
+                let config = config_as(folder.config(), common.unwrap_or(*to));
                 write_folder(folder, path, &config, SHARD_BYTES, |name| {
                     linear(name).map(|linear| tensors(linear, name)).transpose()
                 })

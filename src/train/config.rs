@@ -14,6 +14,7 @@ use qpeft_kernels::weight::WeightType;
 use super::data::DataOptions;
 use super::schedule::SchedulerType;
 pub use crate::adapters::Method;
+use crate::model::weight_name;
 
 /// Which linear layers get an adapter.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -87,7 +88,7 @@ pub struct TrainConfig {
     /// GGUF file or Hugging Face folder.
     pub model: PathBuf,
     /// The type to which the linears of the base are quantized at load.
-    #[serde(default, with = "base_quant", skip_serializing_if = "Option::is_none")]
+    #[serde(default, with = "weight_name", skip_serializing_if = "Option::is_none")]
     pub base_quant: Option<WeightType>,
     /// Training examples, JSONL.
     pub data: PathBuf,
@@ -112,6 +113,9 @@ pub struct TrainConfig {
     pub target_modules: TargetModules,
     /// Power iterations of PiSSA's randomized SVD.
     pub pissa_niter: usize,
+    /// The type of PiSSA's residuals; `None`: each linear's own.
+    #[serde(default, with = "weight_name", skip_serializing_if = "Option::is_none")]
+    pub residual_quant: Option<WeightType>,
     /// Saved adapter to start from.
     pub init_adapter: Option<PathBuf>,
 
@@ -175,30 +179,6 @@ pub struct TrainConfig {
     pub logging_steps: u64,
 }
 
-/// A weight type by its name.
-mod base_quant {
-    use qpeft_kernels::weight::WeightType;
-    use serde::de::Error as _;
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    #[expect(
-        clippy::ref_option,
-        clippy::trivially_copy_pass_by_ref,
-        reason = "serde passes the field by reference"
-    )]
-    pub fn serialize<S: Serializer>(value: &Option<WeightType>, to: S) -> Result<S::Ok, S::Error> {
-        match value {
-            Some(weight_type) => to.serialize_str(weight_type.name()),
-            None => to.serialize_none(),
-        }
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<WeightType>, D::Error> {
-        let name: Option<String> = Option::deserialize(from)?;
-        name.map(|name| name.parse().map_err(D::Error::custom)).transpose()
-    }
-}
-
 /// Settings that may differ between a run and its resumption: they change where and how often something is
 /// written, how a run is fitted into memory, or a file that is compared by its content.
 const FREE_ON_RESUME: [&str; 11] = [
@@ -258,6 +238,7 @@ pub(crate) mod tests {
             lora_dropout: 0.0,
             target_modules: TargetModules::AllLinear,
             pissa_niter: 16,
+            residual_quant: None,
             init_adapter: None,
             prompt_field: None,
             completion_field: None,
@@ -295,8 +276,10 @@ pub(crate) mod tests {
         let mut config = example();
         config.target_modules = TargetModules::Names(vec!["q_proj".into(), "v_proj".into()]);
         config.base_quant = Some("nf4-dq".parse().unwrap());
+        config.residual_quant = Some("q8_0".parse().unwrap());
         let text = serde_json::to_string(&config).unwrap();
         assert!(text.contains(r#""base_quant":"nf4-dq""#), "{text}");
+        assert!(text.contains(r#""residual_quant":"Q8_0""#), "{text}");
         assert!(text.contains(r#""target_modules":["q_proj","v_proj"]"#), "{text}");
         assert_eq!(serde_json::from_str::<TrainConfig>(&text).unwrap(), config);
         let text = serde_json::to_string(&example()).unwrap();

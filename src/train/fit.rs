@@ -1,16 +1,18 @@
 //! What a run will take of a device's memory, decided before any weight is loaded.
 
+use std::collections::HashMap;
 use std::ops::RangeInclusive;
 
 use qpeft_formats::peft::PeftConfig;
 use qpeft_kernels::Device;
 use qpeft_kernels::ops::adamw::AdamW;
+use qpeft_kernels::weight::WeightType;
 
 use super::error::Result;
 use super::optimizer::Optimizer;
 use crate::adapters;
 use crate::model::memory::{DryRun, Need, Settings, meta};
-use crate::model::{Base, Decoder};
+use crate::model::{Base, BaseWeight, Decoder};
 
 /// Device memory that stays free for the driver's own use when no limit is given.
 const SPARE: usize = 512 << 20;
@@ -28,20 +30,46 @@ pub struct Fit {
 
 /// Fits a run into `limit` bytes by building it on a device that only counts.
 ///
-/// `recomputed`: how many layers may be; `batch`: sequences of a micro-batch; `length`: tokens of the longest.
+/// `residual`: the type of the targets, if they are split to another one; `recomputed`: how many layers may be;
+/// `batch`: sequences of a micro-batch; `length`: tokens of the longest.
 ///
 /// # Errors
 /// The base or the adapter is refused, or nothing fits; the error says what the smallest would take.
 pub fn fit(
     base: &Base,
     peft: &PeftConfig,
+    residual: Option<WeightType>,
     (batch, length): (usize, usize),
     recomputed: RangeInclusive<usize>,
     limit: usize,
 ) -> Result<Fit> {
     let (device, meter) = meta();
-    let decoder = Decoder::load(base, &device)?;
+    let mut decoder = Decoder::load(base, &device)?;
+    if let Some(residual) = residual {
+        retype_targets(&mut decoder, peft, residual)?;
+    }
     fit_decoder(decoder, peft, (batch, length), recomputed, limit, &meter)
+}
+
+/// Gives the targets of a decoder that only counts the type of their residuals, as if they had been split.
+///
+/// # Errors
+/// Rows of a target are not whole blocks of the type.
+pub fn retype_targets(decoder: &mut Decoder, peft: &PeftConfig, to: WeightType) -> Result<()> {
+    // What does not matter is shared by all weights of a shape.
+    let mut made = HashMap::new();
+    for linear in decoder.linears_mut() {
+        if peft.targets(&linear.module).map_err(crate::Error::from)? {
+            let shape = (linear.weight.rows(), linear.weight.cols());
+            let weight = match made.get(&shape) {
+                Some(weight) => BaseWeight::clone(weight),
+                None => BaseWeight::empty(to, shape.0, shape.1).map_err(crate::Error::from)?,
+            };
+            made.insert(shape, weight.clone());
+            linear.weight = weight;
+        }
+    }
+    Ok(())
 }
 
 /// As [`fit`], for a decoder that was built on a device that only counts.

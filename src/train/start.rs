@@ -6,6 +6,7 @@
 use qpeft_formats::peft::{InitLoraWeights, PeftAdapter, PeftConfig};
 use qpeft_kernels::Device;
 use qpeft_kernels::svd::SvdOptions;
+use qpeft_kernels::weight::WeightType;
 
 use super::checkpoint;
 use super::config::TrainConfig;
@@ -15,7 +16,9 @@ use super::trainer::Observer;
 use crate::adapters::pissa::SplitError;
 use crate::adapters::staged::{self, FileId, Manifest, Settings};
 use crate::adapters::{self, AdapterFolder, folder};
-use crate::model::{Base, Decoder, Parameters};
+use crate::model::layer::Slot;
+use crate::model::load::module_path;
+use crate::model::{Base, Decoder, Parameters, residual};
 
 /// Stream of the random numbers of the split; linears use the numbers below `1 << 20` of their own.
 const SVD_STREAM: u64 = 1 << 40;
@@ -35,6 +38,22 @@ pub(super) struct Start<'a> {
 }
 
 impl Start<'_> {
+    /// Refuses a split that could not be stored, before anything expensive is done.
+    pub fn check(&self) -> Result<()> {
+        if self.config.method.info().staged {
+            residual::check(&self.model, &self.targets(&self.peft_config())?, self.residual_type())?;
+        }
+        Ok(())
+    }
+
+    /// The type of the residuals: that of the split which a saved adapter brings along, or the asked one.
+    pub fn residual_type(&self) -> Option<WeightType> {
+        match self.init.and_then(|folder| folder.manifest.as_ref()) {
+            Some(manifest) => manifest.settings.residual_type,
+            None => self.config.residual_quant,
+        }
+    }
+
     /// The decoder on the right base with initial adapter values.
     pub fn adapt(
         self,
@@ -68,7 +87,6 @@ impl Start<'_> {
         fit: Option<&Fit>,
         observer: &mut dyn Observer,
     ) -> Result<(Decoder, Parameters, PeftConfig, Option<Manifest>, Base)> {
-        crate::model::residual::check(&self.model)?;
         let run = &self.config.output;
         // Trained further: the residual and the factors of that run are this run's.
         let continued = self.init.filter(|folder| folder.manifest.is_some());
@@ -89,7 +107,7 @@ impl Start<'_> {
             check_kind(&given.config, false, false)?;
         }
         let mut decoder = Decoder::load(&self.model, &Device::Cpu)?;
-        let settings = self.settings(&decoder, &peft, given)?;
+        let settings = self.settings(&peft, given)?;
         let manifest = match Manifest::read(run)? {
             Some(manifest) if continued.is_some() || self.resume => manifest,
             Some(manifest) if manifest.base == base_id && manifest.settings == settings => manifest,
@@ -111,6 +129,7 @@ impl Start<'_> {
                     &mut decoder,
                     &peft,
                     given,
+                    settings.residual_type,
                     &options,
                     self.device,
                     |done, total| {
@@ -145,18 +164,20 @@ impl Start<'_> {
         Ok((decoder, params, peft, Some(manifest), base))
     }
 
-    fn settings(
-        &self,
-        decoder: &Decoder,
-        peft: &PeftConfig,
-        given: Option<&PeftAdapter>,
-    ) -> Result<Settings> {
+    /// Paths of the targets, in model order.
+    fn targets(&self, peft: &PeftConfig) -> Result<Vec<String>> {
         let mut targets = Vec::new();
-        for linear in decoder.linears() {
-            if peft.targets(&linear.module)? {
-                targets.push(linear.module.clone());
+        for layer in 0..self.model.config()?.n_layers {
+            for module in Slot::ALL.map(|slot| module_path(layer, slot)) {
+                if peft.targets(&module)? {
+                    targets.push(module);
+                }
             }
         }
+        Ok(targets)
+    }
+
+    fn settings(&self, peft: &PeftConfig, given: Option<&PeftAdapter>) -> Result<Settings> {
         Ok(Settings {
             rank: peft.r,
             scaling: peft.scaling("")?,
@@ -164,7 +185,8 @@ impl Start<'_> {
             seed: self.config.seed,
             factors: given.map(staged::hash_of),
             device: self.device.cuda().map(|_| "cuda".to_owned()),
-            targets,
+            residual_type: self.residual_type(),
+            targets: self.targets(peft)?,
         })
     }
 

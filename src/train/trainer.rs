@@ -10,6 +10,7 @@ use qpeft_formats::peft::PeftConfig;
 use qpeft_kernels::Device;
 use qpeft_kernels::ops::adamw::AdamW;
 use qpeft_kernels::rng::RngKey;
+use qpeft_kernels::weight::WeightType;
 
 use super::checkpoint::{self, Checkpoint, State};
 use super::config::TrainConfig;
@@ -161,16 +162,18 @@ impl<'a> Run<'a> {
 
         let init = config.init_adapter.as_deref().map(AdapterFolder::open).transpose()?;
         let start = Start { config, device, model, init: init.as_ref(), resume };
+        start.check()?;
+        let residual = start.residual_type();
         let fit = match limit_of(device, config.memory_limit.map(|bytes| bytes as usize))? {
             Some(limit) => {
                 let (peft, shape) = (start.peft_config(), (config.batch_size, longest));
                 let recomputed = if config.gradient_checkpointing { ALL_LAYERS } else { ANY_LAYERS };
-                Some(fit(&start.model, &peft, shape, recomputed, limit)?)
+                Some(fit(&start.model, &peft, residual, shape, recomputed, limit)?)
             }
             None => None,
         };
         let (decoder, mut params, peft, manifest, base) = start.adapt(fit.as_ref(), observer)?;
-        if let Some(warning) = overridden(config, &peft) {
+        if let Some(warning) = overridden(config, &peft, residual) {
             observer.warn(&warning);
         }
 
@@ -233,7 +236,8 @@ impl<'a> Run<'a> {
             checkpoint::clear_run(&config.output)?;
             LogWriter::create(&config.output)?
         };
-        let run_file = RunFile::new(base_id, used_data(&data, eval_data.as_ref()), in_effect(config, &peft));
+        let run_file =
+            RunFile::new(base_id, used_data(&data, eval_data.as_ref()), in_effect(config, &peft, residual));
         run_file.write(&config.output)?;
         observer.plan(&Plan {
             base: base.name(),
@@ -469,22 +473,27 @@ fn load_data(
 }
 
 /// The settings as they are in effect: a saved adapter brings its own shape along.
-fn in_effect(config: &TrainConfig, peft: &PeftConfig) -> TrainConfig {
+fn in_effect(config: &TrainConfig, peft: &PeftConfig, residual: Option<WeightType>) -> TrainConfig {
     TrainConfig {
         lora_r: peft.r,
         lora_alpha: peft.lora_alpha,
         use_rslora: peft.use_rslora,
         use_dora: peft.use_dora,
+        residual_quant: residual,
         ..config.clone()
     }
 }
 
 /// What the saved adapter decides although the settings say otherwise.
-fn overridden(config: &TrainConfig, peft: &PeftConfig) -> Option<String> {
+fn overridden(config: &TrainConfig, peft: &PeftConfig, residual: Option<WeightType>) -> Option<String> {
     let differing: Vec<String> = [
         (config.lora_r != peft.r).then(|| format!("lora_r {}", peft.r)),
         (config.lora_alpha != peft.lora_alpha).then(|| format!("lora_alpha {}", peft.lora_alpha)),
         (config.use_rslora != peft.use_rslora).then(|| format!("use_rslora {}", peft.use_rslora)),
+        // What was not asked for is not refused either.
+        (config.residual_quant.is_some() && config.residual_quant != residual).then(|| {
+            format!("residual_quant ({})", residual.map_or("the base's own types", WeightType::name))
+        }),
     ]
     .into_iter()
     .flatten()

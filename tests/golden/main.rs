@@ -74,7 +74,8 @@ impl Run {
         if method == "pissa" {
             let options = SvdOptions::default();
             let (config, given) = (&init.config, Some(&init));
-            adapters::split_targets(&mut decoder, config, given, &options, &Device::Cpu, |_, _| {}).unwrap();
+            adapters::split_targets(&mut decoder, config, given, None, &options, &Device::Cpu, |_, _| {})
+                .unwrap();
         }
         let mut params = adapters::attach(&mut decoder, &init.config).unwrap();
         adapters::load(&mut params, &init).unwrap();

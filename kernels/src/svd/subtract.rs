@@ -1,4 +1,5 @@
-//! What is left of a weight without its low-rank product, packed in its own type: in host memory or on the device.
+//! What is left of a weight without its low-rank product, packed in its own type or another: in host memory or on the
+//! device.
 //!
 //! The device has a kernel for NF4; for other types the rest comes to the host, whose codecs have the same bits.
 
@@ -14,7 +15,14 @@ use crate::error::Result;
 use crate::tensor::Dtype;
 use crate::weight::{BaseWeight, DeviceWeight};
 
-pub(super) fn on_cpu(weight: &BaseWeight, b: &[f32], a: &[f32], scaling: f32) -> Result<Remainder> {
+/// `like`: a weight of the type to pack in.
+pub(super) fn on_cpu(
+    weight: &BaseWeight,
+    b: &[f32],
+    a: &[f32],
+    scaling: f32,
+    like: &BaseWeight,
+) -> Result<Remainder> {
     let (n, k) = (weight.rows(), weight.cols());
     let dense = weight.dequantize();
     let mut rest = dense.clone();
@@ -25,7 +33,7 @@ pub(super) fn on_cpu(weight: &BaseWeight, b: &[f32], a: &[f32], scaling: f32) ->
             row.iter_mut().zip(a).for_each(|(w, a)| *w += factor * a);
         }
     });
-    let packed = weight.requantize(&rest)?;
+    let packed = like.requantize(&rest)?;
     let mut stored = dense;
     let square = |x: &[f32]| x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
     let (weight, remainder) = (square(&stored), square(&rest));
@@ -34,28 +42,29 @@ pub(super) fn on_cpu(weight: &BaseWeight, b: &[f32], a: &[f32], scaling: f32) ->
     Ok(Remainder { packed, weight, remainder, quantization })
 }
 
+/// `like`: a weight of the type to pack in.
 pub(super) fn on_cuda(
-    weight: &BaseWeight,
-    device: &DeviceWeight,
+    weight: &DeviceWeight,
     b: &[f32],
     a: &[f32],
     scaling: f32,
+    like: &BaseWeight,
 ) -> Result<Remainder> {
-    let cuda = device.cuda();
+    let cuda = weight.cuda();
     let (n, k) = (weight.rows(), weight.cols());
     let rank = b.len() / n.max(1);
-    let rest = Dense::of(device, Dtype::F32)?;
+    let rest = Dense::of(weight, Dtype::F32)?;
     let before = Squares::of(cuda, rest.matrix, None)?;
     let factors = (Dense::from_slice(cuda, n, rank, b)?, Dense::from_slice(cuda, rank, k, a)?);
     cuda.gemm(rest.matrix, factors.0.matrix, factors.1.matrix, -scaling, 1.0)?;
     let (before, after) = (before.read(cuda)?, Squares::of(cuda, rest.matrix, None)?.read(cuda)?);
     if after.is_finite()
-        && let Some((packed, quantization)) = pack_nf4(weight, device, rest.matrix)?
+        && let Some((packed, quantization)) = pack_nf4(cuda, rest.matrix, like)?
     {
         return Ok(Remainder { packed, weight: before, remainder: after, quantization });
     }
     // What is not finite is named by the host.
-    let packed = weight.requantize(&read_rows(cuda, rest.matrix)?)?;
+    let packed = like.requantize(&read_rows(cuda, rest.matrix)?)?;
     let uploaded = DeviceWeight::upload(cuda, &packed)?;
     let stored = Dense::of(&uploaded, Dtype::F32)?;
     let quantization = Squares::of(cuda, rest.matrix, Some(stored.matrix))?.read(cuda)?;
@@ -96,21 +105,22 @@ impl<'a> Squares<'a> {
     }
 }
 
-/// The rest in NF4, and how far it is from the rest; `None` where that is not the type of `weight`, or blocks are cut.
+/// The rest in NF4, and how far it is from the rest; `None` where that is not the type of `like`, or blocks are cut.
 ///
 /// Codes are made on the device, scales are quantized on the host, if they are.
-fn pack_nf4(weight: &BaseWeight, device: &DeviceWeight, rest: Matrix) -> Result<Option<(BaseWeight, f64)>> {
+fn pack_nf4(cuda: &Cuda, rest: Matrix, like: &BaseWeight) -> Result<Option<(BaseWeight, f64)>> {
     let elements = rest.rows * rest.cols;
-    let is_served = |weight: &&FourBit| {
-        let state = weight.state();
+    let is_served = |like: &&FourBit| {
+        let state = like.state();
         state.quant_type == QuantType::Nf4
             && elements.is_multiple_of(state.blocksize)
             && rest.stride == rest.cols
     };
-    let Some(like) = weight.four_bit().filter(is_served) else { return Ok(None) };
-    let (cuda, state) = (device.cuda(), *like.state());
+    let Some(like) = like.four_bit().filter(is_served) else { return Ok(None) };
+    let state = *like.state();
     let (codes, scales) = (cuda.borrow(state.code_bytes())?, cuda.borrow(state.blocks() * size_of::<f32>())?);
-    let table = Arg::Ptr(device.address(device.layout().table));
+    let values = Dense::from_slice(cuda, 1, 16, state.quant_type.table())?;
+    let table = Arg::Ptr(values.matrix.ptr);
     let size = [Arg::size(state.blocksize), Arg::I64(state.blocks() as i64)];
     let args = [Arg::Ptr(codes.ptr()), Arg::Ptr(scales.ptr()), Arg::Ptr(rest.ptr), table, size[0], size[1]];
     let blocks = state.blocks().div_ceil(THREADS / 32).min(cuda.sms() * BLOCKS_PER_SM);

@@ -140,14 +140,23 @@ fn the_rest_of_a_weight_is_what_its_factors_leave() {
     let weight = packed(&weight_like(n, k), n, k, "nf4");
     let svd = weight_svd(&weight, rank, &SvdOptions::default()).unwrap();
     let b: Vec<f32> = svd.u.chunks(rank).flat_map(|u| u.iter().zip(&svd.s).map(|(u, s)| u * s)).collect();
-    let rest = subtract(&weight, &b, &svd.v, 1.0).unwrap();
+    let rest = subtract(&weight, &b, &svd.v, 1.0, weight.weight_type()).unwrap();
     let w = weight.dequantize();
     let total: f64 = w.iter().map(|&x| f64::from(x).powi(2)).sum();
     let expected = residual(&w, &svd, n, k);
     assert!((rest.remainder - expected).abs() < 1e-5 * total, "{} for {expected}", rest.remainder);
     assert_eq!(rest.weight, total);
     assert!(rest.quantization > 0.0 && rest.quantization < 0.02 * rest.remainder);
-    let error = subtract(&weight, &b, &svd.v[1..], 1.0).unwrap_err().to_string();
+    // Another type changes how the rest is stored, and nothing else.
+    let finer = subtract(&weight, &b, &svd.v, 1.0, "q8_0".parse().unwrap()).unwrap();
+    assert_eq!(
+        (finer.packed.type_name(), finer.weight, finer.remainder),
+        ("Q8_0", rest.weight, rest.remainder)
+    );
+    assert!(finer.quantization > 0.0 && finer.quantization < 0.01 * rest.quantization);
+    let error = subtract(&weight, &b, &svd.v, 1.0, "q6_k".parse().unwrap()).unwrap_err().to_string();
+    assert!(error.contains("96 is not a multiple of the Q6_K block length 256"), "{error}");
+    let error = subtract(&weight, &b, &svd.v[1..], 1.0, weight.weight_type()).unwrap_err().to_string();
     assert_eq!(error, "subtract: elements of a is 383, expected 384");
 }
 
@@ -210,25 +219,28 @@ fn cuda_leaves_weights_of_low_rank_to_the_host() {
 #[test]
 fn cuda_packs_the_rest_as_the_cpu_packs_it() {
     let Some(device) = device() else { return };
+    let same = ["nf4", "nf4-dq", "fp4", "q8_0", "q4_0", "int8", "bf16"].map(|of| (of, of));
+    let other = [("bf16", "nf4"), ("fp4", "nf4-dq"), ("q4_1", "q8_0"), ("nf4-dq", "bf16"), ("bf16", "int8")];
     for (n, k) in [(256, 512), (130, 192), (65, 131)] {
-        for to in ["nf4", "nf4-dq", "fp4", "q8_0", "q4_0", "int8", "bf16"] {
-            if k % 32 != 0 && to.starts_with('q') {
+        for (of, to) in same.into_iter().chain(other) {
+            if k % 32 != 0 && [of, to].iter().any(|name| name.starts_with('q')) {
                 continue;
             }
-            let host = packed(&weight_like(n, k), n, k, to);
+            let host = packed(&weight_like(n, k), n, k, of);
             let there = host.clone().to_device(&device).unwrap();
+            let subtract =
+                |weight, b: &[f32], a: &[f32]| subtract(weight, b, a, 2.0, to.parse().unwrap()).unwrap();
             // Without a product the rest is the weight itself, bit by bit.
             let (b, a) = (vec![0.0; n], TestMat::random(4, 1, k, 1.0).values());
-            let (expected, found) =
-                (subtract(&host, &b, &a, 2.0).unwrap(), subtract(&there, &b, &a, 2.0).unwrap());
-            assert_eq!(found.packed.dequantize(), expected.packed.dequantize(), "{to} {n} x {k}");
+            let (expected, found) = (subtract(&host, &b, &a), subtract(&there, &b, &a));
+            assert_eq!(found.packed.weight_type(), expected.packed.weight_type());
+            assert_eq!(found.packed.dequantize(), expected.packed.dequantize(), "{of} to {to} {n} x {k}");
             assert!((found.weight / expected.weight - 1.0).abs() < 1e-12);
             assert!((found.quantization - expected.quantization).abs() <= 1e-9 * expected.weight);
             let b = TestMat::random(5, n, 1, 0.1).values();
-            let (expected, found) =
-                (subtract(&host, &b, &a, 2.0).unwrap(), subtract(&there, &b, &a, 2.0).unwrap());
+            let (expected, found) = (subtract(&host, &b, &a), subtract(&there, &b, &a));
             // Sums of two products that are contracted or not.
-            assert!((found.remainder / expected.remainder - 1.0).abs() < 1e-6, "{to} {n} x {k}");
+            assert!((found.remainder / expected.remainder - 1.0).abs() < 1e-6, "{of} to {to} {n} x {k}");
             assert!(
                 (found.quantization / expected.quantization.max(1e-30) - 1.0).abs() < 1e-3 || to == "bf16"
             );
@@ -239,13 +251,13 @@ fn cuda_packs_the_rest_as_the_cpu_packs_it() {
                 .zip(expected.packed.dequantize())
                 .filter(|(a, b)| **a != *b)
                 .count();
-            assert!(differing <= n * k / 100, "{to} {n} x {k}: {differing} elements");
+            assert!(differing <= n * k / 100, "{of} to {to} {n} x {k}: {differing} elements");
         }
     }
     let host = packed(&weight_like(64, 128), 64, 128, "nf4");
     let there = host.to_device(&device).unwrap();
     let mut b = vec![0.0; 64];
     b[3] = f32::INFINITY;
-    let error = subtract(&there, &b, &[1.0; 128], 1.0).unwrap_err().to_string();
+    let error = subtract(&there, &b, &[1.0; 128], 1.0, there.weight_type()).unwrap_err().to_string();
     assert_eq!(error, "requantize: row 3, column 0 is `-inf`, expected a finite number");
 }

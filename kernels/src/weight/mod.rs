@@ -412,6 +412,19 @@ impl BaseWeight {
         zeros.requantize(&self.dequantize())
     }
 
+    /// A weight of this shape in another type whose values do not matter, to be requantized; itself where that is
+    /// its type. A factor that a file keeps beside the blocks stays.
+    ///
+    /// # Errors
+    /// Rows are not whole blocks of the type.
+    pub fn retyped(&self, to: WeightType) -> Result<BaseWeight> {
+        if to == self.weight_type() {
+            return Ok(self.clone());
+        }
+        let empty = to.empty(self.rows, self.cols, self.element_type())?;
+        Ok(if matches!(to, WeightType::Ggml(_)) { empty.scaled_by(self.factor()) } else { empty })
+    }
+
     /// The type of the elements that were stored or quantized: F32, F16 or BF16.
     pub fn element_type(&self) -> Dtype {
         match &self.storage {
@@ -527,6 +540,10 @@ mod tests {
             assert_eq!(again.factor(), factor);
             assert_eq!(again.ggml().unwrap().1[..], plain.ggml().unwrap().1[..], "{dtype}");
         }
+        let scaled = zeros(GgmlType::NVFP4, 6, 128).scaled_by(0.25);
+        let bf16 =
+            scaled.retyped(WeightType::Ggml(GgmlType::BF16)).unwrap().requantize(&[3.0; 6 * 128]).unwrap();
+        assert_eq!((bf16.factor(), bf16.dequantize()[0]), (0.25, 3.0), "the factor goes on in another type");
         let tiny = zeros(GgmlType::NVFP4, 1, 64).scaled_by(1e-38);
         let error = tiny.requantize(&[1e4; 64]).unwrap_err().to_string();
         assert_eq!(error, "requantize: row 0, column 0 is `inf`, expected a finite number");

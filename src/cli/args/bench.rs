@@ -193,6 +193,9 @@ pub struct PlanArgs {
     /// Rank r
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one::<usize>, aliases = ["lora-rank", "rank", "r"])]
     pub lora_r: usize,
+    /// Type of PiSSA's residuals: q8_0, bf16, nf4, ... [default: the base's own types]
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub residual_quant: Option<WeightType>,
     /// Sequences per forward pass
     #[arg(long, short, value_name = "N", default_value_t = 4, value_parser = at_least_one::<usize>)]
     pub batch_size: usize,

@@ -121,7 +121,7 @@ fn jobs(args: &BenchSvdArgs) -> anyhow::Result<Vec<Job>> {
             None => random_weight(args.base, rows, cols)?,
         };
         made.insert((rows, cols), weight.clone());
-        Ok(Job { weight, rank: args.lora_r, scaling: 1.0, given: None })
+        Ok(Job { weight, rank: args.lora_r, scaling: 1.0, given: None, residual: args.base })
     });
     jobs.collect()
 }
