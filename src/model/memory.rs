@@ -236,7 +236,7 @@ impl DryRun<'_> {
             while low < high {
                 let recomputed = usize::midpoint(low, high);
                 let remakes_act = recomputed < layers;
-                let candidate = Settings { recomputed, remakes_act, ..settings };
+                let candidate = Settings { remakes_act, recomputed, ..settings };
                 let need = self.need(candidate)?;
                 if need.total() <= limit {
                     fits = Some((candidate, need));

@@ -80,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (u32 q = lane; q < (u32)rank; q += 32) {
         const float b_q = element(b, b_row + q, b_is_bf16);
         float product = 0.0f;
+#pragma unroll 8
         for (u32 r = 0; r < (u32)rank; r++) product += gram[r * rank + q] * element(b, b_row + r, b_is_bf16);
         low_rank += (double)product * b_q;
         cross += (double)(element(wa, (i64)q * wa_stride + row, wa_is_bf16) * per_g) * b_q;
