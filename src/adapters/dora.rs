@@ -119,7 +119,7 @@ impl Adapter for Dora {
             *scaling,
             weight,
         )?;
-        weight.set_fresh(false);
+        weight.set_refreshed();
         Ok(())
     }
 

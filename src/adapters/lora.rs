@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use qpeft_kernels::ops::dropout::{dropout_backward, dropout_forward};
-use qpeft_kernels::ops::fold::fold_branch;
+use qpeft_kernels::ops::fold::fold_branch_beside;
 use qpeft_kernels::ops::low_rank::{
     OutScale, low_rank_backward, low_rank_branch_backward, low_rank_branch_gradient, low_rank_forward,
     low_rank_input_gradient,
@@ -210,8 +210,10 @@ impl Adapter for Lora {
     }
 
     fn refresh(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
-        weight.set_fresh(false);
-        Ok(fold_branch(self.folded.view_mut(), self.b.view(params.values.view()), self.scaling, None)?)
+        let (b, twin) = (self.b.view(params.values.view()), weight.branch_in_copy(self.a.shape[0]));
+        fold_branch_beside(self.folded.view_mut(), twin, b, self.scaling, None)?;
+        weight.set_refreshed();
+        Ok(())
     }
 
     fn project(&self, h: ViewMut<'_>, x: View<'_>, pass: &Pass<'_>, scratch: &mut Scratch) -> Result<()> {

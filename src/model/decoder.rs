@@ -140,7 +140,7 @@ impl Decoder {
         let mut replays = std::mem::take(&mut self.replays);
         let done = replays.run(cuda, key, true, || self.refresh_each(params));
         self.replays = replays;
-        self.linears().for_each(|l| l.weight.set_fresh(false));
+        self.linears().filter(|l| l.adapter.is_some()).for_each(|l| l.weight.set_refreshed());
         done
     }
 

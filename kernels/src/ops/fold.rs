@@ -43,20 +43,42 @@ pub fn fold_row_factor(g: ViewMut<'_>, m: View<'_>, n: View<'_>) -> Result<()> {
 /// # Errors
 /// Shapes that differ.
 pub fn fold_branch(folded: ViewMut<'_>, b: View<'_>, scaling: f32, g: Option<View<'_>>) -> Result<()> {
+    fold_branch_beside(folded, None, b, scaling, g)
+}
+
+/// [`fold_branch`], and the same once more to `twin`: the columns of a weight's copy on a device that the branch lies in.
+///
+/// Shapes: as [`fold_branch`]; twin (N, R) of the type of folded. Overwrites both.
+///
+/// # Errors
+/// Shapes or types that differ.
+pub fn fold_branch_beside(
+    folded: ViewMut<'_>,
+    twin: Option<ViewMut<'_>>,
+    b: View<'_>,
+    scaling: f32,
+    g: Option<View<'_>>,
+) -> Result<()> {
+    if let Some(twin) = &twin {
+        check(OP, "rows of twin", folded.rows, twin.rows)?;
+        check(OP, "columns of twin", folded.cols, twin.cols)?;
+    }
     check(OP, "rows of b", folded.rows, b.rows)?;
     check(OP, "columns of b", folded.cols, b.cols)?;
     if let Some(g) = &g {
         check(OP, "row factors", folded.rows, g.cols)?;
     }
     if let Some(cuda) = folded.cuda() {
-        let (kernel, to) = match folded.bf16(OP) {
-            Ok(to) => ("fold_branch_bf16", to),
-            Err(_) => ("fold_branch_f32", folded.f32(OP)?),
+        let (kernel, to, beside) = match folded.bf16(OP) {
+            Ok(to) => ("fold_branch_bf16", to, twin.as_ref().map(|twin| twin.bf16(OP))),
+            Err(_) => ("fold_branch_f32", folded.f32(OP)?, twin.as_ref().map(|twin| twin.f32(OP))),
         };
         let grid = spans::grid(OP, b.rows, b.cols, 1)?;
         let args = [
             Arg::Ptr(to),
             Arg::size(folded.stride),
+            Arg::Ptr(beside.unwrap_or(Ok(0))?),
+            Arg::size(twin.as_ref().map_or(0, |twin| twin.stride)),
             Arg::Ptr(b.f32(OP)?),
             Arg::size(b.stride),
             Arg::Ptr(g.map_or(Ok(0), |g| g.f32(OP))?),
@@ -65,6 +87,9 @@ pub fn fold_branch(folded: ViewMut<'_>, b: View<'_>, scaling: f32, g: Option<Vie
             Arg::size(b.cols),
         ];
         return cuda.launch(&SOURCE, kernel, grid, &args);
+    }
+    if let Some(twin) = twin {
+        fold_branch_beside(twin, None, b, scaling, g)?;
     }
     let (rows, r, f_stride, b_stride) = (folded.rows, folded.cols, folded.stride, b.stride);
     let (folded, b) = (folded.cpu(OP)?, b.cpu(OP)?);
@@ -141,6 +166,12 @@ mod tests {
                 let outputs = [(Out::Set(rows, cols), dtype, &without[..])];
                 check_cuda(&device, &what, outputs, [(&b, F32)], close, |[folded], [b]| {
                     fold_branch(folded, b, 2.0, None)
+                });
+                let outputs =
+                    [(Out::Set(rows, cols), dtype, &with[..]), (Out::Set(rows, cols), dtype, &with[..])];
+                let inputs = [(&b, F32), (&m, F32)];
+                check_cuda(&device, &what, outputs, inputs, close, |[folded, twin], [b, g]| {
+                    fold_branch_beside(folded, Some(twin), b, 2.0, Some(g))
                 });
             }
         }

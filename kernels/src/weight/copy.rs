@@ -94,6 +94,14 @@ impl Copy {
         Some((self.buffer.ptr(), place.map_or(0, |place| place.padding)))
     }
 
+    /// The address and stride of the columns behind the rows where the branch lies, if only that changes with a step.
+    pub(super) fn branch(&self, cols: usize) -> Option<(u64, usize)> {
+        let contents = *self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+        let Contents { place, .. } = contents.filter(|contents| !contents.scaled)?;
+        let place = place?;
+        Some((self.buffer.ptr() + ((cols + place.offset) * Dtype::Bf16.size()) as u64, cols + place.padding))
+    }
+
     /// Whether it holds what was last asked for.
     pub(super) fn is_fresh(&self) -> bool {
         self.fresh.load(Ordering::Relaxed)

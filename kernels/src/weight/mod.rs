@@ -29,6 +29,7 @@ pub use kind::WeightType;
 
 use crate::cpu::by_isa;
 use crate::cpu::scratch::with_scratch;
+use crate::cuda::gemm::Matrix;
 use crate::device::Device;
 use crate::error::{Error, Result, check};
 use crate::tensor::ViewMut;
@@ -227,6 +228,23 @@ impl BaseWeight {
         let device = self.device()?;
         let plain = device.weight_type() == WeightType::Ggml(GgmlType::BF16) && device.factor() == 1.0;
         (plain && self.cols.is_multiple_of(device::GROUP)).then(|| device.address(device.layout().planes[0]))
+    }
+
+    /// The columns of the bf16 copy on a device that a branch of this rank lies in, if its rows stay as they are: whoever
+    /// changes the branch writes it there, too.
+    pub fn branch_in_copy(&self, rank: usize) -> Option<ViewMut<'_>> {
+        let on_device = self.on_device.as_ref()?;
+        let (ptr, stride) = on_device.copy.as_ref()?.branch(self.cols)?;
+        let dtype = crate::tensor::Dtype::Bf16;
+        let matrix = Matrix { ptr, rows: self.rows, cols: rank, stride, dtype };
+        Some(ViewMut::on_cuda(on_device.packed.cuda(), matrix))
+    }
+
+    /// Says that the adapter's part of the copy was made anew, where that is in [`BaseWeight::branch_in_copy`]; otherwise
+    /// that it has to be.
+    pub fn set_refreshed(&self) {
+        let branch = self.on_device.as_ref().and_then(|on_device| on_device.copy.as_ref()?.branch(self.cols));
+        self.set_fresh(branch.is_some());
     }
 
     /// Says whether row scales and adapter columns that were folded into the copy are those of now.
