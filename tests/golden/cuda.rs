@@ -12,7 +12,7 @@ use qpeft_kernels::cuda::gemm::WORKSPACE;
 
 use super::*;
 
-/// A bf16 number is off by at most 2^-9 of itself, 1.1e-3 in the root mean square. From the embedding to the
+/// A bf16 number is off by at most 2^-8 of itself, 1.1e-3 in the root mean square. From the embedding to the
 /// gradient of the lowest layer some thirty activations and gradients are rounded one after another, and the
 /// softmax and the norms pass on differences that are smaller than what they are made of: 3e-2 of a gradient
 /// leaves a factor of five.

@@ -474,8 +474,8 @@ mod tests {
                 &format!("rms_norm_backward_scaled {tokens} x {channels}"),
                 [(Out::Add(&start), Bf16, &dx), (Out::Add(&dstart), F32, &dscale)],
                 [(&dy, Bf16), (&x, Bf16), (&to, Bf16), (&rstd, F32), (&weight, F32), (&scale, F32)],
-                // Where rows are not aligned the sums are of gradients that were rounded, each by 2^-9 of itself.
-                tolerance(2e-6, largest / 512.0),
+                // Where rows are not aligned the sums are of gradients that were rounded, each by at most 2^-8 of itself.
+                tolerance(2e-6, largest / 256.0),
                 |[dx, dscale], [dy, x, to, rstd, weight, scale]| {
                     rms_norm_backward_scaled(dx, dscale, dy, x, to, rstd, weight, scale)
                 },
