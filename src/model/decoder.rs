@@ -152,6 +152,9 @@ impl Decoder {
     /// # Errors
     /// An op refuses.
     pub fn refresh_anew(&mut self, params: &Parameters) -> Result<()> {
+        if !self.linears().any(|l| l.weight.is_cached()) {
+            return Ok(());
+        }
         self.linears().for_each(|l| l.weight.set_fresh(false));
         self.refresh_each(params)
     }
@@ -301,12 +304,13 @@ impl Decoder {
         for (index, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             buffers.streams.before_backward(index, t)?;
             // Of the layers that share activations, the topmost has just left its own there.
-            if index + 1 < buffers.recomputed {
+            let recomputed = index + 1 < buffers.recomputed;
+            if recomputed {
                 let (LayerForward { x, s, shared, scratch, .. }, ids) = buffers.layer_forward(index, t);
                 layer.forward(None, x, s, shared, &self.place(ids), None, pass, scratch)?;
             }
-            let recomputed = index + 1 < buffers.recomputed;
             let (LayerBackward { x, y, s, shared, g, scratch }, ids) = buffers.layer_backward(index, t);
+            // The product of the topmost layer of all is still there.
             if !recomputed && index + 1 < self.layers.len() {
                 layer.remake_act(s, shared, t)?;
             }

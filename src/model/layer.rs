@@ -528,77 +528,20 @@ impl Layer {
         let shared = self.shared_pass(SIBLINGS[0], &g.h, t, to.pass);
         let mut with_shared = to.with_pass(&shared);
         let all = &mut with_shared;
+        for (slot, dy, y) in [
+            (Slot::Q, g.q.top(t), unrotated(Slot::Q, s.q.top(t))),
+            (Slot::K, g.k.top(t), unrotated(Slot::K, s.k.top(t))),
+            (Slot::V, g.v.top(t), Some(Output::Kept(s.v.top(t)))),
+        ] {
+            let to = |dx| if slot == Slot::Q { overwrite(dx) } else { accumulate(dx) };
+            let dx = if input_gradient { Some(to(g.norm.top_mut(t))) } else { None };
+            self.project_backward(slot, dx, &mut g.h, dy, norm, y, &s.h, all)?;
+        }
+        let dx = if input_gradient { Some(g.norm.top_mut(t)) } else { None };
+        self.project_down_backward(SIBLINGS[0], dx, &mut g.h, norm, all)?;
         if input_gradient {
-            self.project_backward(
-                Slot::Q,
-                Some(overwrite(g.norm.top_mut(t))),
-                &mut g.h,
-                g.q.top(t),
-                norm,
-                unrotated(Slot::Q, s.q.top(t)),
-                &s.h,
-                all,
-            )?;
-            self.project_backward(
-                Slot::K,
-                Some(accumulate(g.norm.top_mut(t))),
-                &mut g.h,
-                g.k.top(t),
-                norm,
-                unrotated(Slot::K, s.k.top(t)),
-                &s.h,
-                all,
-            )?;
-            self.project_backward(
-                Slot::V,
-                Some(accumulate(g.norm.top_mut(t))),
-                &mut g.h,
-                g.v.top(t),
-                norm,
-                Some(Output::Kept(s.v.top(t))),
-                &s.h,
-                all,
-            )?;
-            self.project_down_backward(SIBLINGS[0], Some(g.norm.top_mut(t)), &mut g.h, norm, all)?;
-            rms_norm_backward(
-                g.stream.top_mut(t),
-                g.norm.top(t),
-                x,
-                s.attn_rstd.view().column_range(0, t),
-                self.attn_norm.view(),
-            )?;
-        } else {
-            self.project_backward(
-                Slot::Q,
-                None,
-                &mut g.h,
-                g.q.top(t),
-                norm,
-                unrotated(Slot::Q, s.q.top(t)),
-                &s.h,
-                all,
-            )?;
-            self.project_backward(
-                Slot::K,
-                None,
-                &mut g.h,
-                g.k.top(t),
-                norm,
-                unrotated(Slot::K, s.k.top(t)),
-                &s.h,
-                all,
-            )?;
-            self.project_backward(
-                Slot::V,
-                None,
-                &mut g.h,
-                g.v.top(t),
-                norm,
-                Some(Output::Kept(s.v.top(t))),
-                &s.h,
-                all,
-            )?;
-            self.project_down_backward(SIBLINGS[0], None, &mut g.h, norm, all)?;
+            let rstd = s.attn_rstd.view().column_range(0, t);
+            rms_norm_backward(g.stream.top_mut(t), g.norm.top(t), x, rstd, self.attn_norm.view())?;
         }
         Ok(())
     }

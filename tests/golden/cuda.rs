@@ -152,6 +152,52 @@ fn cuda_goes_on_from_a_checkpoint_bit_for_bit() {
 }
 
 #[test]
+fn cuda_bits_do_not_depend_on_where_layer_inputs_wait() {
+    let Some((_turn, device)) = device() else { return };
+    let shape: Shape = "smollm2-135m".parse().unwrap();
+    let (batch, length) = (2, 192);
+    let mut texts = Batch::new();
+    for i in 0..batch {
+        let tokens: Vec<u32> = (0..length).map(|t| (i * 7919 + t * 104_729) as u32 % 49_000).collect();
+        texts.push(&tokens, &tokens.iter().map(|&t| t as i32).collect::<Vec<_>>());
+    }
+    for use_dora in [false, true] {
+        let mut config = PeftConfig::new(8, 16.0);
+        config.target_modules = Some(TargetModules::AllLinear);
+        config.use_dora = use_dora;
+        let mut expected = None;
+        for (keep, on_host) in [
+            (Keep::EVERYTHING, false),
+            (Keep::EVERYTHING, true),
+            (Keep::LAYER_INPUTS, true),
+            (Keep::Layers(9), true),
+        ] {
+            let mut decoder = Decoder::synthetic(&shape, "nf4-dq".parse().unwrap(), &device, false).unwrap();
+            let mut params = adapters::attach(&mut decoder, &config).unwrap();
+            adapters::initialize(&mut decoder, &mut params, 0).unwrap();
+            // B = 0 would hide what reaches A.
+            let mut values = params.values.read().unwrap();
+            values
+                .iter_mut()
+                .filter(|x| **x == 0.0)
+                .enumerate()
+                .for_each(|(i, x)| *x = (i % 13) as f32 * 1e-3);
+            params.write(&values).unwrap();
+            decoder.refresh(&params).unwrap();
+            let buffers = Buffers::placed(&decoder, batch * length, keep, on_host).unwrap();
+            let (golden, batch) = (Value::Null, texts.clone());
+            let what = format!("dora {use_dora}, {keep:?}, on host {on_host}");
+            let found = initial(&mut Run { golden, batch, decoder, params, buffers }, &what);
+            assert!(found.0.is_finite() && found.1.iter().any(|&g| g != 0.0));
+            match &expected {
+                None => expected = Some(found),
+                Some(expected) => assert!(*expected == found, "{what}: other bits than on the device"),
+            }
+        }
+    }
+}
+
+#[test]
 fn cuda_takes_the_memory_that_was_predicted() {
     let Some((_turn, _)) = device() else { return };
     let shape: Shape = "smollm2-135m".parse().unwrap();
