@@ -285,7 +285,9 @@ impl Cuda {
             reason: format!("cuBLASLt refuses {shape:?}: {e}"),
         };
         let mut plans = self.gemm.lock().unwrap_or_else(PoisonError::into_inner);
-        let (handle, tuning) = (plans.handle, plans.tuning && 2 * m * n * k >= tune::LEAST_OPERATIONS);
+        // A sum over tokens may have zeros in long stretches, which would hide how it is split.
+        let large = 2 * m * n * k >= tune::LEAST_OPERATIONS && !a.transposed;
+        let (handle, tuning) = (plans.handle, plans.tuning && large);
         let plan = plans.plan(shape, beta != 0.0).map_err(refuse)?;
         let (desc, layouts) = (plan.desc, plan.layouts);
         let run = |algo: &Algo, beta: f32| {
