@@ -56,7 +56,9 @@ pub fn run(args: &PlanArgs, printer: &Printer) -> anyhow::Result<()> {
             "parts": bytes,
             "copies": fit.settings.copies,
             "recomputed_layers": fit.settings.recomputed,
+            "remakes_act": fit.settings.remakes_act,
             "embedding_on_host": fit.settings.embedding_on_host,
+            "layer_inputs_on_host": fit.settings.streams_on_host,
             "batch_size": fit.settings.batch,
         }))?);
     }
