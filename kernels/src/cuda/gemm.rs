@@ -1,6 +1,6 @@
 //! Matrix products through cuBLASLt, with the plan of every shape kept.
 //!
-//! A plan begins with the library's first guess of an algorithm; [`Cuda::tuning`] finds the fastest one ([`tune`]).
+//! A plan begins with the library's first guess of an algorithm; [`Cuda::tuning`] finds the fastest one (`tune.rs`).
 //! cuBLASLt thinks in columns: a row-major matrix is the transpose of a column-major one with the same leading
 //! dimension, so C = A B is asked for as C^T = B^T A^T, with the operands swapped.
 
