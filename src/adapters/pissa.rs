@@ -2,8 +2,8 @@
 //! (Meng et al. 2024).
 //!
 //! `W = U S Vᵀ`; `B0 = U_r √(S_r / s)`, `A0 = √(S_r / s) V_rᵀ`, `W_res = W - s B0 A0`, stored as
-//! `Q(W_res)` in the base's own block type, or in the one that was asked for. From then on the pair trains as LoRA's (or DoRA's) does, on
-//! the residual; this file only splits. The split is computed once and written down (see `staged`): a
+//! `Q(W_res)` in the base's own block type, or in the one that was asked for. From then on the pair trains as
+//! LoRA's (or DoRA's) does, on the residual; this file only splits. The split is computed once and written down (see `staged`): a
 //! second SVD would give other factors, and a raw PiSSA pair fits no base but its own residual.
 
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -495,7 +495,8 @@ pub struct MergeArgs {
     /// Format of the merged model
     #[arg(long, value_enum, default_value = "gguf")]
     pub to: MergeTarget,
-    /// Type or mixture of the merged weights, with --to gguf: q8_0, q4_k_m, ... [default: the base's own types]
+    /// Type or mixture of the merged weights, with --to gguf: q8_0, q4_k_m, ... [default: the base's own types, of a
+    /// PiSSA run its residual's]
     #[arg(long, value_name = "TYPE", value_parser = file_type)]
     pub quant: Option<FileType>,
     /// What is particular about some tensors, and about the files.

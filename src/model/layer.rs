@@ -214,24 +214,10 @@ impl Layer {
         let shared = &self.shared_pass(SIBLINGS[0], &s.h, t, pass);
         self.project_down(SIBLINGS[0], &mut s.h, norm, shared)?;
         self.project(Slot::Q, s.q.top_mut(t), None, &mut s.h, norm, shared, scratch)?;
-        self.project(
-            Slot::K,
-            k_all.view_mut().into_row_range(cached, t),
-            None,
-            &mut s.h,
-            norm,
-            shared,
-            scratch,
-        )?;
-        self.project(
-            Slot::V,
-            v_all.view_mut().into_row_range(cached, t),
-            None,
-            &mut s.h,
-            norm,
-            shared,
-            scratch,
-        )?;
+        for (slot, all) in [(Slot::K, &mut *k_all), (Slot::V, &mut *v_all)] {
+            let new = all.view_mut().into_row_range(cached, t);
+            self.project(slot, new, None, &mut s.h, norm, shared, scratch)?;
+        }
         rope_forward(s.q.top_mut(t), place.rope, place.positions, d)?;
         rope_forward(k_all.view_mut().into_row_range(cached, t), place.rope, place.positions, d)?;
         attention_forward(
