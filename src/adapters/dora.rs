@@ -15,7 +15,9 @@ use qpeft_kernels::{Device, Tensor, View, ViewMut};
 
 use super::lora::Lora;
 use crate::error::Result;
-use crate::model::linear::{Adapter, BaseWeight, Entry, InputGradient, Parameters, Pass, Saved, Scratch};
+use crate::model::linear::{
+    Adapter, BaseWeight, BranchGradient, Entry, InputGradient, Parameters, Pass, Saved, Scratch,
+};
 
 /// A low-rank pair and a magnitude per output row.
 #[derive(Debug)]
@@ -107,6 +109,7 @@ impl Adapter for Dora {
 
     fn refresh(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
         let Pass { params, factors, .. } = params.pass(None);
+        self.lora.refresh_below(factors, weight)?;
         let Lora { a, b, scaling, folded, .. } = &mut self.lora;
         row_norm_fold(
             self.norm.view_mut(),
@@ -119,7 +122,7 @@ impl Adapter for Dora {
             *scaling,
             weight,
         )?;
-        weight.set_refreshed();
+        weight.set_refreshed(self.rank());
         Ok(())
     }
 
@@ -143,7 +146,7 @@ impl Adapter for Dora {
     fn backward(
         &self,
         dx: Option<InputGradient<'_>>,
-        dh: ViewMut<'_>,
+        dh: BranchGradient<'_>,
         mut dparams: ViewMut<'_>,
         dy: View<'_>,
         saved: Saved<'_>,

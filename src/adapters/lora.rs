@@ -3,11 +3,12 @@
 
 use std::ops::Range;
 
+use qpeft_kernels::ops::convert::convert;
 use qpeft_kernels::ops::dropout::{dropout_backward, dropout_forward};
 use qpeft_kernels::ops::fold::fold_branch_beside;
 use qpeft_kernels::ops::low_rank::{
-    OutScale, low_rank_backward, low_rank_branch_backward, low_rank_branch_gradient, low_rank_forward,
-    low_rank_input_gradient,
+    OutScale, low_rank_branch_gradients, low_rank_forward, low_rank_input_gradient,
+    low_rank_projection_backward,
 };
 use qpeft_kernels::ops::quant_linear::{
     Branch, quant_linear_backward, quant_linear_backward_with_branch, quant_linear_forward,
@@ -17,7 +18,9 @@ use qpeft_kernels::rng::RngKey;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
 
 use crate::error::Result;
-use crate::model::linear::{Adapter, BaseWeight, Entry, InputGradient, Parameters, Pass, Saved, Scratch};
+use crate::model::linear::{
+    Adapter, BaseWeight, BranchGradient, Entry, InputGradient, Parameters, Pass, Saved, Scratch,
+};
 
 /// The low-rank pair on one linear.
 #[derive(Debug)]
@@ -89,7 +92,7 @@ impl Lora {
     pub fn backward_scaled(
         &self,
         dx: Option<InputGradient<'_>>,
-        mut dh: ViewMut<'_>,
+        BranchGradient { mut dh, twin }: BranchGradient<'_>,
         dparams: ViewMut<'_>,
         dy: View<'_>,
         saved: Saved<'_>,
@@ -106,43 +109,36 @@ impl Lora {
         let db = rest.into_slice(0, self.b.shape[0], self.b.shape[1]);
 
         // y = diag(g) W x + h folded^T
-        let (folded, key) = (self.folded.view(), self.dropout_key(pass));
-        let mut dx = match dx {
-            Some(InputGradient { dx, accumulate: false }) if !pass.shared && key.is_none() => {
-                quant_linear_backward_with_branch(dx, dh.reborrow(), dy, weight, g, folded, a)?;
-                None
-            }
-            Some(InputGradient { mut dx, accumulate }) => {
-                let (to, dh) = (dx.reborrow(), Some(dh.reborrow()));
-                quant_linear_backward(to, dh, dy, weight, g, Some(folded), accumulate)?;
-                Some(dx)
-            }
-            None => {
-                low_rank_branch_gradient(dh.reborrow(), dy, folded)?;
-                None
-            }
-        };
-        if pass.shared {
-            return Ok(low_rank_branch_backward(db, dy, saved.h, scale)?);
-        }
+        low_rank_branch_gradients(dh.reborrow(), twin, db, dy, self.folded.view(), saved.h, scale)?;
+        let dh = dh.as_view();
         // h = A drop(x)
-        match key {
-            None => {
-                let dh = dh.as_view();
-                low_rank_backward(dx, da, db, dh, dy, saved.h, saved.x, a, scale)?;
+        let Some(key) = self.dropout_key(pass) else {
+            if let Some(InputGradient { dx, accumulate }) = dx {
+                quant_linear_backward_with_branch(dx, dh, dy, weight, g, a, accumulate)?;
             }
-            Some(key) => {
-                let t = saved.x.rows;
-                let mut input = scratch.dropped.top_mut(t).into_column_range(0, saved.x.cols);
-                dropout_forward(input.reborrow(), saved.x, self.dropout, key)?;
-                low_rank_backward(None, da, db, dh.as_view(), dy, saved.h, input.as_view(), a, scale)?;
-                if let Some(dx) = &mut dx {
-                    input.reborrow().zero("dropout")?;
-                    low_rank_input_gradient(input.reborrow(), dh.as_view(), a)?;
-                    dropout_backward(dx.reborrow(), input.as_view(), self.dropout, key)?;
-                }
-            }
+            return if pass.shared { Ok(()) } else { Ok(low_rank_projection_backward(da, dh, saved.x)?) };
+        };
+        let t = saved.x.rows;
+        let mut input = scratch.dropped.top_mut(t).into_column_range(0, saved.x.cols);
+        dropout_forward(input.reborrow(), saved.x, self.dropout, key)?;
+        low_rank_projection_backward(da, dh, input.as_view())?;
+        if let Some(InputGradient { mut dx, accumulate }) = dx {
+            quant_linear_backward(dx.reborrow(), dy, weight, g, accumulate)?;
+            input.reborrow().zero("dropout")?;
+            low_rank_input_gradient(input.reborrow(), dh, a)?;
+            dropout_backward(dx, input.as_view(), self.dropout, key)?;
         }
+        Ok(())
+    }
+
+    /// Puts A below the weight's copy on a device, if it has one.
+    ///
+    /// # Errors
+    /// An op refuses.
+    pub fn refresh_below(&self, factors: View<'_>, weight: &BaseWeight) -> Result<()> {
+        let Some(below) = weight.rows_below_copy(self.rank()) else { return Ok(()) };
+        convert(below, self.a.view(factors))?;
+        weight.set_filled();
         Ok(())
     }
 
@@ -210,9 +206,11 @@ impl Adapter for Lora {
     }
 
     fn refresh(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
-        let (b, twin) = (self.b.view(params.values.view()), weight.branch_in_copy(self.a.shape[0]));
+        let Pass { params, factors, .. } = params.pass(None);
+        self.refresh_below(factors, weight)?;
+        let (b, twin) = (self.b.view(params), weight.branch_in_copy(self.rank()));
         fold_branch_beside(self.folded.view_mut(), twin, b, self.scaling, None)?;
-        weight.set_refreshed();
+        weight.set_refreshed(self.rank());
         Ok(())
     }
 
@@ -237,7 +235,7 @@ impl Adapter for Lora {
     fn backward(
         &self,
         dx: Option<InputGradient<'_>>,
-        dh: ViewMut<'_>,
+        dh: BranchGradient<'_>,
         dparams: ViewMut<'_>,
         dy: View<'_>,
         saved: Saved<'_>,

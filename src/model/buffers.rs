@@ -81,6 +81,9 @@ pub struct LayerBuffers {
     /// (T, rank) per linear: the low-rank activations, beside the inputs that they are made of
     /// ([`Tensor::with_padding`]).
     pub h: [Tensor; SLOTS],
+    /// (T, rank) of gate and up: gradients of the low-rank activations beside those of the outputs, where these take the
+    /// place of `gate` and `up`; else no rows.
+    pub beside_gate_up: [Tensor; 2],
 }
 
 /// What one layer at a time uses.
@@ -119,8 +122,13 @@ pub struct GradientBuffers {
     pub act: Tensor,
     /// (chunk, C): gradient of the supervised rows of one chunk.
     pub hidden: Tensor,
-    /// (T, rank) per linear: gradients of the low-rank activations, beside those of the inputs; of o and down, which
-    /// add to the stream, beside its gradient.
+    /// (T, rank) of q, k, v: gradients of the low-rank activations, beside those of the outputs.
+    pub beside_qkv: [Tensor; 3],
+    /// The same of gate and up; no rows where theirs lie beside the activations.
+    pub beside_gate_up: [Tensor; 2],
+    /// The same of o and down, which add to the stream, beside its gradient.
+    pub beside_stream: [Tensor; 2],
+    /// (T, rank) per linear that shares its input: the same once more, side by side. No rows on the CPU.
     pub h: [Tensor; SLOTS],
 }
 
@@ -474,6 +482,32 @@ impl Padded {
     }
 }
 
+/// Whether the gradients of gate and up take the place of the activations: on a device, where nothing reads these
+/// afterwards.
+fn swiglu_in_place(model: &Decoder) -> bool {
+    model.device.rounds() && model.layers.iter().all(Layer::swiglu_in_place)
+}
+
+/// (T, F) twice, and the gradients of the low-rank activations behind the rows of each where they have `rows[1]` rows.
+fn gate_and_up(
+    model: &Decoder,
+    rows: [usize; 2],
+    ranks: &[usize; SLOTS],
+) -> Result<([Tensor; 2], [Tensor; 2])> {
+    let cols = model.config.intermediate_size;
+    let one = |slot: Slot| {
+        if rows[1] == 0 {
+            let zeros = |rows, cols| Tensor::activations(&model.device, rows, cols);
+            return Ok((zeros(rows[0], cols)?, zeros(0, 0)?));
+        }
+        let (tensor, mut beside) =
+            Tensor::with_padding(&model.device, rows[0], cols, &[ranks[slot as usize]])?;
+        Ok::<_, Error>((tensor, beside.pop().expect("one width")))
+    };
+    let ((gate, beside_gate), (up, beside_up)) = (one(Slot::Gate)?, one(Slot::Up)?);
+    Ok(([gate, up], [beside_gate, beside_up]))
+}
+
 /// Rows of logits per chunk.
 fn chunk_rows(device: &Device, capacity: usize, vocab_size: usize) -> usize {
     let logits = if device.rounds() { LOGITS_CUDA } else { LOGITS };
@@ -501,6 +535,8 @@ impl LayerBuffers {
         let act_rows = if shares_act { 0 } else { t };
         let Padded { norms: [attn_norm, ffn_norm], attn, act, h } = Padded::new(model, t, ranks, act_rows)?;
         let (queries, keys) = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim);
+        let beside_rows = if swiglu_in_place(model) { t } else { 0 };
+        let ([gate, up], beside_gate_up) = gate_and_up(model, [t, beside_rows], ranks)?;
         Ok(LayerBuffers {
             attn_norm,
             attn_rstd: statistics(1)?,
@@ -512,10 +548,11 @@ impl LayerBuffers {
             middle: zeros(t, c.hidden_size)?,
             ffn_norm,
             ffn_rstd: statistics(1)?,
-            gate: zeros(t, c.intermediate_size)?,
-            up: zeros(t, c.intermediate_size)?,
+            gate,
+            up,
             act,
             h,
+            beside_gate_up,
         })
     }
 
@@ -532,30 +569,41 @@ impl GradientBuffers {
         let c = &model.config;
         let zeros = |rows: usize, cols: usize| Tensor::activations(&model.device, rows, cols);
         let [q, k, v, o, gate, up, down] = *ranks;
-        let padded = |cols: usize, ranks: &[usize]| Tensor::with_padding(&model.device, t, cols, ranks);
-        let (norm, qkv) = padded(c.hidden_size, &[q, k, v])?;
-        let (ffn_norm, gate_up) = padded(c.hidden_size, &[gate, up])?;
+        let padded = |rows: usize, cols: usize, rank: usize| {
+            let (tensor, mut beside) = Tensor::with_padding(&model.device, rows, cols, &[rank])?;
+            Ok::<_, Error>((tensor, beside.pop().expect("one width")))
+        };
         // Never needed at once, so on a device the two share their place, right behind the rows.
-        let (stream, mut beside) = padded(c.hidden_size, &[o.max(down)])?;
-        let second = beside[0].in_place().map_or_else(|| zeros(t, down), Ok)?;
-        let h = qkv.into_iter().chain(beside.drain(..)).chain(gate_up).chain([second]);
-        let h = h.collect::<Vec<_>>().try_into().expect("one per linear, in the order of the slots");
-        let in_place = model.device.rounds() && model.layers.iter().all(Layer::swiglu_in_place);
-        let swiglu_rows = if in_place { 0 } else { t };
+        let (stream, beside_o) = padded(t, c.hidden_size, o.max(down))?;
+        let beside_down = beside_o.in_place().map_or_else(|| zeros(t, down), Ok)?;
         let (queries, keys) = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim);
+        let (dq, beside_q) = padded(t, queries, q)?;
+        let (dk, beside_k) = padded(t, keys, k)?;
+        let (dv, beside_v) = padded(t, keys, v)?;
+        let swiglu_rows = if swiglu_in_place(model) { 0 } else { t };
+        let ([dgate, dup], beside_gate_up) = gate_and_up(model, [swiglu_rows; 2], ranks)?;
+        let joint_rows = if model.device.rounds() { t } else { 0 };
+        let joint =
+            |ranks: &[usize]| Ok::<_, Error>(Tensor::with_padding(&model.device, joint_rows, 0, ranks)?.1);
+        let none = || zeros(0, 0);
+        let h = joint(&[q, k, v])?.into_iter().chain([none()?]).chain(joint(&[gate, up])?).chain([none()?]);
+        let h = h.collect::<Vec<_>>().try_into().expect("one per linear, in the order of the slots");
         Ok(GradientBuffers {
             stream,
-            norm,
-            ffn_norm,
-            q: zeros(t, queries)?,
-            k: zeros(t, keys)?,
-            v: zeros(t, keys)?,
+            norm: zeros(t, c.hidden_size)?,
+            ffn_norm: zeros(t, c.hidden_size)?,
+            q: dq,
+            k: dk,
+            v: dv,
             attn: zeros(t, queries)?,
             delta: Tensor::zeros(&model.device, c.n_heads, t)?,
-            gate: zeros(swiglu_rows, c.intermediate_size)?,
-            up: zeros(swiglu_rows, c.intermediate_size)?,
+            gate: dgate,
+            up: dup,
             act: zeros(t, c.intermediate_size)?,
             hidden: zeros(chunk, c.hidden_size)?,
+            beside_qkv: [beside_q, beside_k, beside_v],
+            beside_gate_up,
+            beside_stream: [beside_o, beside_down],
             h,
         })
     }
@@ -563,6 +611,7 @@ impl GradientBuffers {
     fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         let attention = [&self.stream, &self.norm, &self.q, &self.k, &self.v, &self.attn, &self.delta];
         let ffn = [&self.ffn_norm, &self.gate, &self.up, &self.act, &self.hidden];
-        attention.into_iter().chain(ffn).chain(&self.h)
+        let beside = self.beside_qkv.iter().chain(&self.beside_gate_up).chain(&self.beside_stream);
+        attention.into_iter().chain(ffn).chain(beside).chain(&self.h)
     }
 }

@@ -140,7 +140,7 @@ impl Decoder {
         let mut replays = std::mem::take(&mut self.replays);
         let done = replays.run(cuda, key, true, || self.refresh_each(params));
         self.replays = replays;
-        self.linears().filter(|l| l.adapter.is_some()).for_each(|l| l.weight.set_refreshed());
+        self.linears().filter(|l| l.adapter.is_some()).for_each(|l| l.weight.set_refreshed(l.rank()));
         done
     }
 
@@ -284,7 +284,7 @@ impl Decoder {
             let dlogits = buffers.logits.top(rows.len());
             let g = buffers.grads.as_mut().expect("checked by training()");
             let dhidden = g.hidden.top_mut(rows.len());
-            quant_linear_backward(dhidden, None, dlogits, self.head(), None, None, false)?;
+            quant_linear_backward(dhidden, dlogits, self.head(), None, false)?;
             gather_backward(g.norm.top_mut(t), g.hidden.top(rows.len()), buffers.ids.rows.ids().slice(rows))?;
         }
         self.run_backward(buffers, dparams, pass)

@@ -11,7 +11,7 @@ use qpeft_kernels::{Ids, Tensor, View, ViewMut};
 
 use super::buffers::{GradientBuffers, LayerBuffers, Shared};
 use super::config::Config;
-use super::linear::{Entry, InputGradient, Linear, Pass, Saved, Scratch};
+use super::linear::{BranchGradient, Entry, InputGradient, Linear, Pass, Saved, Scratch};
 use crate::error::Result;
 
 /// The linears of a layer, in forward order.
@@ -279,13 +279,14 @@ impl Layer {
         linear.forward(y, onto, h, x, pass, scratch)
     }
 
-    /// `pass`, or the same that says that the products of `slots` with their first factors are made together:
-    /// where these and the low-rank matrices `h` lie side by side.
+    /// `pass`, or the same that says that the products with the first factors of `slots` are made together: where these
+    /// lie one below the other, and the low-rank matrices `h` side by side.
     fn shared_pass<'p>(&self, slots: &[Slot], h: &[Tensor; SLOTS], rows: usize, pass: &Pass<'p>) -> Pass<'p> {
-        let mut views = slots.iter().map(|&slot| h[slot as usize].top(rows));
-        let first = views.next().expect("slots of one input");
-        let adjacent = views.try_fold(first, View::joined).is_some();
-        Pass { shared: adjacent && self.factors_of(slots, pass).is_some(), ..*pass }
+        let tensors = slots.iter().map(|&slot| &h[slot as usize]);
+        let mut views = tensors.filter(|h| h.rows() >= rows).map(|h| h.top(rows));
+        let joined = views.next().and_then(|first| views.try_fold(first, View::joined));
+        let cols = joined.map(|joined| joined.cols);
+        Pass { shared: cols.is_some() && cols == self.factors_of(slots, pass).map(|a| a.rows), ..*pass }
     }
 
     /// The low-rank activations of all of `slots`, which share the input x, in one product if the pass is shared.
@@ -296,26 +297,30 @@ impl Layer {
         x: View<'_>,
         pass: &Pass<'_>,
     ) -> Result<()> {
+        if !pass.shared {
+            return Ok(());
+        }
         match (self.factors_of(slots, pass), side_by_side(h, slots, x.rows)) {
-            (Some(a), Some(h)) if pass.shared => Ok(low_rank_forward(h, x, a)?),
+            (Some(a), Some(h)) => Ok(low_rank_forward(h, x, a)?),
             _ => Ok(()),
         }
     }
 
-    /// The mirror of [`Layer::project_down`], after the linears' own backward.
+    /// The mirror of [`Layer::project_down`]: the gradients of all first factors in one product if the pass is shared.
     fn project_down_backward(
         &self,
         slots: &[Slot],
-        dx: Option<ViewMut<'_>>,
         dh: &mut [Tensor; SLOTS],
         x: View<'_>,
         to: &mut Backward<'_>,
     ) -> Result<()> {
-        let first = self.linear(slots[0]).projection();
-        match (self.factors_of(slots, to.pass), side_by_side(dh, slots, x.rows), first) {
-            (Some(a), Some(dh), Some(first)) if to.pass.shared => {
-                let da = to.dparams.reborrow().into_slice(first.offset, a.rows, a.cols);
-                Ok(low_rank_projection_backward(dx, da, dh.as_view(), x, a)?)
+        if !to.pass.shared {
+            return Ok(());
+        }
+        match (side_by_side(dh, slots, x.rows), self.linear(slots[0]).projection()) {
+            (Some(dh), Some(first)) => {
+                let da = to.dparams.reborrow().into_slice(first.offset, dh.cols, x.cols);
+                Ok(low_rank_projection_backward(da, dh.as_view(), x)?)
             }
             _ => Ok(()),
         }
@@ -334,7 +339,7 @@ impl Layer {
         &self,
         slot: Slot,
         dx: Option<InputGradient<'_>>,
-        dh: &mut [Tensor; SLOTS],
+        dh: (&mut Tensor, &mut [Tensor; SLOTS]),
         dy: View<'_>,
         x: View<'_>,
         y: Option<Output<'_>>,
@@ -342,14 +347,10 @@ impl Layer {
         to: &mut Backward<'_>,
     ) -> Result<()> {
         let linear = self.linear(slot);
-        if linear.adapter.is_none() && dx.as_ref().is_some_and(|dx| !dx.accumulate) {
-            // The product leaves the padding as it is, and those of the siblings will add to it.
-            for &sibling in slot.siblings().iter().filter(|&&sibling| self.linear(sibling).rank() > 0) {
-                dh[sibling as usize].top_mut(x.rows).zero("quant_linear_backward")?;
-            }
-        }
-        let h = h[slot as usize].top(x.rows).column_range(0, linear.rank());
-        let dh = dh[slot as usize].top_mut(x.rows).into_column_range(0, linear.rank());
+        let rank = linear.rank();
+        let h = h[slot as usize].top(x.rows).column_range(0, rank);
+        let twin = to.pass.shared.then(|| dh.1[slot as usize].top_mut(x.rows).into_column_range(0, rank));
+        let dh = BranchGradient { dh: dh.0.top_mut(x.rows).into_column_range(0, rank), twin };
         linear.backward(dx, dh, to.dparams.reborrow(), dy, Saved { x, h, y }, to.pass, to.scratch)
     }
 
@@ -409,7 +410,7 @@ impl Layer {
         self.project_backward(
             Slot::Down,
             Some(overwrite(g.act.top_mut(t))),
-            &mut g.h,
+            (&mut g.beside_stream[1], &mut g.h),
             g.stream.top(t),
             act,
             Some(Output::Added { to: s.middle.top(t), sum: y }),
@@ -420,9 +421,9 @@ impl Layer {
         let scales = self.linear(Slot::Gate).output_scale().zip(self.linear(Slot::Up).output_scale());
         // On a device the gradients take the place of gate and up, which nothing reads afterwards.
         let mut in_place = if self.swiglu_in_place() { s.gate.in_place().zip(s.up.in_place()) } else { None };
-        let (dgate, dup) = match &mut in_place {
-            Some((dgate, dup)) => (dgate, dup),
-            None => (&mut g.gate, &mut g.up),
+        let (dgate, dup, [beside_gate, beside_up]) = match &mut in_place {
+            Some((dgate, dup)) => (dgate, dup, &mut s.beside_gate_up),
+            None => (&mut g.gate, &mut g.up, &mut g.beside_gate_up),
         };
         if let Some((gate_scale, up_scale)) = scales {
             // The up projection's parameters follow the gate's in the flat buffer.
@@ -449,7 +450,7 @@ impl Layer {
         self.project_backward(
             Slot::Up,
             Some(overwrite(g.ffn_norm.top_mut(t))),
-            &mut g.h,
+            (beside_up, &mut g.h),
             dup.top(t),
             s.ffn_norm.top(t),
             unread(s.up.top(t)),
@@ -459,20 +460,14 @@ impl Layer {
         self.project_backward(
             Slot::Gate,
             Some(accumulate(g.ffn_norm.top_mut(t))),
-            &mut g.h,
+            (beside_gate, &mut g.h),
             dgate.top(t),
             s.ffn_norm.top(t),
             unread(s.gate.top(t)),
             &s.h,
             both,
         )?;
-        self.project_down_backward(
-            SIBLINGS[2],
-            Some(g.ffn_norm.top_mut(t)),
-            &mut g.h,
-            s.ffn_norm.top(t),
-            both,
-        )?;
+        self.project_down_backward(SIBLINGS[2], &mut g.h, s.ffn_norm.top(t), both)?;
         // middle = x + o(attention(rope(q(norm)), rope(k(norm)), v(norm)))
         let (rstd, middle) = (s.ffn_rstd.view().column_range(0, t), s.middle.top(t));
         let (dmiddle, dnorm, weight) = (g.stream.top_mut(t), g.ffn_norm.top(t), self.ffn_norm.view());
@@ -486,7 +481,7 @@ impl Layer {
         self.project_backward(
             Slot::O,
             Some(overwrite(g.attn.top_mut(t))),
-            &mut g.h,
+            (&mut g.beside_stream[0], &mut g.h),
             g.stream.top(t),
             s.attn.top(t),
             magnitude.is_none().then_some(Output::Added { to: x, sum: middle }),
@@ -514,17 +509,17 @@ impl Layer {
         let shared = self.shared_pass(SIBLINGS[0], &g.h, t, to.pass);
         let mut with_shared = to.with_pass(&shared);
         let all = &mut with_shared;
-        for (slot, dy, y) in [
-            (Slot::Q, g.q.top(t), unrotated(Slot::Q, s.q.top(t))),
-            (Slot::K, g.k.top(t), unrotated(Slot::K, s.k.top(t))),
-            (Slot::V, g.v.top(t), Some(Output::Kept(s.v.top(t)))),
+        let [beside_q, beside_k, beside_v] = &mut g.beside_qkv;
+        for (slot, dy, beside, y) in [
+            (Slot::Q, g.q.top(t), beside_q, unrotated(Slot::Q, s.q.top(t))),
+            (Slot::K, g.k.top(t), beside_k, unrotated(Slot::K, s.k.top(t))),
+            (Slot::V, g.v.top(t), beside_v, Some(Output::Kept(s.v.top(t)))),
         ] {
             let to = |dx| if slot == Slot::Q { overwrite(dx) } else { accumulate(dx) };
             let dx = if input_gradient { Some(to(g.norm.top_mut(t))) } else { None };
-            self.project_backward(slot, dx, &mut g.h, dy, norm, y, &s.h, all)?;
+            self.project_backward(slot, dx, (beside, &mut g.h), dy, norm, y, &s.h, all)?;
         }
-        let dx = if input_gradient { Some(g.norm.top_mut(t)) } else { None };
-        self.project_down_backward(SIBLINGS[0], dx, &mut g.h, norm, all)?;
+        self.project_down_backward(SIBLINGS[0], &mut g.h, norm, all)?;
         if input_gradient {
             let rstd = s.attn_rstd.view().column_range(0, t);
             rms_norm_backward(g.stream.top_mut(t), g.norm.top(t), x, rstd, self.attn_norm.view())?;

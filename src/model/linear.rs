@@ -159,15 +159,22 @@ pub struct Saved<'a> {
 }
 
 /// Where the gradient of a linear's input goes.
-///
-/// On CUDA the gradient of the low-rank activations lies in the padding of its rows, so that one product writes both,
-/// or in that of the output's gradient, so that one product reads both ([`Tensor::with_padding`]).
 #[derive(Debug)]
 pub struct InputGradient<'a> {
     /// (T, in).
     pub dx: ViewMut<'a>,
     /// Add to what is there instead of overwriting it: linears that share an input.
     pub accumulate: bool,
+}
+
+/// Where the gradient of the low-rank activations goes.
+#[derive(Debug)]
+pub struct BranchGradient<'a> {
+    /// (T, rank): on CUDA in the padding behind the rows of dy ([`Tensor::with_padding`]), so that one product reads both.
+    pub dh: ViewMut<'a>,
+    /// (T, rank): the same once more, beside that of the other linears of the input, where the pass is
+    /// [shared](Pass::shared).
+    pub twin: Option<ViewMut<'a>>,
 }
 
 /// One method on one linear.
@@ -181,8 +188,8 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     /// Whether backward reads the linear's output.
     fn needs_output(&self) -> bool;
 
-    /// The factor A, where the low-rank activations are h = x A^T of the input as it is, so that dA = dh^T x and
-    /// dx += dh A, whoever makes them.
+    /// The factor A, where the low-rank activations are h = x A^T of the input as it is, so that dA = dh^T x, whoever
+    /// makes it.
     fn projection(&self) -> Option<&Entry> {
         None
     }
@@ -241,15 +248,15 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
         scratch: &mut Scratch,
     ) -> Result<()>;
 
-    /// Adds the parameters' gradients to `dparams` (flat) and gives the input's gradient, if asked for; `dh`
-    /// (T, rank) is room for that of the low-rank activations.
+    /// Adds the parameters' gradients to `dparams` (flat) and gives the input's gradient, if asked for, and that of the
+    /// low-rank activations. In a [shared](Pass::shared) pass the caller makes the gradient of [`Adapter::projection`].
     ///
     /// # Errors
     /// An op refuses.
     fn backward(
         &self,
         dx: Option<InputGradient<'_>>,
-        dh: ViewMut<'_>,
+        dh: BranchGradient<'_>,
         dparams: ViewMut<'_>,
         dy: View<'_>,
         saved: Saved<'_>,
@@ -323,7 +330,7 @@ impl Linear {
     pub fn backward(
         &self,
         dx: Option<InputGradient<'_>>,
-        dh: ViewMut<'_>,
+        dh: BranchGradient<'_>,
         dparams: ViewMut<'_>,
         dy: View<'_>,
         saved: Saved<'_>,
@@ -332,9 +339,7 @@ impl Linear {
     ) -> Result<()> {
         match (&self.adapter, dx) {
             (Some(adapter), dx) => adapter.backward(dx, dh, dparams, dy, saved, &self.weight, pass, scratch),
-            (None, Some(dx)) => {
-                Ok(quant_linear_backward(dx.dx, None, dy, &self.weight, None, None, dx.accumulate)?)
-            }
+            (None, Some(dx)) => Ok(quant_linear_backward(dx.dx, dy, &self.weight, None, dx.accumulate)?),
             (None, None) => Ok(()),
         }
     }

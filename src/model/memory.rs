@@ -12,6 +12,7 @@ use qpeft_kernels::cuda::spans::{column_sums, column_sums_by_rows};
 use qpeft_kernels::cuda::{Cuda, Scratch};
 use qpeft_kernels::device::Meter;
 use qpeft_kernels::ops::quant_linear::weight_scratch;
+use qpeft_kernels::ops::row_norm::products_scratch;
 use qpeft_kernels::tensor::padding;
 
 use super::buffers::{Buffers, Keep};
@@ -171,7 +172,7 @@ impl DryRun<'_> {
             norms.max(weight_scratch(&l.weight, pads(l), l.rank(), settings.copies))
         };
         let weight = self.decoder.linears().map(of).max().unwrap_or(0);
-        let products = self.decoder.linears().map(|l| l.rank() * l.weight.rows() * size_of::<f32>()).max();
+        let products = self.decoder.linears().map(|l| products_scratch(l.weight.rows(), l.rank())).max();
         let products = products.unwrap_or(0);
         // The gradients of magnitudes are sums over the tokens.
         let sums = |l: &Linear| l.output_scale().map(|_| column_sums(capacity, l.weight.rows()));

@@ -99,33 +99,23 @@ pub fn low_rank_backward(
     Ok(())
 }
 
-/// The gradients of h = A x by A and by x alone: the part of [`low_rank_backward`] that linears of one input share.
+/// The gradient of h = A x by A.
 ///
-/// dA += dh^T x; dx += dh A.
+/// dA += dh^T x.
 ///
-/// Shapes: `dx`, `x` (T, K); `da`, `a` (R, K); `dh` (T, R).
-/// Accumulates: both are added to.
+/// Shapes: `x` (T, K); `da` (R, K); `dh` (T, R): R of one linear, or of several of one input whose factors lie one below
+/// the other.
+/// Accumulates: `da` is added to.
 /// Precision: as [`low_rank_backward`].
 ///
 /// # Errors
 /// Shapes that do not belong together, or no kernel for the device.
 ///
 /// Source: see [`low_rank_backward`].
-pub fn low_rank_projection_backward(
-    dx: Option<ViewMut>,
-    da: ViewMut,
-    dh: View,
-    x: View,
-    a: View,
-) -> Result<()> {
-    check(BACKWARD, "columns of x", a.cols, x.cols)?;
-    check(BACKWARD, "rows of da", a.rows, da.rows)?;
-    check(BACKWARD, "columns of da", a.cols, da.cols)?;
+pub fn low_rank_projection_backward(da: ViewMut, dh: View, x: View) -> Result<()> {
+    check(BACKWARD, "rows of da", dh.cols, da.rows)?;
+    check(BACKWARD, "columns of da", x.cols, da.cols)?;
     check(BACKWARD, "rows of dh", x.rows, dh.rows)?;
-    check(BACKWARD, "columns of dh", a.rows, dh.cols)?;
-    if let Some(dx) = dx {
-        low_rank_input_gradient(dx, dh, a)?;
-    }
     if let Some(cuda) = x.cuda() {
         let dh = transposed(dh.matrix(BACKWARD)?);
         return cuda.gemm(da.matrix(BACKWARD)?, dh, x.matrix(BACKWARD)?, 1.0, 1.0);
@@ -209,6 +199,23 @@ pub fn low_rank_branch_gradient(dh: ViewMut, dy: View, b: View) -> Result<()> {
     }
     forward_fast(dh.mat(BACKWARD)?, dy.mat(BACKWARD)?, b.mat(BACKWARD)?.transposed());
     Ok(())
+}
+
+/// Both gradients that a branch takes from dy.
+pub fn low_rank_branch_gradients(
+    mut dh: ViewMut,
+    twin: Option<ViewMut>,
+    db: ViewMut,
+    dy: View,
+    b: View,
+    h: View,
+    out_scale: OutScale,
+) -> Result<()> {
+    low_rank_branch_gradient(dh.reborrow(), dy, b)?;
+    if let Some(twin) = twin {
+        crate::ops::convert::convert(twin, dh.as_view())?;
+    }
+    low_rank_branch_backward(db, dy, h, out_scale)
 }
 
 // ----------------------------------------------------------------------------------------- CUDA

@@ -68,7 +68,7 @@ constexpr int THREADS = 256;
 extern "C" __global__ void __launch_bounds__(THREADS)
     row_norm_forward(float* norm, const float* w_squared, const void* wa, i32 wa_stride, i32 wa_is_bf16, const void* a,
                      i32 a_stride, i32 a_is_bf16, const void* b, i32 b_stride, i32 b_is_bf16, const float* gram,
-                     const void* w, i32 w_stride, i32 w_is_bf16, const float* folded, const float* m, float* g_out,
+                     i32 gram_stride, const void* w, i32 w_stride, i32 w_is_bf16, const float* folded, const float* m, float* g_out,
                      bf16* folded_b, i32 folded_b_stride, float scaling, i32 rows, i32 cols, i32 rank) {
     const u32 row = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= (u32)rows) return;
@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const float b_q = element(b, b_row + q, b_is_bf16);
         float product = 0.0f;
 #pragma unroll 8
-        for (u32 r = 0; r < (u32)rank; r++) product += gram[r * rank + q] * element(b, b_row + r, b_is_bf16);
+        for (u32 r = 0; r < (u32)rank; r++) product += gram[r * gram_stride + q] * element(b, b_row + r, b_is_bf16);
         low_rank += (double)product * b_q;
         cross += (double)(element(wa, (i64)q * wa_stride + row, wa_is_bf16) * per_g) * b_q;
     }

@@ -16,7 +16,7 @@ use crate::error::{Error, Result, check};
 use crate::ops::fold::{fold_branch, fold_row_factor};
 use crate::ops::quant_linear::{for_each_tile, quant_linear_forward};
 use crate::tensor::{Dtype, View, ViewMut};
-use crate::weight::BaseWeight;
+use crate::weight::{BaseWeight, Room};
 
 const FORWARD: &str = "row_norm_forward";
 
@@ -149,7 +149,7 @@ pub fn row_norm_forward_dense(
     let operands = Operands { w_squared, wa, a, b, scaling };
     check_operands(&norm, &operands, w.rows, w.cols)?;
     if let Some(cuda) = norm.cuda() {
-        return forward_cuda(&cuda, &norm, operands, w, None, None);
+        return forward_cuda(&cuda, &norm, operands, w, None, None, None);
     }
     forward_fast(norm.cpu(FORWARD)?, operands, Rows::Dense(w.mat(FORWARD)?))
 }
@@ -199,17 +199,22 @@ fn packed_cuda(
     fold: Option<Fold>,
 ) -> Result<()> {
     let (rank, n) = (a.rows, weight.rows());
-    let ptr = cuda.scratch(Scratch::Products, rank * n * Dtype::F32.size())?;
-    let wa = Matrix { ptr, rows: rank, cols: n, stride: n, dtype: Dtype::F32 };
-    let mut wa = ViewMut::on_cuda(cuda, wa);
+    let ptr = cuda.scratch(Scratch::Products, products_scratch(n, rank))?;
+    let products = Matrix { ptr, rows: rank, cols: n + rank, stride: n + rank, dtype: Dtype::F32 };
+    let mut wa = ViewMut::on_cuda(cuda, Matrix { cols: n, ..products });
     let operands = Operands { w_squared, wa: wa.as_view(), a, b, scaling };
     check_operands(norm, &operands, weight.rows(), weight.cols())?;
-    if let Some((ptr, stride)) = weight.scaled_copy() {
+    if let Some(Room { ptr, stride, is_filled }) = weight.scaled_copy() {
         check(FORWARD, "columns of folded", weight.rows(), folded.cols)?;
-        let w = Matrix { ptr, rows: weight.rows(), cols: weight.cols(), stride, dtype: Dtype::Bf16 };
-        cuda.gemm(wa.matrix(FORWARD)?, a.matrix(FORWARD)?, transposed(w), 1.0, 0.0)?;
+        let w = Matrix { ptr, rows: n, cols: weight.cols(), stride, dtype: Dtype::Bf16 };
+        // With A below W one product makes both A W^T and A A^T.
+        let both = if is_filled { n + rank } else { n };
+        let (to, factors) = (Matrix { cols: both, ..products }, a.matrix(FORWARD)?);
+        cuda.gemm(to, factors, transposed(Matrix { rows: both, ..w }), 1.0, 0.0)?;
+        let ptr = products.ptr + (n * Dtype::F32.size()) as u64;
+        let gram = is_filled.then_some(Matrix { ptr, cols: rank, ..products });
         let w = ViewMut::on_cuda(cuda, w);
-        return forward_cuda(cuda, norm, operands, w.as_view(), Some(folded), fold);
+        return forward_cuda(cuda, norm, operands, w.as_view(), gram, Some(folded), fold);
     }
     for_each_tile(cuda, weight, |rows, w| {
         let wa = wa.reborrow().into_column_range(rows.start, rows.len());
@@ -228,21 +233,27 @@ fn packed_cuda(
             folded: folded.row_range(start, len),
         });
         let norm = norm.reborrow().into_column_range(start, len);
-        forward_cuda(cuda, &norm, operands, w, None, fold)
+        forward_cuda(cuda, &norm, operands, w, None, None, fold)
     })
 }
 
+/// Bytes of scratch for A W^T and A A^T of a weight of so many rows.
+pub fn products_scratch(rows: usize, rank: usize) -> usize {
+    rank * (rows + rank) * Dtype::F32.size()
+}
+
+/// `gram`: A A^T, if it was made already.
 fn forward_cuda(
     cuda: &Cuda,
     norm: &ViewMut,
     operands: Operands,
     w: View,
+    gram: Option<Matrix>,
     folded: Option<View>,
     fold: Option<Fold>,
 ) -> Result<()> {
     let Operands { w_squared, wa, a, b, scaling } = operands;
     let (rank, tiles) = (a.rows, a.rows.div_ceil(4));
-    let gram = cuda.scratch(Scratch::Partials, (rank * rank).max(1) * size_of::<f32>())?;
     // A matrix of either type: address, stride, whether it is bf16.
     let either = |view: View| -> Result<[Arg; 3]> {
         let (ptr, is_bf16) = match view.bf16(FORWARD) {
@@ -251,23 +262,29 @@ fn forward_cuda(
         };
         Ok([Arg::Ptr(ptr), Arg::size(view.stride), Arg::I32(is_bf16)])
     };
-    let a_matrix = a.matrix(FORWARD)?;
-    if a_matrix.dtype == Dtype::Bf16 {
-        // Products of bf16 are exact in f32, and the library splits the long sum over many multiprocessors.
-        let gram = Matrix { ptr: gram, rows: rank, cols: rank, stride: rank, dtype: Dtype::F32 };
-        cuda.gemm(gram, a_matrix, transposed(a_matrix), 1.0, 0.0)?;
+    let gram = if let Some(gram) = gram {
+        gram
     } else {
-        let mut args = vec![Arg::Ptr(gram)];
-        args.extend(either(a)?);
-        args.extend([Arg::size(rank), Arg::size(a.cols)]);
-        let grid = Grid { blocks: (tiles, tiles, 1), threads: 128, shared: 0 };
-        cuda.launch(&SOURCE, "row_norm_gram", grid, &args)?;
-    }
+        let ptr = cuda.scratch(Scratch::Partials, (rank * rank).max(1) * size_of::<f32>())?;
+        let gram = Matrix { ptr, rows: rank, cols: rank, stride: rank, dtype: Dtype::F32 };
+        let a_matrix = a.matrix(FORWARD)?;
+        if a_matrix.dtype == Dtype::Bf16 {
+            // Products of bf16 are exact in f32, and the library splits the long sum over many multiprocessors.
+            cuda.gemm(gram, a_matrix, transposed(a_matrix), 1.0, 0.0)?;
+        } else {
+            let mut args = vec![Arg::Ptr(gram.ptr)];
+            args.extend(either(a)?);
+            args.extend([Arg::size(rank), Arg::size(a.cols)]);
+            let grid = Grid { blocks: (tiles, tiles, 1), threads: 128, shared: 0 };
+            cuda.launch(&SOURCE, "row_norm_gram", grid, &args)?;
+        }
+        gram
+    };
     let mut args = vec![Arg::Ptr(norm.f32(FORWARD)?), Arg::Ptr(w_squared.f32(FORWARD)?)];
     for view in [wa, a, b] {
         args.extend(either(view)?);
     }
-    args.push(Arg::Ptr(gram));
+    args.extend([Arg::Ptr(gram.ptr), Arg::size(gram.stride)]);
     args.extend(either(w)?);
     args.push(Arg::Ptr(folded.map_or(Ok(0), |g| g.f32(FORWARD))?));
     args.extend(match fold {

@@ -1,7 +1,7 @@
 //! A weight's own bf16 copy on a device, for runs with memory to spare: no dequantization per product.
 //!
-//! The copy holds what products read: rows scaled, adapter columns in their padding. Both change with every
-//! optimizer step, so the copy knows whether it is up to date.
+//! The copy holds what products read: rows scaled, adapter columns in their padding, rows of the adapter's first factor
+//! below. All change with every optimizer step, so the copy knows whether it is up to date.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -36,6 +36,17 @@ pub(crate) enum Missing {
     Everything,
 }
 
+/// A copy with room for the rows of an adapter's first factor below those of the weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Room {
+    /// Address of the weight's first row.
+    pub(crate) ptr: u64,
+    /// Elements between the starts of two rows.
+    pub(crate) stride: usize,
+    /// Whether the factor's rows of now are there; otherwise the caller writes them.
+    pub(crate) is_filled: bool,
+}
+
 /// Room for rows of bf16 and what is in it.
 #[derive(Debug)]
 pub(super) struct Copy {
@@ -44,12 +55,20 @@ pub(super) struct Copy {
     adapted: bool,
     contents: Mutex<Option<Contents>>,
     fresh: AtomicBool,
+    /// The same of the rows below.
+    filled: AtomicBool,
 }
 
 impl Copy {
     /// An empty copy in `buffer`.
     pub(super) fn new(buffer: Buffer, adapted: bool) -> Copy {
-        Copy { buffer, adapted, contents: Mutex::new(None), fresh: AtomicBool::new(false) }
+        Copy {
+            buffer,
+            adapted,
+            contents: Mutex::new(None),
+            fresh: AtomicBool::new(false),
+            filled: AtomicBool::new(false),
+        }
     }
 
     /// The address, and what the caller has to write there first. `None`: this use has no place here.
@@ -74,24 +93,38 @@ impl Copy {
             (true, false) if scaled => Missing::Everything,
             (true, false) => Missing::Columns,
         };
+        if *contents != Some(wanted) {
+            self.filled.store(false, Ordering::Relaxed);
+        }
         *contents = Some(wanted);
         Some((self.buffer.ptr(), missing))
     }
 
-    /// The address and the stride, if it is up to date, for this use, and as large as so many rows.
-    pub(super) fn with_room(&self, rows: usize, cols: usize, scaled: bool) -> Option<(u64, usize)> {
+    /// As it was last written, if it is up to date, for this use, and has room for so many rows `below`.
+    pub(super) fn with_room(&self, rows: usize, cols: usize, scaled: bool, below: usize) -> Option<Room> {
         let contents = *self.contents.lock().unwrap_or_else(PoisonError::into_inner);
         let contents = contents.filter(|contents| contents.scaled == scaled && self.is_fresh())?;
         let stride = cols + contents.place.map_or(0, |place| place.padding);
-        let fits = rows * stride * Dtype::Bf16.size() <= self.buffer.bytes();
-        (self.adapted && fits).then(|| (self.buffer.ptr(), stride))
+        let fits = (rows + below) * stride * Dtype::Bf16.size() <= self.buffer.bytes();
+        let is_filled = below > 0 && fits && self.filled.swap(true, Ordering::Relaxed);
+        (self.adapted && fits).then(|| Room { ptr: self.buffer.ptr(), stride, is_filled })
     }
 
-    /// The address and the columns of padding, where the rows are there with the row scale of now.
-    pub(super) fn scaled(&self) -> Option<(u64, usize)> {
+    /// The address and stride of so many rows `below` those of the weight, if it was written before.
+    pub(super) fn below(&self, rows: usize, cols: usize, below: usize) -> Option<(u64, usize)> {
+        let contents = (*self.contents.lock().unwrap_or_else(PoisonError::into_inner))?;
+        let stride = cols + contents.place.map_or(0, |place| place.padding);
+        let fits = (rows + below) * stride * Dtype::Bf16.size() <= self.buffer.bytes();
+        (self.adapted && fits)
+            .then(|| (self.buffer.ptr() + (rows * stride * Dtype::Bf16.size()) as u64, stride))
+    }
+
+    /// Where the rows are there with the row scale of now.
+    pub(super) fn scaled(&self, cols: usize) -> Option<Room> {
         let contents = *self.contents.lock().unwrap_or_else(PoisonError::into_inner);
         let Contents { place, .. } = contents.filter(|contents| contents.scaled && self.is_fresh())?;
-        Some((self.buffer.ptr(), place.map_or(0, |place| place.padding)))
+        let stride = cols + place.map_or(0, |place| place.padding);
+        Some(Room { ptr: self.buffer.ptr(), stride, is_filled: self.filled.load(Ordering::Relaxed) })
     }
 
     /// The address and stride of the columns behind the rows where the branch lies, if only that changes with a step.
@@ -105,6 +138,11 @@ impl Copy {
     /// Whether it holds what was last asked for.
     pub(super) fn is_fresh(&self) -> bool {
         self.fresh.load(Ordering::Relaxed)
+    }
+
+    /// Says whether the rows below are those of now.
+    pub(super) fn set_filled(&self, filled: bool) {
+        self.filled.store(filled, Ordering::Relaxed);
     }
 
     /// Says whether it holds what was last asked for: a replayed recording fills it without asking.

@@ -21,8 +21,8 @@ use qpeft_formats::file::Bytes;
 use qpeft_formats::safetensors::{Dtype, TensorView};
 use rayon::prelude::*;
 
-pub(crate) use copy::Missing;
 pub use copy::Place;
+pub(crate) use copy::{Missing, Room};
 pub use device::DeviceWeight;
 pub use ggml::dequantize_blocks;
 pub use kind::WeightType;
@@ -203,24 +203,26 @@ impl BaseWeight {
 
     /// Whether it has room for a bf16 copy.
     pub fn is_cached(&self) -> bool {
-        self.on_device.as_ref().is_some_and(|on_device| on_device.copy.is_some())
+        self.copy().is_some()
+    }
+
+    fn copy(&self) -> Option<&copy::Copy> {
+        self.on_device.as_ref()?.copy.as_ref()
     }
 
     /// Address of the bf16 copy for this use, and what the caller has to write there first.
     pub(crate) fn cached_copy(&self, scaled: bool, place: Option<Place>) -> Option<(u64, Missing)> {
-        self.on_device.as_ref()?.copy.as_ref()?.take(self.rows, self.cols, scaled, place)
+        self.copy()?.take(self.rows, self.cols, scaled, place)
     }
 
-    /// The bf16 copy as it was last written, if it is for this use and of now and has room for `below` more rows:
-    /// address and stride.
-    pub(crate) fn copy_with_room(&self, scaled: bool, below: usize) -> Option<(u64, usize)> {
-        self.on_device.as_ref()?.copy.as_ref()?.with_room(self.rows + below, self.cols, scaled)
+    /// The bf16 copy as it was last written, if it is for this use and of now and has room for so many rows `below`.
+    pub(crate) fn copy_with_room(&self, scaled: bool, below: usize) -> Option<Room> {
+        self.copy()?.with_room(self.rows, self.cols, scaled, below)
     }
 
-    /// The bf16 copy, where its rows are scaled by the row scale of now: address and stride.
-    pub(crate) fn scaled_copy(&self) -> Option<(u64, usize)> {
-        let (ptr, padding) = self.on_device.as_ref()?.copy.as_ref()?.scaled()?;
-        Some((ptr, self.cols + padding))
+    /// The bf16 copy, where its rows are scaled by the row scale of now.
+    pub(crate) fn scaled_copy(&self) -> Option<Room> {
+        self.copy()?.scaled(self.cols)
     }
 
     /// Address of the rows on the device, where they are bf16 already and nothing is multiplied in.
@@ -240,24 +242,39 @@ impl BaseWeight {
         Some(ViewMut::on_cuda(on_device.packed.cuda(), matrix))
     }
 
-    /// Says that the adapter's part of the copy was made anew, where that is in [`BaseWeight::branch_in_copy`]; otherwise
-    /// that it has to be.
-    pub fn set_refreshed(&self) {
-        let branch = self.on_device.as_ref().and_then(|on_device| on_device.copy.as_ref()?.branch(self.cols));
-        self.set_fresh(branch.is_some());
+    /// Rows below those of the bf16 copy on a device for the first factor of an adapter of this rank, where the copy was
+    /// in use before: whoever changes the factor writes it there, too, and says so ([`BaseWeight::set_filled`]).
+    pub fn rows_below_copy(&self, rank: usize) -> Option<ViewMut<'_>> {
+        let (ptr, stride) = self.copy()?.below(self.rows, self.cols, rank)?;
+        let matrix = Matrix { ptr, rows: rank, cols: self.cols, stride, dtype: crate::tensor::Dtype::Bf16 };
+        Some(ViewMut::on_cuda(self.on_device.as_ref()?.packed.cuda(), matrix))
+    }
+
+    /// Says that the factor of now lies in [`BaseWeight::rows_below_copy`].
+    pub fn set_filled(&self) {
+        if let Some(copy) = self.copy() {
+            copy.set_filled(true);
+        }
+    }
+
+    /// Says that the adapter's parts of the copy were made anew, where they are in [`BaseWeight::branch_in_copy`] and
+    /// [`BaseWeight::rows_below_copy`]; otherwise that they have to be.
+    pub fn set_refreshed(&self, rank: usize) {
+        let Some(copy) = self.copy() else { return };
+        copy.set_fresh(copy.branch(self.cols).is_some());
+        copy.set_filled(copy.below(self.rows, self.cols, rank).is_some());
     }
 
     /// Says whether row scales and adapter columns that were folded into the copy are those of now.
     pub fn set_fresh(&self, fresh: bool) {
-        if let Some(copy) = self.on_device.as_ref().and_then(|on_device| on_device.copy.as_ref()) {
+        if let Some(copy) = self.copy() {
             copy.set_fresh(fresh);
         }
     }
 
     /// Whether there is no copy, or one that is up to date.
     pub fn is_fresh(&self) -> bool {
-        let copy = self.on_device.as_ref().and_then(|on_device| on_device.copy.as_ref());
-        copy.is_none_or(copy::Copy::is_fresh)
+        self.copy().is_none_or(copy::Copy::is_fresh)
     }
 
     /// How the rows are stored.

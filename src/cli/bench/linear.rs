@@ -7,8 +7,12 @@
 use std::fmt::Write as _;
 
 use qpeft_formats::safetensors::Dtype as Element;
-use qpeft_kernels::ops::low_rank::{OutScale, low_rank_backward, low_rank_forward};
-use qpeft_kernels::ops::quant_linear::{Branch, quant_linear_backward, quant_linear_forward};
+use qpeft_kernels::ops::low_rank::{
+    OutScale, low_rank_branch_gradients, low_rank_forward, low_rank_projection_backward,
+};
+use qpeft_kernels::ops::quant_linear::{
+    Branch, quant_linear_backward, quant_linear_backward_with_branch, quant_linear_forward,
+};
 use qpeft_kernels::tensor::padding;
 use qpeft_kernels::{BaseWeight, Device, Tensor};
 use serde_json::{Value, json};
@@ -104,10 +108,10 @@ struct Layer<'a> {
     x: Tensor,
     h: Tensor,
     dx: Tensor,
-    dh: Tensor,
-    /// (T, N).
+    /// (T, N), with dh (T, r) beside dy.
     y: Tensor,
     dy: Tensor,
+    dh: Tensor,
     /// (r, K) and (N, r).
     a: Tensor,
     b: Tensor,
@@ -118,20 +122,20 @@ struct Layer<'a> {
 impl Layer<'_> {
     fn new<'a>(device: &Device, args: &BenchLinearArgs, weight: &'a BaseWeight) -> anyhow::Result<Layer<'a>> {
         let (rows, cols, tokens, rank) = (args.rows, args.cols, args.tokens, args.lora_r);
-        let padded = || -> anyhow::Result<(Tensor, Tensor)> {
-            let (wide, mut more) = Tensor::with_padding(device, tokens, cols, &[rank])?;
+        let padded = |cols: usize, seed: u64| -> anyhow::Result<(Tensor, Tensor)> {
+            let (mut wide, mut more) = Tensor::with_padding(device, tokens, cols, &[rank])?;
+            wide.write(&normal(tokens, cols, 1.0, seed))?;
             Ok((wide, more.remove(0)))
         };
-        let ((mut x, h), (dx, dh)) = (padded()?, padded()?);
-        x.write(&normal(tokens, cols, 1.0, 1))?;
+        let ((x, h), (dy, dh)) = (padded(cols, 1)?, padded(rows, 2)?);
         Ok(Layer {
             weight,
             x,
             h,
-            dx,
-            dh,
+            dx: Tensor::activations(device, tokens, cols)?,
             y: Tensor::activations(device, tokens, rows)?,
-            dy: activations(device, tokens, rows, 2)?,
+            dy,
+            dh,
             a: activations(device, rank, cols, 3)?,
             b: activations(device, rows, rank, 4)?,
             da: Tensor::zeros(device, rank, cols)?,
@@ -146,7 +150,7 @@ impl Layer<'_> {
         })?;
         let backward = median_seconds(device, |_| {
             let (dx, dy) = (self.dx.view_mut(), self.dy.view());
-            Ok(quant_linear_backward(dx, None, dy, self.weight, None, None, false)?)
+            Ok(quant_linear_backward(dx, dy, self.weight, None, false)?)
         })?;
         Ok((forward, backward))
     }
@@ -159,19 +163,12 @@ impl Layer<'_> {
             Ok(quant_linear_forward(self.y.view_mut(), self.x.view(), self.weight, None, Some(branch))?)
         })?;
         let backward = median_seconds(device, |_| {
-            let (dx, dh, b) = (self.dx.view_mut(), self.dh.view_mut(), self.b.view());
-            quant_linear_backward(dx, Some(dh), self.dy.view(), self.weight, None, Some(b), false)?;
-            Ok(low_rank_backward(
-                Some(self.dx.view_mut()),
-                self.da.view_mut(),
-                self.db.view_mut(),
-                self.dh.view(),
-                self.dy.view(),
-                self.h.view(),
-                self.x.view(),
-                self.a.view(),
-                OutScale { scaling: 1.0, rows: None },
-            )?)
+            let (dh, db, dy) = (self.dh.view_mut(), self.db.view_mut(), self.dy.view());
+            let scale = OutScale { scaling: 1.0, rows: None };
+            low_rank_branch_gradients(dh, None, db, dy, self.b.view(), self.h.view(), scale)?;
+            let (dx, dh, a) = (self.dx.view_mut(), self.dh.view(), self.a.view());
+            quant_linear_backward_with_branch(dx, dh, dy, self.weight, None, a, false)?;
+            Ok(low_rank_projection_backward(self.da.view_mut(), dh, self.x.view())?)
         })?;
         Ok((forward, backward))
     }

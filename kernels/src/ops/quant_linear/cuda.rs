@@ -2,8 +2,9 @@
 //!
 //! The scratch rows carry more than the weight: the row scale is multiplied in, and where the branch's `h`
 //! lies in the padding behind the rows of `x` ([`Tensor::with_padding`](crate::Tensor::with_padding)), the
-//! branch's `b` is appended, so that one product of depth K + padding gives y = x Wᵀ diag(g) + h bᵀ, and one
-//! product backward gives dx and dh side by side. Elsewhere the branch is a product of its own.
+//! branch's `b` is appended, so that one product of depth K + padding gives y = x Wᵀ diag(g) + h bᵀ. Where its `dh` lies
+//! behind the rows of `dy`, the rows of `a` go below those of the weight, and one product of depth N + rank gives
+//! dx = dy diag(g) W + dh a. Elsewhere the branch is a product of its own.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use crate::error::Result;
 use crate::ops::convert::convert;
 use crate::ops::dequantize::{Columns, dequantize_rows};
 use crate::tensor::{Dtype, View, ViewMut};
-use crate::weight::{BaseWeight, Missing, Place, WeightType};
+use crate::weight::{BaseWeight, Missing, Place, Room, WeightType};
 
 /// Elements of dequantized weight in scratch at a time: a wide matrix (an output head) goes in pieces.
 const TILE: usize = 128 << 20;
@@ -65,37 +66,25 @@ pub(super) fn forward(
     }
 }
 
-/// With `accumulate` the product adds to the padding, too: dh must hold zeros, as a product that overwrites the same
-/// rows with its own branch elsewhere in the padding leaves them.
 pub(super) fn backward(
     op: &'static str,
     cuda: &Arc<Cuda>,
     dx: &ViewMut<'_>,
-    dh: Option<ViewMut<'_>>,
     dy: View<'_>,
     weight: &BaseWeight,
     row_scale: Option<View<'_>>,
-    b: Option<View<'_>>,
     accumulate: bool,
 ) -> Result<()> {
     let (dx, dy) = (dx.matrix(op)?, dy.matrix(op)?);
-    let branch = dh.zip(b);
-    let place = match &branch {
-        Some((dh, _)) => find(dx, dh.matrix(op)?),
-        None => None,
-    };
-    let beside = branch.as_ref().zip(place).map(|((_, b), place)| (*b, place));
-    let depth = weight.cols() + place.map_or(0, |place| place.padding);
-    let dx = Matrix { cols: depth, ..dx };
-    if let Some((dh, b)) = branch
-        && place.is_none()
-    {
-        cuda.gemm(dh.matrix(op)?, dy, b.matrix(op)?, 1.0, 0.0)?;
+    let (rows, cols) = (weight.rows(), weight.cols());
+    let beta = |adds: bool| if adds { 1.0 } else { 0.0 };
+    if let Some(Room { ptr, stride, .. }) = weight.copy_with_room(row_scale.is_some(), 0) {
+        let w = Matrix { ptr, rows, cols, stride, dtype: Dtype::Bf16 };
+        return cuda.gemm(dx, dy, w, 1.0, beta(accumulate));
     }
-    for (i, rows) in tiles(weight, depth).enumerate() {
-        let w = folded(cuda, weight, rows.clone(), row_scale, beside)?;
-        let beta = if accumulate || i > 0 { 1.0 } else { 0.0 };
-        cuda.gemm(dx, columns(dy, rows), w, 1.0, beta)?;
+    for (i, rows) in tiles(weight, cols).enumerate() {
+        let w = folded(cuda, weight, rows.clone(), row_scale, None)?;
+        cuda.gemm(dx, columns(dy, rows), w, 1.0, beta(accumulate || i > 0))?;
     }
     Ok(())
 }
@@ -106,29 +95,33 @@ pub(super) fn backward_with_branch(
     op: &'static str,
     cuda: &Arc<Cuda>,
     dx: &ViewMut<'_>,
-    dh: &ViewMut<'_>,
+    dh: View<'_>,
     dy: View<'_>,
     weight: &BaseWeight,
     row_scale: Option<View<'_>>,
-    [b, a]: [View<'_>; 2],
+    a: View<'_>,
+    accumulate: bool,
 ) -> Result<bool> {
     let (dx, dh, dy) = (dx.matrix(op)?, dh.matrix(op)?, dy.matrix(op)?);
     let (rows, cols, rank) = (weight.rows(), weight.cols(), dh.cols);
     if find(dy, dh).is_none_or(|place| place.offset != 0) || tiles(weight, cols).count() != 1 {
         return Ok(false);
     }
-    cuda.gemm(dh, dy, b.matrix(op)?, 1.0, 0.0)?;
     let of = |ptr: u64, rows: usize, stride: usize| Matrix { ptr, rows, cols, stride, dtype: Dtype::Bf16 };
-    let (ptr, stride) = if let Some(copy) = weight.copy_with_room(row_scale.is_some(), rank) {
-        copy
+    let Room { ptr, stride, is_filled } = if let Some(room) = weight.copy_with_room(row_scale.is_some(), rank)
+    {
+        room
     } else {
         let ptr = cuda.scratch(Scratch::Weight, (rows + rank) * cols * Dtype::Bf16.size())?;
         dequantize_rows(ViewMut::on_cuda(cuda, of(ptr, rows, cols)), weight, 0..rows, row_scale, None)?;
-        (ptr, cols)
+        Room { ptr, stride: cols, is_filled: false }
     };
-    let below = ptr + (rows * stride * Dtype::Bf16.size()) as u64;
-    convert(ViewMut::on_cuda(cuda, of(below, rank, stride)), a)?;
-    cuda.gemm(dx, Matrix { cols: rows + rank, ..dy }, of(ptr, rows + rank, stride), 1.0, 0.0)?;
+    if !is_filled {
+        let below = ptr + (rows * stride * Dtype::Bf16.size()) as u64;
+        convert(ViewMut::on_cuda(cuda, of(below, rank, stride)), a)?;
+    }
+    let beta = if accumulate { 1.0 } else { 0.0 };
+    cuda.gemm(dx, Matrix { cols: rows + rank, ..dy }, of(ptr, rows + rank, stride), 1.0, beta)?;
     Ok(true)
 }
 
@@ -244,8 +237,8 @@ mod tests {
     fn check(device: &Device, weight: &BaseWeight, t: usize, r: usize, copied: bool) {
         let (n, k) = (weight.rows(), weight.cols());
         let what = format!("{} {n} x {k}, {t} tokens, rank {r}, copied {copied}", weight.type_name());
-        let ([x, dy], [h, b, a]) =
-            ([random(1, t, k), random(2, t, n)], [random(3, t, r), random(4, n, r), random(5, r, k)]);
+        let [x, dy] = [random(1, t, k), random(2, t, n)];
+        let [h, b, a, dh] = [random(3, t, r), random(4, n, r), random(5, r, k), random(10, t, r)];
         let g = Mat::random(6, 1, n, 1.0);
         let mut on_device = weight.clone().to_device(device).unwrap();
         if copied {
@@ -265,7 +258,7 @@ mod tests {
         put(&mut beside_x[0], &h);
         put(&mut dy_device, &dy);
 
-        let [mut y, mut dx, mut dh] = [(t, n), (t, k), (t, r)].map(|(rows, cols)| Mat::poisoned(rows, cols));
+        let mut y = Mat::poisoned(t, n);
         let branch = Branch { h: h.view(), b: b.view() };
         quant_linear_forward(y.view_mut(), x.view(), weight, Some(g.view()), Some(branch)).unwrap();
         let mut y_device = activations(&Mat::poisoned(t, n));
@@ -294,35 +287,42 @@ mod tests {
         quant_linear_forward_onto(to, onto, from, weight_device, scale, Some(branch)).unwrap();
         assert_close(&format!("{what}: y onto"), &y_device.read().unwrap(), &y.values(), close(k, &g));
 
-        let (to, dh_to) = (dx.view_mut(), dh.view_mut());
-        let row_scale = Some(g.view());
-        quant_linear_backward_with_branch(to, dh_to, dy.view(), weight, row_scale, b.view(), a.view())
+        // dh has terms of the size of 1, dh A as many as the rank.
+        let (row_scale, start) = (Some(g.view()), random(8, t, k));
+        let mut apart = activations(&dh);
+        put(&mut beside_dy[0], &dh);
+        for (beside, accumulate) in [(true, false), (true, true), (false, false), (false, true)] {
+            let first = if accumulate { start.values() } else { vec![f32::NAN; t * k] };
+            let mut dx = Mat::new(t, k, first.clone());
+            quant_linear_backward_with_branch(
+                dx.view_mut(),
+                dh.view(),
+                dy.view(),
+                weight,
+                row_scale,
+                a.view(),
+                accumulate,
+            )
             .unwrap();
-        for beside in [true, false] {
-            let mut dx_device = activations(&Mat::poisoned(t, k));
-            let mut apart = activations(&Mat::poisoned(t, r));
+            let mut dx_device = activations(&Mat::new(t, k, first));
             let dh_device = if beside { &mut beside_dy[0] } else { &mut apart };
-            let (to, dh_to, [b, a]) = (dx_device.view_mut(), dh_device.view_mut(), [&b_device, &a_device]);
-            let dy = dy_device.view();
-            quant_linear_backward_with_branch(to, dh_to, dy, weight_device, scale, b.view(), a.view())
-                .unwrap();
-            let what = format!("{what}, beside {beside}");
-            assert_close(&format!("{what}: dh"), &dh_device.read().unwrap(), &dh.values(), close(n, &g));
-            // dh A has terms of the size of dh.
-            let terms = n + n * r;
-            assert_close(&format!("{what}: dx"), &dx_device.read().unwrap(), &dx.values(), close(terms, &g));
+            quant_linear_backward_with_branch(
+                dx_device.view_mut(),
+                dh_device.view(),
+                dy_device.view(),
+                weight_device,
+                scale,
+                a_device.view(),
+                accumulate,
+            )
+            .unwrap();
+            let what = format!("{what}, beside {beside}, accumulate {accumulate}: dx");
+            assert_close(&what, &dx_device.read().unwrap(), &dx.values(), close(n + r, &g));
         }
-        let (to, dh_to) = (dx.view_mut(), Some(dh.view_mut()));
-        quant_linear_backward(to, dh_to, dy.view(), weight, row_scale, Some(b.view()), false).unwrap();
-        let (mut dx_device, mut beside_dx) = Tensor::with_padding(device, t, k, &[r]).unwrap();
-        let (to, dh_to, dy) = (dx_device.view_mut(), Some(beside_dx[0].view_mut()), dy_device.view());
-        quant_linear_backward(to, dh_to, dy, weight_device, scale, Some(b_device.view()), false).unwrap();
-        assert_close(
-            &format!("{what}: dh beside dx"),
-            &beside_dx[0].read().unwrap(),
-            &dh.values(),
-            close(n, &g),
-        );
+        let mut dx = Mat::poisoned(t, k);
+        quant_linear_backward(dx.view_mut(), dy.view(), weight, row_scale, false).unwrap();
+        let mut dx_device = activations(&Mat::poisoned(t, k));
+        quant_linear_backward(dx_device.view_mut(), dy_device.view(), weight_device, scale, false).unwrap();
         assert_close(&format!("{what}: dx alone"), &dx_device.read().unwrap(), &dx.values(), close(n, &g));
     }
 
