@@ -370,12 +370,16 @@ impl Buffers {
     /// # Panics
     /// The buffers were made for evaluation; see [`Buffers::training`].
     pub fn layer_backward(&mut self, layer: usize, rows: usize) -> (LayerBackward<'_>, &BatchIds) {
+        // Activations that another layer has overwritten since are made again only after this layer's backward pass.
+        let is_below_kept = layer > 0 && layer >= self.recomputed;
         let index = self.activations_of(layer);
+        let (lower, upper) = self.layers.split_at_mut(index);
         let borrowed = LayerBackward {
             x: self.streams.read(layer, rows),
             y: self.streams.read(layer + 1, rows),
+            below: lower.last().filter(|_| is_below_kept).map(|below| below.middle.top(rows)),
             shared: &mut self.shared,
-            s: &mut self.layers[index],
+            s: &mut upper[0],
             g: self.grads.as_mut().expect("buffers with gradients"),
             scratch: &mut self.scratch,
         };
@@ -392,18 +396,18 @@ impl Buffers {
         (self.final_norm.top_mut(rows), self.final_rstd.view_mut().into_column_range(0, rows), x)
     }
 
-    /// The stream that leaves the last layer, its statistics, and the gradients.
+    /// What the backward pass of the last norm borrows.
     ///
     /// # Panics
     /// The buffers were made for evaluation; see [`Buffers::training`].
-    pub fn final_backward(
-        &mut self,
-        layers: usize,
-        rows: usize,
-    ) -> (View<'_>, View<'_>, &mut GradientBuffers) {
-        let x = self.streams.read(layers, rows);
-        let rstd = self.final_rstd.view().column_range(0, rows);
-        (x, rstd, self.grads.as_mut().expect("buffers with gradients"))
+    pub fn final_backward(&mut self, layers: usize, rows: usize) -> FinalBackward<'_> {
+        FinalBackward {
+            x: self.streams.read(layers, rows),
+            rstd: self.final_rstd.view().column_range(0, rows),
+            middle: self.layers.last().expect("activations of a layer").middle.top(rows),
+            g: self.grads.as_mut().expect("buffers with gradients"),
+            scratch: &mut self.scratch,
+        }
     }
 
     /// Of the supervised rows `rows`: where their negative log-likelihoods go, their logits, their targets.
@@ -433,6 +437,21 @@ pub struct LayerForward<'a> {
     pub scratch: &'a mut Scratch,
 }
 
+/// What the backward pass of the last norm borrows.
+#[derive(Debug)]
+pub struct FinalBackward<'a> {
+    /// The stream that left the last layer.
+    pub x: View<'a>,
+    /// Its statistics.
+    pub rstd: View<'a>,
+    /// The stream in the middle of the last layer.
+    pub middle: View<'a>,
+    /// The gradients.
+    pub g: &'a mut GradientBuffers,
+    /// Shared by all adapters.
+    pub scratch: &'a mut Scratch,
+}
+
 /// What one layer's backward pass borrows.
 #[derive(Debug)]
 pub struct LayerBackward<'a> {
@@ -440,6 +459,8 @@ pub struct LayerBackward<'a> {
     pub x: View<'a>,
     /// The stream that left it.
     pub y: View<'a>,
+    /// The stream in the middle of the layer below, where that still has its activations.
+    pub below: Option<View<'a>>,
     /// See [`Buffers::shared`].
     pub shared: &'a mut Shared,
     /// Its activations.

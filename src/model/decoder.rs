@@ -6,13 +6,13 @@ use qpeft_kernels::ops::cross_entropy::{cross_entropy_forward, cross_entropy_for
 use qpeft_kernels::ops::embedding::embedding_forward;
 use qpeft_kernels::ops::gather::{gather_backward, gather_forward};
 use qpeft_kernels::ops::quant_linear::{quant_linear_backward, quant_linear_forward};
-use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_forward};
+use qpeft_kernels::ops::rms_norm::rms_norm_forward;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
 
 use super::batch::Batch;
-use super::buffers::{BatchIds, Buffers, LayerBackward, LayerForward};
+use super::buffers::{BatchIds, Buffers, FinalBackward, LayerBackward, LayerForward};
 use super::config::Config;
-use super::layer::{Backward, Layer, LayerCache, Place};
+use super::layer::{Added, Backward, Below, Layer, LayerCache, Place, Slot, norm_backward};
 use super::linear::{BaseWeight, Linear, Parameters, Pass};
 use super::replay::{Key, Replays};
 use crate::error::{Error, Result};
@@ -297,9 +297,15 @@ impl Decoder {
         let adapted = |layer: &Layer| layer.linears.iter().any(|l| l.adapter.is_some());
         let Some(lowest) = self.layers.iter().position(adapted) else { return Ok(()) };
 
-        let (x, rstd, g) = buffers.final_backward(self.layers.len(), t);
+        let FinalBackward { x, rstd, middle, g, scratch } = buffers.final_backward(self.layers.len(), t);
         g.stream.view_mut().into_row_range(0, t).zero("loss")?;
-        rms_norm_backward(g.stream.top_mut(t), g.norm.top(t), x, rstd, self.final_norm.view())?;
+        let added = self
+            .layers
+            .last()
+            .and_then(|layer| layer.output_scale(Slot::Down))
+            .map(|scale| Added { scale, to: middle });
+        let mut to = Backward { dparams: dparams.reborrow(), pass, scratch };
+        norm_backward(g.stream.top_mut(t), g.norm.top(t), x, rstd, self.final_norm.view(), added, &mut to)?;
 
         for (index, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             buffers.streams.before_backward(index, t)?;
@@ -309,13 +315,20 @@ impl Decoder {
                 let (LayerForward { x, s, shared, scratch, .. }, ids) = buffers.layer_forward(index, t);
                 layer.forward(None, x, s, shared, &self.place(ids), None, pass, scratch)?;
             }
-            let (LayerBackward { x, y, s, shared, g, scratch }, ids) = buffers.layer_backward(index, t);
+            let (LayerBackward { x, y, s, below, shared, g, scratch }, ids) =
+                buffers.layer_backward(index, t);
             // The product of the topmost layer of all is still there.
             if !recomputed && index + 1 < self.layers.len() {
                 layer.remake_act(s, shared, t)?;
             }
+            let below = if index == lowest {
+                Below::Frozen
+            } else {
+                let scale = self.layers[index - 1].output_scale(Slot::Down);
+                Below::Trained(scale.zip(below).map(|(scale, to)| Added { scale, to }))
+            };
             let mut to = Backward { dparams: dparams.reborrow(), pass, scratch };
-            layer.backward(g, [x, y], s, shared, &self.place(ids), index > lowest, &mut to)?;
+            layer.backward(g, x, recomputed.then_some(y), s, shared, &self.place(ids), below, &mut to)?;
         }
         buffers.streams.after_backward()
     }

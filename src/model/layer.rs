@@ -128,6 +128,45 @@ impl Backward<'_> {
     }
 }
 
+/// A linear with factors whose output was the last to be added to the stream that enters a norm: their gradient comes
+/// out of the norm's backward pass on the way.
+#[derive(Debug, Clone, Copy)]
+pub struct Added<'a> {
+    /// The factors.
+    pub scale: &'a Entry,
+    /// The stream before, (T, C).
+    pub to: View<'a>,
+}
+
+/// What lies below a layer in the backward pass.
+#[derive(Debug, Clone, Copy)]
+pub enum Below<'a> {
+    /// Nothing that is trained: the input's gradient is not made.
+    Frozen,
+    /// A layer; what it added last, if that has factors and is still there.
+    Trained(Option<Added<'a>>),
+}
+
+/// The mirror of a norm of the stream x in the stream's gradient dx; the factors of `added` get theirs.
+///
+/// # Errors
+/// An op refuses.
+pub fn norm_backward(
+    dx: ViewMut<'_>,
+    dy: View<'_>,
+    x: View<'_>,
+    rstd: View<'_>,
+    weight: View<'_>,
+    added: Option<Added<'_>>,
+    to: &mut Backward<'_>,
+) -> Result<()> {
+    let Some(Added { scale, to: before }) = added else {
+        return Ok(rms_norm_backward(dx, dy, x, rstd, weight)?);
+    };
+    let (dm, m) = (scale.view_mut(to.dparams.reborrow()), scale.view(to.pass.params));
+    Ok(rms_norm_backward_scaled(dx, dm, dy, x, before, rstd, weight, m)?)
+}
+
 fn overwrite(dx: ViewMut<'_>) -> InputGradient<'_> {
     InputGradient { dx, accumulate: false }
 }
@@ -172,6 +211,11 @@ impl Layer {
     pub fn swiglu_in_place(&self) -> bool {
         let both = [self.linear(Slot::Gate), self.linear(Slot::Up)];
         both.iter().all(|linear| linear.output_scale().is_some()) || !both.iter().any(|l| l.needs_output())
+    }
+
+    /// The factors of the output of `slot`, if it has any.
+    pub fn output_scale(&self, slot: Slot) -> Option<&Entry> {
+        self.linear(slot).output_scale()
     }
 
     fn linear(&self, slot: Slot) -> &Linear {
@@ -388,22 +432,25 @@ impl Layer {
         Ok(swiglu_forward(common.act.top_mut(rows), s.gate.top(rows), s.up.top(rows))?)
     }
 
-    /// The mirror of [`Layer::forward`], with the same x and y: `g.stream` holds the gradient of y on entry and that of
-    /// x on return, unless `input_gradient` is false because nothing below is trained.
+    /// The mirror of [`Layer::forward`], with the same x: `g.stream` holds the gradient of y on entry and that of x on
+    /// return, unless nothing below is trained. `y` is for the gradient of the factors of down's output; without it that
+    /// was made already, by the norm above.
     ///
     /// # Errors
     /// An op refuses.
     pub fn backward(
         &self,
         g: &mut GradientBuffers,
-        [x, y]: [View<'_>; 2],
+        x: View<'_>,
+        y: Option<View<'_>>,
         s: &mut LayerBuffers,
         common: &Shared,
         place: &Place<'_>,
-        input_gradient: bool,
+        below: Below<'_>,
         to: &mut Backward<'_>,
     ) -> Result<()> {
         let t = x.rows;
+        let input_gradient = !matches!(below, Below::Frozen);
 
         // y = middle + down(swiglu(gate(norm), up(norm))); the stream's own gradient passes through
         let act = if s.act.rows() > 0 { s.act.top(t) } else { common.act.top(t) };
@@ -413,12 +460,12 @@ impl Layer {
             (&mut g.beside_stream[1], &mut g.h),
             g.stream.top(t),
             act,
-            Some(Output::Added { to: s.middle.top(t), sum: y }),
+            y.map(|sum| Output::Added { to: s.middle.top(t), sum }),
             &s.h,
             to,
         )?;
         let (gate, up) = (s.gate.top(t), s.up.top(t));
-        let scales = self.linear(Slot::Gate).output_scale().zip(self.linear(Slot::Up).output_scale());
+        let scales = self.output_scale(Slot::Gate).zip(self.output_scale(Slot::Up));
         // On a device the gradients take the place of gate and up, which nothing reads afterwards.
         let mut in_place = if self.swiglu_in_place() { s.gate.in_place().zip(s.up.in_place()) } else { None };
         let (dgate, dup, [beside_gate, beside_up]) = match &mut in_place {
@@ -471,13 +518,16 @@ impl Layer {
         // middle = x + o(attention(rope(q(norm)), rope(k(norm)), v(norm)))
         let (rstd, middle) = (s.ffn_rstd.view().column_range(0, t), s.middle.top(t));
         let (dmiddle, dnorm, weight) = (g.stream.top_mut(t), g.ffn_norm.top(t), self.ffn_norm.view());
-        let magnitude = self.linear(Slot::O).output_scale();
-        if let Some(entry) = magnitude {
-            let (dm, m) = (entry.view_mut(to.dparams.reborrow()), entry.view(to.pass.params));
-            rms_norm_backward_scaled(dmiddle, dm, dnorm, middle, x, rstd, weight, m)?;
-        } else {
-            rms_norm_backward(dmiddle, dnorm, middle, rstd, weight)?;
-        }
+        let magnitude = self.output_scale(Slot::O);
+        norm_backward(
+            dmiddle,
+            dnorm,
+            middle,
+            rstd,
+            weight,
+            magnitude.map(|scale| Added { scale, to: x }),
+            to,
+        )?;
         self.project_backward(
             Slot::O,
             Some(overwrite(g.attn.top_mut(t))),
@@ -504,7 +554,7 @@ impl Layer {
         )?;
         self.rotate_back(Slot::Q, g.q.top_mut(t), s.q.top_mut(t), place, to)?;
         self.rotate_back(Slot::K, g.k.top_mut(t), s.k.top_mut(t), place, to)?;
-        let unrotated = |slot, y| self.linear(slot).output_scale().is_none().then_some(Output::Kept(y));
+        let unrotated = |slot, y| self.output_scale(slot).is_none().then_some(Output::Kept(y));
         let norm = s.attn_norm.top(t);
         let shared = self.shared_pass(SIBLINGS[0], &g.h, t, to.pass);
         let mut with_shared = to.with_pass(&shared);
@@ -520,10 +570,8 @@ impl Layer {
             self.project_backward(slot, dx, (beside, &mut g.h), dy, norm, y, &s.h, all)?;
         }
         self.project_down_backward(SIBLINGS[0], &mut g.h, norm, all)?;
-        if input_gradient {
-            let rstd = s.attn_rstd.view().column_range(0, t);
-            rms_norm_backward(g.stream.top_mut(t), g.norm.top(t), x, rstd, self.attn_norm.view())?;
-        }
-        Ok(())
+        let Below::Trained(added) = below else { return Ok(()) };
+        let (rstd, weight) = (s.attn_rstd.view().column_range(0, t), self.attn_norm.view());
+        norm_backward(g.stream.top_mut(t), g.norm.top(t), x, rstd, weight, added, to)
     }
 }
