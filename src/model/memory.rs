@@ -11,6 +11,7 @@ use qpeft_kernels::cuda::gemm::WORKSPACE;
 use qpeft_kernels::cuda::spans::{column_sums, column_sums_by_rows};
 use qpeft_kernels::cuda::{Cuda, Scratch};
 use qpeft_kernels::device::Meter;
+use qpeft_kernels::ops::low_rank::branch_gradients_scratch;
 use qpeft_kernels::ops::quant_linear::weight_scratch;
 use qpeft_kernels::ops::row_norm::products_scratch;
 use qpeft_kernels::tensor::padding;
@@ -174,6 +175,8 @@ impl DryRun<'_> {
         let weight = self.decoder.linears().map(of).max().unwrap_or(0);
         let products = self.decoder.linears().map(|l| products_scratch(l.weight.rows(), l.rank())).max();
         let products = products.unwrap_or(0);
+        let gradients = |l: &Linear| branch_gradients_scratch(capacity, l.weight.rows(), l.rank());
+        let gradients = self.decoder.linears().map(gradients).max().unwrap_or(0);
         // The gradients of magnitudes are sums over the tokens.
         let sums = |l: &Linear| l.output_scale().map(|_| column_sums(capacity, l.weight.rows()));
         let sums = self.decoder.linears().filter_map(sums).max();
@@ -182,7 +185,7 @@ impl DryRun<'_> {
         let scratch = ScratchNeed {
             weight: weight.max(weight_scratch(self.decoder.head(), 0, 0, false)),
             gemm: WORKSPACE,
-            partials: products.max(sums),
+            partials: gradients.max(sums),
             products,
         };
         Ok(Need {

@@ -1,6 +1,12 @@
 //! The low-rank half of an adapter: x projected to rank, and the gradients of both factors.
 //!
-//! The other half, h bᵀ, is added by [`quant_linear`](super::quant_linear), which also makes dh.
+//! The other half, h bᵀ, is added by [`quant_linear`](super::quant_linear), which also makes dh where dx is made.
+
+#[cfg(test)]
+mod branch_tests;
+mod cuda;
+
+pub use cuda::branch_gradients_scratch;
 
 use crate::cpu::by_isa;
 use crate::cpu::gemm::{Mat, MatMut, gemm};
@@ -8,6 +14,7 @@ use crate::cpu::scratch::with_scratch;
 use crate::cuda::gemm::{Matrix, transposed};
 use crate::cuda::{Arg, Cuda, Grid, Scratch, Source};
 use crate::error::{Error, Result, check};
+use crate::ops::convert::convert;
 use crate::tensor::{Dtype, View, ViewMut};
 
 const FORWARD: &str = "low_rank_forward";
@@ -201,7 +208,20 @@ pub fn low_rank_branch_gradient(dh: ViewMut, dy: View, b: View) -> Result<()> {
     Ok(())
 }
 
-/// Both gradients that a branch takes from dy.
+/// Both gradients that a linear's branch takes from dy, in one pass over it.
+///
+/// dh = dy b, with scaling and row scale in b; dB += s diag(g) dy^T h.
+///
+/// Shapes: `dh`, `twin`, `h` (T, R); `db` (N, R); `dy` (T, N); `b` (N, R), of the type of activations. `twin` gets the
+/// values of `dh` again: the dh of linears that share an input lie side by side in it.
+/// Accumulates: `db` is added to, `dh` and `twin` are overwritten.
+/// Precision: f32, as [`low_rank_backward`]; on CUDA `dh` is rounded to bf16 once. Equal bits for equal operands on
+/// the same device.
+///
+/// # Errors
+/// Shapes that do not belong together, or no kernel for the device.
+///
+/// Source: see [`low_rank_backward`].
 pub fn low_rank_branch_gradients(
     mut dh: ViewMut,
     twin: Option<ViewMut>,
@@ -211,9 +231,29 @@ pub fn low_rank_branch_gradients(
     h: View,
     out_scale: OutScale,
 ) -> Result<()> {
+    let rank = h.cols;
+    for (to, [rows, cols]) in [
+        (Some(&dh), ["rows of dh", "columns of dh"]),
+        (twin.as_ref(), ["rows of the twin", "columns of the twin"]),
+    ] {
+        let Some(to) = to else { continue };
+        check(BACKWARD, rows, dy.rows, to.rows)?;
+        check(BACKWARD, cols, rank, to.cols)?;
+    }
+    check(BACKWARD, "rows of h", dy.rows, h.rows)?;
+    check(BACKWARD, "rows of b", dy.cols, b.rows)?;
+    check(BACKWARD, "columns of b", rank, b.cols)?;
+    check(BACKWARD, "rows of db", dy.cols, db.rows)?;
+    check(BACKWARD, "columns of db", rank, db.cols)?;
+    check_row_scale(out_scale, dy)?;
+    if let Some(cuda) = dy.cuda()
+        && cuda::branch_gradients(cuda, &dh, twin.as_ref(), &db, [dy, b, h], out_scale)?
+    {
+        return Ok(());
+    }
     low_rank_branch_gradient(dh.reborrow(), dy, b)?;
     if let Some(twin) = twin {
-        crate::ops::convert::convert(twin, dh.as_view())?;
+        convert(twin, dh.as_view())?;
     }
     low_rank_branch_backward(db, dy, h, out_scale)
 }

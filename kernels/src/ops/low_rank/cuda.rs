@@ -1,0 +1,215 @@
+//! The CUDA twin of both gradients of a branch: one pass over dy, in blocks whose sums a second kernel adds up.
+//!
+//! `low_rank.cu` says how the kernels work. A library product reads all of dy, which is hundreds of times as large as
+//! all else, and there would be two of them.
+
+use std::sync::Arc;
+
+use super::{BACKWARD, OutScale, SOURCE};
+use crate::cuda::{Arg, Cuda, Grid, Scratch};
+use crate::error::Result;
+use crate::tensor::{Dtype, View, ViewMut};
+
+/// Tokens of a stage of shared memory.
+const TOKENS: usize = 16;
+
+/// Tokens that a block has at least, unless there are fewer: its sums of dB are written once for all of them.
+const LEAST_TOKENS: usize = 64;
+
+/// Multiprocessors that are made use of; no device has more.
+const LARGEST_DEVICE: usize = 192;
+
+/// Threads of a block that adds up, and partial sums that each has in flight.
+const FINISHERS: usize = 256;
+const IN_FLIGHT: usize = 8;
+
+/// The kernel for ranks up to `rank`, in the numbers of the kernel file.
+#[derive(Debug)]
+struct Kernel {
+    name: &'static str,
+    rank: usize,
+    warps: usize,
+    columns: usize,
+    stages: usize,
+    /// Blocks that a multiprocessor has at once.
+    blocks: usize,
+}
+
+static KERNELS: [Kernel; 3] = [
+    Kernel { name: "low_rank_branch_gradients_r16", rank: 16, warps: 8, columns: 512, stages: 4, blocks: 2 },
+    Kernel { name: "low_rank_branch_gradients_r32", rank: 32, warps: 16, columns: 512, stages: 3, blocks: 1 },
+    Kernel { name: "low_rank_branch_gradients_r64", rank: 64, warps: 16, columns: 256, stages: 3, blocks: 1 },
+];
+
+impl Kernel {
+    /// The one for a branch of this rank, if there is one.
+    fn of(tokens: usize, outputs: usize, rank: usize) -> Option<&'static Kernel> {
+        let whole =
+            outputs.is_multiple_of(8) && rank.is_multiple_of(8) && tokens > 0 && outputs > 0 && rank > 0;
+        // Kernels count elements in 31 bits.
+        let countable = |kernel: &&Kernel| {
+            tokens.max(outputs).checked_mul(kernel.rank).is_some_and(|n| i32::try_from(n).is_ok())
+        };
+        KERNELS.iter().find(|kernel| rank <= kernel.rank).filter(|_| whole).filter(countable)
+    }
+
+    fn column_blocks(&self, outputs: usize) -> usize {
+        outputs.div_ceil(self.columns)
+    }
+
+    /// Blocks that the tokens are wanted to be shared out to: as many as a device has at once.
+    fn token_blocks(&self, tokens: usize, outputs: usize, multiprocessors: usize) -> usize {
+        let blocks = self.blocks * multiprocessors.min(LARGEST_DEVICE) / self.column_blocks(outputs);
+        blocks.clamp(1, tokens.div_ceil(LEAST_TOKENS))
+    }
+
+    /// Tokens of a block, and how many blocks share the tokens.
+    fn share(&self, tokens: usize, outputs: usize, multiprocessors: usize) -> (usize, usize) {
+        let wanted = self.token_blocks(tokens, outputs, multiprocessors);
+        let rows = tokens.div_ceil(wanted).next_multiple_of(TOKENS);
+        (rows, tokens.div_ceil(rows))
+    }
+
+    /// Bytes of the sums of dh, and of those of dB by this many blocks.
+    fn sums(&self, tokens: usize, outputs: usize, token_blocks: usize) -> [usize; 2] {
+        [self.column_blocks(outputs) * tokens, token_blocks * outputs]
+            .map(|rows| rows.saturating_mul(self.rank * Dtype::F32.size()))
+    }
+
+    fn shared(&self) -> usize {
+        // Tiles of dy and h, and two buffers for the warps' sums of dh.
+        self.stages * TOKENS * (self.columns + self.rank) * Dtype::Bf16.size()
+            + 2 * self.warps * 8 * (self.rank + 4) * Dtype::F32.size()
+    }
+}
+
+/// Bytes of [`Scratch::Partials`] that [`low_rank_branch_gradients`](super::low_rank_branch_gradients) takes at most
+/// for up to so many tokens, on any device.
+pub fn branch_gradients_scratch(tokens: usize, outputs: usize, rank: usize) -> usize {
+    let product = outputs * rank * Dtype::F32.size();
+    let sums = Kernel::of(tokens, outputs, rank).map(|kernel| {
+        let [dh, db] = kernel.sums(tokens, outputs, kernel.token_blocks(tokens, outputs, LARGEST_DEVICE));
+        dh.saturating_add(db)
+    });
+    sums.unwrap_or(0).max(product)
+}
+
+/// Whether the kernels read these rows, sixteen bytes at a time.
+fn aligned(view: View) -> Result<bool> {
+    let bits = view.bf16(BACKWARD)? | (view.stride * Dtype::Bf16.size()) as u64;
+    Ok(bits.is_multiple_of(16))
+}
+
+/// Threads that share `count` partial sums, so that each has all of its own in flight at once, if they are few enough.
+fn lanes(count: usize) -> usize {
+    count.div_ceil(IN_FLIGHT).next_power_of_two().min(8)
+}
+
+/// Enqueues both gradients, if there is a kernel for the operands, and says whether there was.
+pub(super) fn branch_gradients(
+    cuda: &Arc<Cuda>,
+    dh: &ViewMut<'_>,
+    twin: Option<&ViewMut<'_>>,
+    db: &ViewMut<'_>,
+    [dy, b, h]: [View<'_>; 3],
+    out_scale: OutScale<'_>,
+) -> Result<bool> {
+    let (tokens, outputs, rank) = (dy.rows, dy.cols, h.cols);
+    let Some(kernel) = Kernel::of(tokens, outputs, rank) else { return Ok(false) };
+    if !(aligned(dy)? && aligned(b)? && aligned(h)?) {
+        return Ok(false);
+    }
+    let (rows, token_blocks) = kernel.share(tokens, outputs, cuda.sms());
+    let column_blocks = kernel.column_blocks(outputs);
+    let [dh_bytes, db_bytes] = kernel.sums(tokens, outputs, token_blocks);
+    let dh_sums = cuda.scratch(Scratch::Partials, dh_bytes + db_bytes)?;
+    let db_sums = dh_sums + dh_bytes as u64;
+
+    let grid = Grid {
+        blocks: (column_blocks, token_blocks, 1),
+        threads: kernel.warps * 32,
+        shared: kernel.shared(),
+    };
+    let mut args = vec![Arg::Ptr(dh_sums), Arg::Ptr(db_sums)];
+    args.extend([dy.bf16(BACKWARD)?, b.bf16(BACKWARD)?, h.bf16(BACKWARD)?].map(Arg::Ptr));
+    args.extend([tokens, outputs, rank, dy.stride, b.stride, h.stride, rows].map(Arg::size));
+    cuda.launch(&SOURCE, kernel.name, grid, &args)?;
+
+    let (dh_lanes, db_lanes) = (lanes(column_blocks), lanes(token_blocks));
+    let blocks = |rows: usize, lanes: usize| (rows * kernel.rank).div_ceil(FINISHERS / lanes);
+    let dh_blocks = blocks(tokens, dh_lanes);
+    let mut args = vec![
+        Arg::Ptr(dh.bf16(BACKWARD)?),
+        Arg::Ptr(twin.map_or(Ok(0), |twin| twin.bf16(BACKWARD))?),
+        Arg::Ptr(db.f32(BACKWARD)?),
+        Arg::Ptr(dh_sums),
+        Arg::Ptr(db_sums),
+        Arg::Ptr(out_scale.rows.map_or(Ok(0), |rows| rows.f32(BACKWARD))?),
+        Arg::F32(out_scale.scaling),
+    ];
+    args.extend([tokens, outputs, rank, kernel.rank].map(Arg::size));
+    args.extend([dh.stride, twin.map_or(0, |twin| twin.stride), db.stride].map(Arg::size));
+    args.extend([column_blocks, token_blocks, dh_lanes, db_lanes, dh_blocks].map(Arg::size));
+    let grid = Grid::of(dh_blocks + blocks(outputs, db_lanes), FINISHERS);
+    cuda.launch(&SOURCE, "low_rank_branch_gradients_finish", grid, &args)?;
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sizes_are_those_of_the_kernel_file() {
+        for kernel in &KERNELS {
+            let Kernel { name, rank, warps, columns, stages, blocks } = kernel;
+            for line in [
+                format!("constexpr int TOKENS = {TOKENS};\n"),
+                format!("using Rank{rank} = Branch<{rank}, {warps}, {columns}, {stages}>;\n"),
+                format!("__launch_bounds__(Rank{rank}::THREADS, {blocks})\n    {name}(float* dh_sums,"),
+                format!("constexpr int FINISHERS = {FINISHERS}, IN_FLIGHT = {IN_FLIGHT};\n"),
+            ] {
+                assert!(SOURCE.text.contains(&line), "{line}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_tiles_fit_the_shared_memory_of_every_architecture() {
+        for kernel in &KERNELS {
+            // What a block may have on 8.6, 8.9 and 12.0, and what its multiprocessor has on 8.0, with 1 KiB a block.
+            assert!(kernel.shared() <= 99 << 10, "{kernel:?}: {}", kernel.shared());
+            assert!(kernel.blocks * (kernel.shared() + 1024) <= 164 << 10, "{kernel:?}: {}", kernel.shared());
+        }
+    }
+
+    #[test]
+    fn blocks_share_all_tokens_and_their_sums_fit_what_is_predicted() {
+        for outputs in [8, 512, 520, 1024, 4096, 14336, 1 << 20] {
+            for rank in [8, 16, 24, 32, 64] {
+                let most = branch_gradients_scratch(8192, outputs, rank);
+                for tokens in [1, 15, 64, 65, 129, 511, 1000, 8191, 8192] {
+                    let kernel = Kernel::of(tokens, outputs, rank).unwrap();
+                    for multiprocessors in [1, 28, 108, 132, 192, 1000] {
+                        let (rows, blocks) = kernel.share(tokens, outputs, multiprocessors);
+                        let what = format!("{tokens} {outputs} {rank} {multiprocessors}: {rows} x {blocks}");
+                        assert!(rows % TOKENS == 0 && rows * blocks >= tokens, "{what}");
+                        assert!(rows * (blocks - 1) < tokens, "a block has no tokens: {what}");
+                        let [dh, db] = kernel.sums(tokens, outputs, blocks);
+                        assert!(dh + db <= most, "{what}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn other_shapes_are_left_to_the_library() {
+        for shape in [(0, 8, 8), (8, 0, 8), (8, 12, 8), (8, 8, 0), (8, 8, 12), (8, 8, 72), (1 << 40, 8, 8)] {
+            let (tokens, outputs, rank) = shape;
+            assert!(Kernel::of(tokens, outputs, rank).is_none(), "{shape:?}");
+            assert_eq!(branch_gradients_scratch(tokens, outputs, rank), 4 * outputs * rank, "{shape:?}");
+        }
+        assert_eq!([1, 8, 9, 28, 33, 128].map(lanes), [1, 1, 2, 4, 8, 8]);
+    }
+}
