@@ -434,6 +434,7 @@ impl Layer {
             swiglu_backward_scaled(
                 dgate.top_mut(t),
                 dup.top_mut(t),
+                None,
                 [dgate_scale, dup_scale],
                 g.act.top(t),
                 gate,
@@ -441,7 +442,7 @@ impl Layer {
                 [of(gate_scale), of(up_scale)],
             )?;
         } else {
-            swiglu_backward(dgate.top_mut(t), dup.top_mut(t), g.act.top(t), gate, up)?;
+            swiglu_backward(dgate.top_mut(t), dup.top_mut(t), None, g.act.top(t), gate, up)?;
         }
         let unread = |y| scales.is_none().then_some(Output::Kept(y));
         let shared = self.shared_pass(SIBLINGS[2], &g.h, t, to.pass);
