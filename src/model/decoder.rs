@@ -304,16 +304,11 @@ impl Decoder {
         for (index, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             buffers.streams.before_backward(index, t)?;
             // Of the layers that share activations, the topmost has just left its own there.
-            let recomputed = index + 1 < buffers.recomputed;
-            if recomputed {
+            if index + 1 < buffers.recomputed {
                 let (LayerForward { x, s, shared, scratch, .. }, ids) = buffers.layer_forward(index, t);
                 layer.forward(None, x, s, shared, &self.place(ids), None, pass, scratch)?;
             }
             let (LayerBackward { x, y, s, shared, g, scratch }, ids) = buffers.layer_backward(index, t);
-            // The product of the topmost layer of all is still there.
-            if !recomputed && index + 1 < self.layers.len() {
-                layer.remake_act(s, shared, t)?;
-            }
             let mut to = Backward { dparams: dparams.reborrow(), pass, scratch };
             layer.backward(g, [x, y], s, shared, &self.place(ids), index > lowest, &mut to)?;
         }

@@ -174,6 +174,13 @@ impl Layer {
         both.iter().all(|linear| linear.output_scale().is_some()) || !both.iter().any(|l| l.needs_output())
     }
 
+    /// Whether the gradient of silu(gate) * up can be made without it, so that both may have one place: dropout of
+    /// down's input is undone together with the rest.
+    pub fn remakes_act_late(&self) -> bool {
+        let down = self.linear(Slot::Down);
+        down.adapter.is_none() || down.projection().is_some()
+    }
+
     fn linear(&self, slot: Slot) -> &Linear {
         &self.linears[slot as usize]
     }
@@ -377,19 +384,9 @@ impl Layer {
         Ok(())
     }
 
-    /// silu(gate) * up again, where the layers share room for it and another one has used that since.
-    ///
-    /// # Errors
-    /// An op refuses.
-    pub fn remake_act(&self, s: &LayerBuffers, common: &mut Shared, rows: usize) -> Result<()> {
-        if s.act.rows() > 0 {
-            return Ok(());
-        }
-        Ok(swiglu_forward(common.act.top_mut(rows), s.gate.top(rows), s.up.top(rows))?)
-    }
-
     /// The mirror of [`Layer::forward`], with the same x and y: `g.stream` holds the gradient of y on entry and that of
-    /// x on return, unless `input_gradient` is false because nothing below is trained.
+    /// x on return, unless `input_gradient` is false because nothing below is trained. Where the layers share room for
+    /// silu(gate) * up, another one may have used it since.
     ///
     /// # Errors
     /// An op refuses.
@@ -398,7 +395,7 @@ impl Layer {
         g: &mut GradientBuffers,
         [x, y]: [View<'_>; 2],
         s: &mut LayerBuffers,
-        common: &Shared,
+        common: &mut Shared,
         place: &Place<'_>,
         input_gradient: bool,
         to: &mut Backward<'_>,
@@ -406,7 +403,15 @@ impl Layer {
         let t = x.rows;
 
         // y = middle + down(swiglu(gate(norm), up(norm))); the stream's own gradient passes through
-        let act = if s.act.rows() > 0 { s.act.top(t) } else { common.act.top(t) };
+        let (gate, up, down) = (s.gate.top(t), s.up.top(t), self.linear(Slot::Down));
+        let remade = s.act.rows() == 0;
+        // The op that makes the gradients of gate and up leaves act on the way, so dA of down waits for it.
+        let late = if remade { down.projection() } else { None };
+        if remade && !self.remakes_act_late() {
+            swiglu_forward(common.act.top_mut(t), gate, up)?;
+        }
+        let act = if remade { common.act.top(t) } else { s.act.top(t) };
+        let pass = Pass { late: late.is_some(), ..*to.pass };
         self.project_backward(
             Slot::Down,
             Some(overwrite(g.act.top_mut(t))),
@@ -415,9 +420,9 @@ impl Layer {
             act,
             Some(Output::Added { to: s.middle.top(t), sum: y }),
             &s.h,
-            to,
+            &mut to.with_pass(&pass),
         )?;
-        let (gate, up) = (s.gate.top(t), s.up.top(t));
+        let act = late.map(|_| common.act.top_mut(t));
         let scales = self.linear(Slot::Gate).output_scale().zip(self.linear(Slot::Up).output_scale());
         // On a device the gradients take the place of gate and up, which nothing reads afterwards.
         let mut in_place = if self.swiglu_in_place() { s.gate.in_place().zip(s.up.in_place()) } else { None };
@@ -434,7 +439,7 @@ impl Layer {
             swiglu_backward_scaled(
                 dgate.top_mut(t),
                 dup.top_mut(t),
-                None,
+                act,
                 [dgate_scale, dup_scale],
                 g.act.top(t),
                 gate,
@@ -442,7 +447,11 @@ impl Layer {
                 [of(gate_scale), of(up_scale)],
             )?;
         } else {
-            swiglu_backward(dgate.top_mut(t), dup.top_mut(t), None, g.act.top(t), gate, up)?;
+            swiglu_backward(dgate.top_mut(t), dup.top_mut(t), act, g.act.top(t), gate, up)?;
+        }
+        if let Some(a) = late {
+            let dh = g.beside_stream[1].top(t).column_range(0, down.rank());
+            low_rank_projection_backward(a.view_mut(to.dparams.reborrow()), dh, common.act.top(t))?;
         }
         let unread = |y| scales.is_none().then_some(Output::Kept(y));
         let shared = self.shared_pass(SIBLINGS[2], &g.h, t, to.pass);
