@@ -116,7 +116,8 @@ impl Lora {
             if let Some(InputGradient { dx, accumulate }) = dx {
                 quant_linear_backward_with_branch(dx, dh, dy, weight, g, a, accumulate)?;
             }
-            return if pass.shared { Ok(()) } else { Ok(low_rank_projection_backward(da, dh, saved.x)?) };
+            let by_caller = pass.shared || pass.late;
+            return if by_caller { Ok(()) } else { Ok(low_rank_projection_backward(da, dh, saved.x)?) };
         };
         let t = saved.x.rows;
         let mut input = scratch.dropped.top_mut(t).into_column_range(0, saved.x.cols);

@@ -89,7 +89,7 @@ pub struct LayerBuffers {
 /// What one layer at a time uses.
 #[derive(Debug)]
 pub struct Shared {
-    /// (T, F): silu(gate) * up; no rows where each layer keeps its own.
+    /// (T, F): silu(gate) * up; no rows where each layer keeps its own. On a device its gradient takes its place.
     pub act: Tensor,
     /// (T, rank): the low-rank activations beside `act`.
     pub act_h: Tensor,
@@ -118,7 +118,8 @@ pub struct GradientBuffers {
     pub gate: Tensor,
     /// See `gate`.
     pub up: Tensor,
-    /// (T, F).
+    /// (T, F): with the stride of the activation, so that products have the same bits where this lies in
+    /// [`Shared::act`].
     pub act: Tensor,
     /// (chunk, C): gradient of the supervised rows of one chunk.
     pub hidden: Tensor,
@@ -254,14 +255,17 @@ impl Buffers {
         let drops_out = keep != Keep::Nothing
             && model.linears().any(|l| l.adapter.as_ref().is_some_and(|adapter| adapter.drops_out()));
         let max_in = if drops_out { model.linears().map(|l| l.weight.cols()).max().unwrap_or(0) } else { 0 };
-        let grads =
-            if keep == Keep::Nothing { None } else { Some(GradientBuffers::new(model, t, chunk, &ranks)?) };
+        let shared = Shared::new(model, if shares_act { t } else { 0 }, &ranks)?;
+        let grads = match keep {
+            Keep::Nothing => None,
+            _ => Some(GradientBuffers::new(model, t, chunk, &ranks, &shared)?),
+        };
         Ok(Buffers {
             capacity,
             recomputed,
             streams: Streams::new(device, streams, t, c.hidden_size, streams_on_host)?,
             layers,
-            shared: Shared::new(model, if shares_act { t } else { 0 }, &ranks)?,
+            shared,
             final_norm: zeros(t, c.hidden_size)?,
             final_rstd: Tensor::zeros(device, 1, t)?,
             hidden: zeros(chunk, c.hidden_size)?,
@@ -586,7 +590,13 @@ impl LayerBuffers {
 }
 
 impl GradientBuffers {
-    fn new(model: &Decoder, t: usize, chunk: usize, ranks: &[usize; SLOTS]) -> Result<GradientBuffers> {
+    fn new(
+        model: &Decoder,
+        t: usize,
+        chunk: usize,
+        ranks: &[usize; SLOTS],
+        shared: &Shared,
+    ) -> Result<GradientBuffers> {
         let c = &model.config;
         let zeros = |rows: usize, cols: usize| Tensor::activations(&model.device, rows, cols);
         let [q, k, v, o, gate, up, down] = *ranks;
@@ -597,6 +607,11 @@ impl GradientBuffers {
         // Never needed at once, so on a device the two share their place, right behind the rows.
         let (stream, beside_o) = padded(t, c.hidden_size, o.max(down))?;
         let beside_down = beside_o.in_place().map_or_else(|| zeros(t, down), Ok)?;
+        let over = shared.act.rows() > 0 && model.layers.iter().all(Layer::remakes_act_late);
+        let act = match shared.act.in_place() {
+            Some(act) if over => act,
+            _ => padded(t, c.intermediate_size, down)?.0,
+        };
         let (queries, keys) = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim);
         let (dq, beside_q) = padded(t, queries, q)?;
         let (dk, beside_k) = padded(t, keys, k)?;
@@ -620,7 +635,7 @@ impl GradientBuffers {
             delta: Tensor::zeros(&model.device, c.n_heads, t)?,
             gate: dgate,
             up: dup,
-            act: zeros(t, c.intermediate_size)?,
+            act,
             hidden: zeros(chunk, c.hidden_size)?,
             beside_qkv: [beside_q, beside_k, beside_v],
             beside_gate_up,

@@ -317,10 +317,6 @@ impl Decoder {
             }
             let (LayerBackward { x, y, s, below, shared, g, scratch }, ids) =
                 buffers.layer_backward(index, t);
-            // The product of the topmost layer of all is still there.
-            if !recomputed && index + 1 < self.layers.len() {
-                layer.remake_act(s, shared, t)?;
-            }
             let below = if index == lowest {
                 Below::Frozen
             } else {

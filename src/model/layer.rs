@@ -218,6 +218,13 @@ impl Layer {
         self.linear(slot).output_scale()
     }
 
+    /// Whether the gradient of silu(gate) * up can be made without it, so that both may have one place: dropout of
+    /// down's input is undone together with the rest.
+    pub fn remakes_act_late(&self) -> bool {
+        let down = self.linear(Slot::Down);
+        down.adapter.is_none() || down.projection().is_some()
+    }
+
     fn linear(&self, slot: Slot) -> &Linear {
         &self.linears[slot as usize]
     }
@@ -383,7 +390,8 @@ impl Layer {
         &self,
         slot: Slot,
         dx: Option<InputGradient<'_>>,
-        dh: (&mut Tensor, &mut [Tensor; SLOTS]),
+        dh: &mut Tensor,
+        twins: &mut [Tensor; SLOTS],
         dy: View<'_>,
         x: View<'_>,
         y: Option<Output<'_>>,
@@ -393,8 +401,8 @@ impl Layer {
         let linear = self.linear(slot);
         let rank = linear.rank();
         let h = h[slot as usize].top(x.rows).column_range(0, rank);
-        let twin = to.pass.shared.then(|| dh.1[slot as usize].top_mut(x.rows).into_column_range(0, rank));
-        let dh = BranchGradient { dh: dh.0.top_mut(x.rows).into_column_range(0, rank), twin };
+        let twin = to.pass.shared.then(|| twins[slot as usize].top_mut(x.rows).into_column_range(0, rank));
+        let dh = BranchGradient { dh: dh.top_mut(x.rows).into_column_range(0, rank), twin };
         linear.backward(dx, dh, to.dparams.reborrow(), dy, Saved { x, h, y }, to.pass, to.scratch)
     }
 
@@ -421,20 +429,10 @@ impl Layer {
         Ok(())
     }
 
-    /// silu(gate) * up again, where the layers share room for it and another one has used that since.
-    ///
-    /// # Errors
-    /// An op refuses.
-    pub fn remake_act(&self, s: &LayerBuffers, common: &mut Shared, rows: usize) -> Result<()> {
-        if s.act.rows() > 0 {
-            return Ok(());
-        }
-        Ok(swiglu_forward(common.act.top_mut(rows), s.gate.top(rows), s.up.top(rows))?)
-    }
-
     /// The mirror of [`Layer::forward`], with the same x: `g.stream` holds the gradient of y on entry and that of x on
     /// return, unless nothing below is trained. `y` is for the gradient of the factors of down's output; without it that
-    /// was made already, by the norm above.
+    /// was made already, by the norm above. Where the layers share room for silu(gate) * up, another one may have used it
+    /// since.
     ///
     /// # Errors
     /// An op refuses.
@@ -444,7 +442,7 @@ impl Layer {
         x: View<'_>,
         y: Option<View<'_>>,
         s: &mut LayerBuffers,
-        common: &Shared,
+        common: &mut Shared,
         place: &Place<'_>,
         below: Below<'_>,
         to: &mut Backward<'_>,
@@ -453,18 +451,27 @@ impl Layer {
         let input_gradient = !matches!(below, Below::Frozen);
 
         // y = middle + down(swiglu(gate(norm), up(norm))); the stream's own gradient passes through
-        let act = if s.act.rows() > 0 { s.act.top(t) } else { common.act.top(t) };
+        let (gate, up, down) = (s.gate.top(t), s.up.top(t), self.linear(Slot::Down));
+        let remade = s.act.rows() == 0;
+        // The op that makes the gradients of gate and up leaves act on the way, so dA of down waits for it.
+        let late = if remade { down.projection() } else { None };
+        if remade && !self.remakes_act_late() {
+            swiglu_forward(common.act.top_mut(t), gate, up)?;
+        }
+        let act = if remade { common.act.top(t) } else { s.act.top(t) };
+        let pass = Pass { late: late.is_some(), ..*to.pass };
         self.project_backward(
             Slot::Down,
             Some(overwrite(g.act.top_mut(t))),
-            (&mut g.beside_stream[1], &mut g.h),
+            &mut g.beside_stream[1],
+            &mut g.h,
             g.stream.top(t),
             act,
             y.map(|sum| Output::Added { to: s.middle.top(t), sum }),
             &s.h,
-            to,
+            &mut to.with_pass(&pass),
         )?;
-        let (gate, up) = (s.gate.top(t), s.up.top(t));
+        let act = late.map(|_| common.act.top_mut(t));
         let scales = self.output_scale(Slot::Gate).zip(self.output_scale(Slot::Up));
         // On a device the gradients take the place of gate and up, which nothing reads afterwards.
         let mut in_place = if self.swiglu_in_place() { s.gate.in_place().zip(s.up.in_place()) } else { None };
@@ -481,6 +488,7 @@ impl Layer {
             swiglu_backward_scaled(
                 dgate.top_mut(t),
                 dup.top_mut(t),
+                act,
                 [dgate_scale, dup_scale],
                 g.act.top(t),
                 gate,
@@ -488,7 +496,11 @@ impl Layer {
                 [of(gate_scale), of(up_scale)],
             )?;
         } else {
-            swiglu_backward(dgate.top_mut(t), dup.top_mut(t), g.act.top(t), gate, up)?;
+            swiglu_backward(dgate.top_mut(t), dup.top_mut(t), act, g.act.top(t), gate, up)?;
+        }
+        if let Some(a) = late {
+            let dh = g.beside_stream[1].top(t).column_range(0, down.rank());
+            low_rank_projection_backward(a.view_mut(to.dparams.reborrow()), dh, common.act.top(t))?;
         }
         let unread = |y| scales.is_none().then_some(Output::Kept(y));
         let shared = self.shared_pass(SIBLINGS[2], &g.h, t, to.pass);
@@ -497,7 +509,8 @@ impl Layer {
         self.project_backward(
             Slot::Up,
             Some(overwrite(g.ffn_norm.top_mut(t))),
-            (beside_up, &mut g.h),
+            beside_up,
+            &mut g.h,
             dup.top(t),
             s.ffn_norm.top(t),
             unread(s.up.top(t)),
@@ -507,7 +520,8 @@ impl Layer {
         self.project_backward(
             Slot::Gate,
             Some(accumulate(g.ffn_norm.top_mut(t))),
-            (beside_gate, &mut g.h),
+            beside_gate,
+            &mut g.h,
             dgate.top(t),
             s.ffn_norm.top(t),
             unread(s.gate.top(t)),
@@ -531,7 +545,8 @@ impl Layer {
         self.project_backward(
             Slot::O,
             Some(overwrite(g.attn.top_mut(t))),
-            (&mut g.beside_stream[0], &mut g.h),
+            &mut g.beside_stream[0],
+            &mut g.h,
             g.stream.top(t),
             s.attn.top(t),
             magnitude.is_none().then_some(Output::Added { to: x, sum: middle }),
@@ -567,7 +582,7 @@ impl Layer {
         ] {
             let to = |dx| if slot == Slot::Q { overwrite(dx) } else { accumulate(dx) };
             let dx = if input_gradient { Some(to(g.norm.top_mut(t))) } else { None };
-            self.project_backward(slot, dx, (beside, &mut g.h), dy, norm, y, &s.h, all)?;
+            self.project_backward(slot, dx, beside, &mut g.h, dy, norm, y, &s.h, all)?;
         }
         self.project_down_backward(SIBLINGS[0], &mut g.h, norm, all)?;
         let Below::Trained(added) = below else { return Ok(()) };

@@ -117,7 +117,8 @@ impl Parameters {
     /// A pass over these values.
     pub fn pass(&self, dropout: Option<RngKey>) -> Pass<'_> {
         let params = self.values.view();
-        Pass { params, factors: self.rounded.as_ref().map_or(params, Tensor::view), dropout, shared: false }
+        let factors = self.rounded.as_ref().map_or(params, Tensor::view);
+        Pass { params, factors, dropout, shared: false, late: false }
     }
 
     /// Trained scalars.
@@ -137,6 +138,9 @@ pub struct Pass<'a> {
     pub dropout: Option<RngKey>,
     /// Whether the caller makes the products with [`Adapter::projection`], for all linears of an input at once.
     pub shared: bool,
+    /// Whether the caller makes the gradient of [`Adapter::projection`] itself, later: the backward pass of this linear
+    /// cannot read its input yet.
+    pub late: bool,
 }
 
 /// Buffers that adapters may use within one call; nothing in them outlives it.
@@ -249,7 +253,8 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     ) -> Result<()>;
 
     /// Adds the parameters' gradients to `dparams` (flat) and gives the input's gradient, if asked for, and that of the
-    /// low-rank activations. In a [shared](Pass::shared) pass the caller makes the gradient of [`Adapter::projection`].
+    /// low-rank activations. In a [shared](Pass::shared) or [late](Pass::late) pass the caller makes the gradient of
+    /// [`Adapter::projection`].
     ///
     /// # Errors
     /// An op refuses.

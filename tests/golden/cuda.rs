@@ -7,7 +7,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use qpeft::adapters;
 use qpeft::model::memory::{DryRun, Settings, meta};
 use qpeft::model::synthetic::Shape;
-use qpeft_formats::peft::{PeftConfig, TargetModules};
 use qpeft_kernels::cuda::gemm::WORKSPACE;
 
 use super::*;
@@ -95,6 +94,19 @@ fn cuda_bits_do_not_depend_on_what_is_computed_again_or_kept() {
                 None => expected = Some(found),
                 Some(expected) => assert!(*expected == found, "{what}: other bits than without"),
             }
+        }
+    }
+}
+
+#[test]
+fn cuda_bits_with_dropout_do_not_depend_on_what_is_computed_again() {
+    let Some((_turn, device)) = device() else { return };
+    for use_dora in [false, true] {
+        let expected = with_dropout(&device, use_dora, Keep::EVERYTHING);
+        assert!(expected.0.is_finite() && expected.1.iter().any(|&g| g != 0.0));
+        for keep in KEEPS {
+            let found = with_dropout(&device, use_dora, keep);
+            assert!(found == expected, "dora {use_dora}, {keep:?}: other bits");
         }
     }
 }

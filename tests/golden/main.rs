@@ -10,9 +10,10 @@ use qpeft::adapters;
 use qpeft::model::{Base, Batch, Buffers, Decoder, Keep, Parameters};
 use qpeft::train::optimizer::Optimizer;
 use qpeft::train::schedule::{Schedule, SchedulerType};
-use qpeft_formats::peft::PeftAdapter;
+use qpeft_formats::peft::{PeftAdapter, PeftConfig, TargetModules};
 use qpeft_formats::safetensors::SafetensorsFile;
 use qpeft_kernels::ops::adamw::AdamW;
+use qpeft_kernels::rng::RngKey;
 use qpeft_kernels::svd::SvdOptions;
 use qpeft_kernels::{Device, Tensor};
 use serde_json::Value;
@@ -217,6 +218,61 @@ fn the_initial_loss_and_every_gradient_are_those_of_peft() {
                     "{base} {method}, {keep:?}: `{key}` is off by {error:e} of {size:e}"
                 );
             }
+        }
+    }
+}
+
+/// Loss and gradients of branches that drop inputs, which have no goldens: the draws are ours.
+fn with_dropout(device: &Device, use_dora: bool, keep: Keep) -> (f64, Vec<f32>) {
+    let mut config = PeftConfig::new(4, 8.0);
+    config.target_modules = Some(TargetModules::AllLinear);
+    config.use_dora = use_dora;
+    config.lora_dropout = 0.25;
+    let mut decoder = Decoder::load(&Base::open(&model("nf4")).unwrap(), device).unwrap();
+    let mut params = adapters::attach(&mut decoder, &config).unwrap();
+    adapters::initialize(&mut decoder, &mut params, 0).unwrap();
+    // B = 0 would hide what reaches A.
+    let mut values = params.values.read().unwrap();
+    let zeros = values.iter_mut().filter(|x| **x == 0.0).enumerate();
+    zeros.for_each(|(i, x)| *x = (i % 13) as f32 * 1e-3);
+    params.write(&values).unwrap();
+    decoder.refresh(&params).unwrap();
+    let golden = run_file("nf4", "lora", "golden.safetensors");
+    let batch = batch(&SafetensorsFile::open(&golden).unwrap());
+    let mut buffers = Buffers::new(&decoder, batch.len(), keep).unwrap();
+    let mut grads = Tensor::zeros(device, 1, params.count()).unwrap();
+    let (pass, mut to) = (params.pass(Some(RngKey { seed: 1, stream: 2 })), grads.view_mut());
+    let loss = decoder.loss_and_gradients(&mut buffers, &batch, &mut to, 1e-2, &pass).unwrap();
+    (loss.mean(), grads.read().unwrap())
+}
+
+/// Every way to keep activations, after the one that keeps all.
+const KEEPS: [Keep; 4] =
+    [Keep::LAYER_INPUTS, Keep::Layers(1), Keep::LayersWithoutAct(usize::MAX), Keep::LayersWithoutAct(1)];
+
+#[test]
+fn bits_do_not_depend_on_what_is_computed_again() {
+    for run_of in RUNS {
+        let gradients = |keep| {
+            let mut run = Run::new(run_of, keep);
+            let mut grads = Tensor::zeros(&Device::Cpu, 1, run.params.count()).unwrap();
+            (run.loss_and_gradients(&mut grads), grads.read().unwrap())
+        };
+        let expected = gradients(Keep::EVERYTHING);
+        for keep in KEEPS {
+            assert!(gradients(keep) == expected, "{run_of:?}, {keep:?}: other bits");
+        }
+    }
+}
+
+#[test]
+fn bits_with_dropout_do_not_depend_on_what_is_computed_again() {
+    for use_dora in [false, true] {
+        let expected = with_dropout(&Device::Cpu, use_dora, Keep::EVERYTHING);
+        assert!(expected.0.is_finite() && expected.1.iter().any(|&g| g != 0.0));
+        for keep in KEEPS {
+            let found = with_dropout(&Device::Cpu, use_dora, keep);
+            assert!(found == expected, "dora {use_dora}, {keep:?}: other bits");
         }
     }
 }

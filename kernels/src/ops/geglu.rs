@@ -54,7 +54,7 @@ pub fn geglu_forward(y: ViewMut, gate: View, up: View) -> Result<()> {
 pub fn geglu_backward(dgate: ViewMut, dup: ViewMut, dy: View, gate: View, up: View) -> Result<()> {
     check_gradients(BACKWARD, [&dgate, &dup], [dy, gate, up])?;
     if let Some(cuda) = dy.cuda() {
-        return backward_cuda(BACKWARD, cuda, [&dgate, &dup], [dy, gate, up]);
+        return backward_cuda(BACKWARD, BACKWARD, cuda, [&dgate, &dup], None, [dy, gate, up]);
     }
     backward_fast(dgate, dup, dy, gate, up)
 }
@@ -87,8 +87,8 @@ pub fn geglu_backward_scaled(
         check(SCALED, "columns of scales", gate.cols, scale.cols)?;
     }
     if let Some(cuda) = dy.cuda() {
-        let (gradients, kernel) = ([&dgate, &dup], "geglu_backward_columns");
-        return scaled_cuda(SCALED, kernel, cuda, gradients, dscales.each_ref(), [dy, gate, up], scales);
+        let (gradients, inputs, kernel) = ([&dgate, &dup], [dy, gate, up], "geglu_backward_columns");
+        return scaled_cuda(SCALED, kernel, cuda, gradients, None, dscales.each_ref(), inputs, scales);
     }
     backward_fast(dgate.reborrow(), dup.reborrow(), dy, gate, up)?;
     let [dgate_scale, dup_scale] = dscales;

@@ -39,34 +39,44 @@ pub fn swiglu_forward(y: ViewMut, gate: View, up: View) -> Result<()> {
     forward_fast(y, gate, up)
 }
 
-/// The gradients of [`swiglu_forward`].
+/// The gradients of [`swiglu_forward`], and on the way its result once more, for who did not keep it.
 ///
-/// dgate = dy * up * s * (1 + gate * (1 - s)), dup = dy * gate * s, s = sigmoid(gate).
+/// dgate = dy * up * s * (1 + gate * (1 - s)), dup = dy * gate * s, s = sigmoid(gate); y = gate * s * up, if asked for.
 ///
-/// Shapes: all (T, C).
-/// Accumulates: nothing, `dgate` and `dup` are overwritten.
-/// Precision: f32; within 2e-6 of f64, relative to the largest term.
+/// Shapes: all (T, C). On CUDA `dgate`, `dup` and `y` may lie where `gate`, `up` and `dy` do, with the same strides.
+/// Accumulates: nothing, `dgate`, `dup` and `y` are overwritten.
+/// Precision: f32; within 2e-6 of f64, relative to the largest term. `y` has the bits that [`swiglu_forward`] gives it.
 ///
 /// # Errors
 /// Shapes that differ, or no kernel for the device.
 ///
 /// Source: derived from the formula above.
-pub fn swiglu_backward(dgate: ViewMut, dup: ViewMut, dy: View, gate: View, up: View) -> Result<()> {
+pub fn swiglu_backward(
+    dgate: ViewMut,
+    dup: ViewMut,
+    y: Option<ViewMut>,
+    dy: View,
+    gate: View,
+    up: View,
+) -> Result<()> {
     check_gradients(BACKWARD, [&dgate, &dup], [dy, gate, up])?;
+    check_output(BACKWARD, y.as_ref(), gate)?;
     if let Some(cuda) = dy.cuda() {
-        return backward_cuda(BACKWARD, cuda, [&dgate, &dup], [dy, gate, up]);
+        let kernel = if y.is_none() { BACKWARD } else { "swiglu_backward_output" };
+        return backward_cuda(BACKWARD, kernel, cuda, [&dgate, &dup], y.as_ref(), [dy, gate, up]);
     }
-    backward_fast(dgate, dup, dy, gate, up)
+    backward_fast(dgate, dup, dy, gate, up)?;
+    y.map_or(Ok(()), |y| forward_fast(y, gate, up))
 }
 
 /// [`swiglu_backward`], and the gradients of the factors of both inputs' columns, without another pass over them:
 /// where gate and up come from linears with magnitudes (DoRA).
 ///
-/// dgate, dup as [`swiglu_backward`]; dscales\[0\]_n += sum_t dgate_tn gate_tn / scales\[0\]_n, dscales\[1\]_n += sum_t
+/// dgate, dup, y as [`swiglu_backward`]; dscales\[0\]_n += sum_t dgate_tn gate_tn / scales\[0\]_n, dscales\[1\]_n += sum_t
 /// dup_tn up_tn / scales\[1\]_n, as [`row_scale_backward`], a factor of 0 included.
 ///
-/// Shapes: `dgate`, `dup`, `dy`, `gate`, `up` (T, C); `dscales`, `scales` (1, C) each.
-/// Accumulates: `dscales` are added to; `dgate` and `dup` are overwritten.
+/// Shapes: `dgate`, `dup`, `y`, `dy`, `gate`, `up` (T, C), places as there; `dscales`, `scales` (1, C) each.
+/// Accumulates: `dscales` are added to; `dgate`, `dup` and `y` are overwritten.
 /// Precision: as the two ops; on CUDA the sums are of gradients before they are rounded to bf16.
 ///
 /// # Errors
@@ -76,6 +86,7 @@ pub fn swiglu_backward(dgate: ViewMut, dup: ViewMut, dy: View, gate: View, up: V
 pub fn swiglu_backward_scaled(
     mut dgate: ViewMut,
     mut dup: ViewMut,
+    y: Option<ViewMut>,
     dscales: [ViewMut; 2],
     dy: View,
     gate: View,
@@ -83,6 +94,7 @@ pub fn swiglu_backward_scaled(
     scales: [View; 2],
 ) -> Result<()> {
     check_gradients(SCALED, [&dgate, &dup], [dy, gate, up])?;
+    check_output(SCALED, y.as_ref(), gate)?;
     for (dscale, scale) in dscales.iter().zip(scales) {
         check(SCALED, "rows of dscales", 1, dscale.rows)?;
         check(SCALED, "columns of dscales", gate.cols, dscale.cols)?;
@@ -90,10 +102,11 @@ pub fn swiglu_backward_scaled(
         check(SCALED, "columns of scales", gate.cols, scale.cols)?;
     }
     if let Some(cuda) = dy.cuda() {
-        let (gradients, kernel) = ([&dgate, &dup], "swiglu_backward_columns");
-        return scaled_cuda(SCALED, kernel, cuda, gradients, dscales.each_ref(), [dy, gate, up], scales);
+        let (gradients, inputs) = ([&dgate, &dup], [dy, gate, up]);
+        let kernel = if y.is_none() { "swiglu_backward_columns" } else { "swiglu_backward_columns_output" };
+        return scaled_cuda(SCALED, kernel, cuda, gradients, y.as_ref(), dscales.each_ref(), inputs, scales);
     }
-    backward_fast(dgate.reborrow(), dup.reborrow(), dy, gate, up)?;
+    swiglu_backward(dgate.reborrow(), dup.reborrow(), y, dy, gate, up)?;
     let [dgate_scale, dup_scale] = dscales;
     row_scale_backward(dgate_scale, dgate.as_view(), Output::Kept(gate), scales[0])?;
     row_scale_backward(dup_scale, dup.as_view(), Output::Kept(up), scales[1])
@@ -118,6 +131,13 @@ pub(super) fn check_gradients(
     Ok(())
 }
 
+/// Like `gate`, if it is asked for.
+fn check_output(op: &'static str, y: Option<&ViewMut>, gate: View) -> Result<()> {
+    let Some(y) = y else { return Ok(()) };
+    check(op, "rows of y", gate.rows, y.rows)?;
+    check(op, "columns of y", gate.cols, y.cols)
+}
+
 // ----------------------------------------------------------------------------------------- CUDA
 
 pub(crate) static SOURCE: Source = Source::new("swiglu.cu", include_str!("swiglu.cu"));
@@ -139,16 +159,20 @@ pub(super) fn forward_cuda(op: &'static str, cuda: &Cuda, y: &ViewMut, gate: Vie
     cuda.launch(&SOURCE, op, grid, &args)
 }
 
+/// With y the kernel is the form that leaves it.
 pub(super) fn backward_cuda(
     op: &'static str,
+    kernel: &'static str,
     cuda: &Cuda,
     [dgate, dup]: [&ViewMut; 2],
+    y: Option<&ViewMut>,
     [dy, gate, up]: [View; 3],
 ) -> Result<()> {
-    let strides = [dgate.stride, dup.stride, dy.stride, gate.stride, up.stride];
+    let y_stride = y.map_or(dgate.stride, |y| y.stride);
+    let strides = [dgate.stride, dup.stride, dy.stride, gate.stride, up.stride, y_stride];
     let (rows, cols, strides) = spans::flat(gate.rows, gate.cols, strides);
     let grid = spans::grid(op, rows, cols, 2)?;
-    let args = [
+    let mut args = vec![
         Arg::Ptr(dgate.bf16(op)?),
         Arg::size(strides[0]),
         Arg::Ptr(dup.bf16(op)?),
@@ -162,14 +186,19 @@ pub(super) fn backward_cuda(
         Arg::size(rows),
         Arg::size(cols),
     ];
-    cuda.launch(&SOURCE, op, grid, &args)
+    if let Some(y) = y {
+        args.extend([Arg::Ptr(y.bf16(op)?), Arg::size(strides[5])]);
+    }
+    cuda.launch(&SOURCE, kernel, grid, &args)
 }
 
+/// As [`backward_cuda`].
 pub(super) fn scaled_cuda(
     op: &'static str,
     kernel: &'static str,
     cuda: &Cuda,
     [dgate, dup]: [&ViewMut; 2],
+    y: Option<&ViewMut>,
     dscales: [&ViewMut; 2],
     [dy, gate, up]: [View; 3],
     scales: [View; 2],
@@ -178,7 +207,7 @@ pub(super) fn scaled_cuda(
     let bytes = chunks.count * gate.cols * size_of::<f32>();
     let partials = cuda.scratch(Scratch::Partials, 2 * bytes)?;
     let partials = [partials, partials + bytes as u64];
-    let args = [
+    let mut args = vec![
         Arg::Ptr(dgate.bf16(op)?),
         Arg::size(dgate.stride),
         Arg::Ptr(dup.bf16(op)?),
@@ -195,6 +224,9 @@ pub(super) fn scaled_cuda(
         Arg::size(gate.cols),
         Arg::size(chunks.rows),
     ];
+    if let Some(y) = y {
+        args.extend([Arg::Ptr(y.bf16(op)?), Arg::size(y.stride)]);
+    }
     cuda.launch(&SOURCE, kernel, chunks.grid(), &args)?;
     for i in 0..2 {
         add_partials_cuda(op, cuda, dscales[i], partials[i], chunks, scales[i])?;
@@ -282,6 +314,7 @@ by_isa! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tensor::{Dtype, Tensor};
     use crate::testing::cuda;
     use crate::testing::{
         Mat, Out, Tolerance, assert_close, check_fast, check_gradient, golden, inner, seconds,
@@ -314,7 +347,14 @@ mod tests {
                 [(Out::Set(rows, cols), &dgate), (Out::Set(rows, cols), &dup)],
                 [&dy, &gate, &up],
                 BACKWARD_TOLERANCE,
-                |[dgate, dup], [dy, gate, up]| swiglu_backward(dgate, dup, dy, gate, up),
+                |[dgate, dup], [dy, gate, up]| swiglu_backward(dgate, dup, None, dy, gate, up),
+            );
+            check_fast(
+                &format!("{what} and its output"),
+                [(Out::Set(rows, cols), &dgate), (Out::Set(rows, cols), &dup), (Out::Set(rows, cols), &y)],
+                [&dy, &gate, &up],
+                BACKWARD_TOLERANCE,
+                |[dgate, dup, y], [dy, gate, up]| swiglu_backward(dgate, dup, Some(y), dy, gate, up),
             );
         }
     }
@@ -325,7 +365,8 @@ mod tests {
         let ones = Mat::new(1, 4, vec![1.0; 4]);
         let [mut y, mut dgate, mut dup] = [0; 3].map(|_| Mat::poisoned(1, 4));
         swiglu_forward(y.view_mut(), gate.view(), ones.view()).unwrap();
-        swiglu_backward(dgate.view_mut(), dup.view_mut(), ones.view(), gate.view(), ones.view()).unwrap();
+        swiglu_backward(dgate.view_mut(), dup.view_mut(), None, ones.view(), gate.view(), ones.view())
+            .unwrap();
         assert_eq!(y.values(), [0.0, 0.0, 200.0, 1e30]);
         assert_eq!(dgate.values(), [0.0, 0.0, 1.0, 1.0]);
         assert_eq!(dup.values(), [0.0, 0.0, 200.0, 1e30]);
@@ -352,7 +393,7 @@ mod tests {
         let [gate, up, dy] = ["gate", "up", "dy"].map(|name| golden.mat(name));
         let [mut y, mut dgate, mut dup] = [0; 3].map(|_| Mat::poisoned(gate.rows, gate.cols));
         swiglu_forward(y.view_mut(), gate.view(), up.view()).unwrap();
-        swiglu_backward(dgate.view_mut(), dup.view_mut(), dy.view(), gate.view(), up.view()).unwrap();
+        swiglu_backward(dgate.view_mut(), dup.view_mut(), None, dy.view(), gate.view(), up.view()).unwrap();
         for (name, found) in [("y", y), ("dgate", dgate), ("dup", dup)] {
             assert_close(name, &found.values(), &golden.mat(name).values(), BACKWARD_TOLERANCE);
         }
@@ -366,9 +407,21 @@ mod tests {
         let error = swiglu_forward(mat(2, 4).view_mut(), mat(2, 4).view(), mat(3, 4).view()).unwrap_err();
         assert_eq!(error.to_string(), "swiglu_forward: rows of up is 3, expected 2");
         let (mut dgate, mut dup, same) = (mat(2, 4), mat(2, 5), mat(2, 4));
-        let error = swiglu_backward(dgate.view_mut(), dup.view_mut(), same.view(), same.view(), same.view())
-            .unwrap_err();
+        let error =
+            swiglu_backward(dgate.view_mut(), dup.view_mut(), None, same.view(), same.view(), same.view())
+                .unwrap_err();
         assert_eq!(error.to_string(), "swiglu_backward: columns of dup is 5, expected 4");
+        let (mut dup, mut y, one) = (mat(2, 4), mat(3, 4), mat(1, 4));
+        let (to, output, x) = ([&mut dgate, &mut dup].map(Mat::view_mut), Some(y.view_mut()), same.view());
+        let [dgate, dup] = to;
+        let error = swiglu_backward(dgate, dup, output, x, x, x).unwrap_err();
+        assert_eq!(error.to_string(), "swiglu_backward: rows of y is 3, expected 2");
+        let ([mut dgate, mut dup], mut y, mut sums) =
+            ([0; 2].map(|_| mat(2, 4)), mat(2, 3), [0; 2].map(|_| mat(1, 4)));
+        let [dgate, dup] = [&mut dgate, &mut dup].map(Mat::view_mut);
+        let (output, sums) = (Some(y.view_mut()), sums.each_mut().map(Mat::view_mut));
+        let error = swiglu_backward_scaled(dgate, dup, output, sums, x, x, x, [one.view(); 2]).unwrap_err();
+        assert_eq!(error.to_string(), "swiglu_backward_scaled: columns of y is 3, expected 4");
     }
 
     #[test]
@@ -379,7 +432,7 @@ mod tests {
         let [mut y, mut dup] = [0; 2].map(|_| Mat::poisoned(rows, cols));
         let forward = seconds(|| swiglu_forward(y.view_mut(), gate.view(), up.view()).unwrap());
         let backward = seconds(|| {
-            swiglu_backward(y.view_mut(), dup.view_mut(), up.view(), gate.view(), up.view()).unwrap();
+            swiglu_backward(y.view_mut(), dup.view_mut(), None, up.view(), gate.view(), up.view()).unwrap();
         });
         let giga = (rows * cols) as f64 / 1e9;
         println!(
@@ -395,23 +448,40 @@ mod tests {
             let [gate, up, dy] = [1, 2, 3].map(|seed| Mat::random(seed, rows, cols, 1.0));
             let [scale0, scale1, start0, start1] = [4, 5, 6, 7].map(|seed| Mat::random(seed, 1, cols, 1.0));
             let [mut dgate, mut dup] = [0; 2].map(|_| Mat::poisoned(rows, cols));
-            swiglu_backward(dgate.view_mut(), dup.view_mut(), dy.view(), gate.view(), up.view()).unwrap();
+            swiglu_backward(dgate.view_mut(), dup.view_mut(), None, dy.view(), gate.view(), up.view())
+                .unwrap();
             let (mut d0, mut d1) = (start0.clone(), start1.clone());
             row_scale_backward(d0.view_mut(), dgate.view(), Output::Kept(gate.view()), scale0.view())
                 .unwrap();
             row_scale_backward(d1.view_mut(), dup.view(), Output::Kept(up.view()), scale1.view()).unwrap();
+            let mut y = Mat::poisoned(rows, cols);
+            swiglu_forward(y.view_mut(), gate.view(), up.view()).unwrap();
+            let exact = Tolerance { rel: 0.0, abs: 0.0 };
+            let inputs = [&dy, &gate, &up, &scale0, &scale1];
+            let (dgate, dup, y, d0, d1) = (dgate.f64(), dup.f64(), y.f64(), d0.f64(), d1.f64());
+            let set = || Out::Set(rows, cols);
             check_fast(
                 "swiglu_backward_scaled",
-                [
-                    (Out::Set(rows, cols), &dgate.f64()),
-                    (Out::Set(rows, cols), &dup.f64()),
-                    (Out::Add(&start0), &d0.f64()),
-                    (Out::Add(&start1), &d1.f64()),
-                ],
-                [&dy, &gate, &up, &scale0, &scale1],
-                Tolerance { rel: 0.0, abs: 0.0 },
+                [(set(), &dgate), (set(), &dup), (Out::Add(&start0), &d0), (Out::Add(&start1), &d1)],
+                inputs,
+                exact,
                 |[dgate, dup, d0, d1], [dy, gate, up, scale0, scale1]| {
-                    swiglu_backward_scaled(dgate, dup, [d0, d1], dy, gate, up, [scale0, scale1])
+                    swiglu_backward_scaled(dgate, dup, None, [d0, d1], dy, gate, up, [scale0, scale1])
+                },
+            );
+            check_fast(
+                "swiglu_backward_scaled and its output",
+                [
+                    (set(), &dgate),
+                    (set(), &dup),
+                    (set(), &y),
+                    (Out::Add(&start0), &d0),
+                    (Out::Add(&start1), &d1),
+                ],
+                inputs,
+                exact,
+                |[dgate, dup, y, d0, d1], [dy, gate, up, scale0, scale1]| {
+                    swiglu_backward_scaled(dgate, dup, Some(y), [d0, d1], dy, gate, up, [scale0, scale1])
                 },
             );
         }
@@ -430,12 +500,70 @@ mod tests {
             let gated = cuda::Gated {
                 name: "swiglu",
                 forward: swiglu_forward,
-                backward: |[dgate, dup], [dy, gate, up]| swiglu_backward(dgate, dup, dy, gate, up),
+                backward: |[dgate, dup], [dy, gate, up]| swiglu_backward(dgate, dup, None, dy, gate, up),
                 scaled: |[dgate, dup], dscales, [dy, gate, up], scales| {
-                    swiglu_backward_scaled(dgate, dup, dscales, dy, gate, up, scales)
+                    swiglu_backward_scaled(dgate, dup, None, dscales, dy, gate, up, scales)
                 },
             };
             cuda::check_gated(&device, [&gate, &up, &dy], [&y, &dgate, &dup], &gated);
+        }
+    }
+
+    #[test]
+    fn the_output_made_again_on_cuda_equals_the_naive_version() {
+        let Some(device) = cuda::device() else { return };
+        for (rows, cols) in cuda::SHAPES {
+            let gate = Mat::random(1, rows, cols, 4.0).rounded();
+            let [up, dy] = [2, 3].map(|seed| Mat::random(seed, rows, cols, 1.0).rounded());
+            let [mut y, mut dgate, mut dup] = [0; 3].map(|_| vec![0.0; rows * cols]);
+            forward_naive(&mut y, &gate.f64(), &up.f64());
+            backward_naive(&mut dgate, &mut dup, &dy.f64(), &gate.f64(), &up.f64());
+            cuda::check_cuda(
+                &device,
+                &format!("swiglu {rows} x {cols} and its output"),
+                [&dgate, &dup, &y].map(|expected| (Out::Set(rows, cols), Dtype::Bf16, expected.as_slice())),
+                [&dy, &gate, &up].map(|input| (input, Dtype::Bf16)),
+                Tolerance { rel: 0.0, abs: 0.0 },
+                |[dgate, dup, y], [dy, gate, up]| swiglu_backward(dgate, dup, Some(y), dy, gate, up),
+            );
+        }
+    }
+
+    /// As a layer does it: y over dy, which has padding, and the gradients over gate and up.
+    #[test]
+    fn the_output_made_again_in_place_on_cuda_has_the_bits_of_the_forward_pass() {
+        let Some(device) = cuda::device() else { return };
+        for (rows, cols) in cuda::SHAPES {
+            let put = |seed, width: usize| {
+                let (mut tensor, _) = Tensor::with_padding(&device, rows, cols, &[width]).unwrap();
+                tensor.write(&Mat::random(seed, rows, cols, 4.0).values()).unwrap();
+                tensor
+            };
+            let ones = Mat::new(1, cols, vec![1.0; cols]);
+            let run = |width: usize, scaled: bool, again: bool| {
+                let (gate, up, dy, mut apart) = (put(1, 0), put(2, 0), put(3, width), put(4, width));
+                let inputs = [dy.view(), gate.view(), up.view()];
+                swiglu_forward(apart.view_mut(), gate.view(), up.view()).unwrap();
+                let [mut dgate, mut dup, mut over] =
+                    [&gate, &up, &dy].map(|input| input.in_place().expect("on a device"));
+                let [[mut gate_sums, mut up_sums], scales] = [0; 2]
+                    .map(|_| [0; 2].map(|_| Tensor::from_slice(&device, 1, cols, &ones.values()).unwrap()));
+                let y = again.then(|| over.view_mut());
+                let (to, up_to, [dy, gate, up]) = (dgate.view_mut(), dup.view_mut(), inputs);
+                if scaled {
+                    let sums = [gate_sums.view_mut(), up_sums.view_mut()];
+                    let scales = scales.each_ref().map(Tensor::view);
+                    swiglu_backward_scaled(to, up_to, y, sums, dy, gate, up, scales).unwrap();
+                } else {
+                    swiglu_backward(to, up_to, y, dy, gate, up).unwrap();
+                }
+                let y = if again { &over } else { &apart };
+                [&dgate, &dup, y, &gate_sums, &up_sums].map(|tensor| tensor.read().unwrap())
+            };
+            for (width, scaled) in [(0, false), (3, false), (0, true), (3, true)] {
+                let same = run(width, scaled, false) == run(width, scaled, true);
+                assert!(same, "swiglu {rows} x {cols}, padding {width}, scaled {scaled}: other bits");
+            }
         }
     }
 }
