@@ -12,8 +12,7 @@ use qpeft_kernels::cuda::spans::{column_sums, column_sums_by_rows};
 use qpeft_kernels::cuda::{Cuda, Scratch};
 use qpeft_kernels::device::Meter;
 use qpeft_kernels::ops::quant_linear::weight_scratch;
-use qpeft_kernels::ops::row_norm::products_scratch;
-use qpeft_kernels::tensor::padding;
+use qpeft_kernels::tensor::{Dtype, padding};
 
 use super::buffers::{Buffers, Keep};
 use super::decoder::Decoder;
@@ -91,16 +90,14 @@ pub struct ScratchNeed {
     pub weight: usize,
     /// cuBLASLt's workspace.
     pub gemm: usize,
-    /// Partial sums.
+    /// Partial sums, a small product.
     pub partials: usize,
-    /// A small product.
-    pub products: usize,
 }
 
 impl ScratchNeed {
     /// Everything.
     pub fn total(&self) -> usize {
-        self.weight + self.gemm + self.partials + self.products
+        self.weight + self.gemm + self.partials
     }
 }
 
@@ -126,14 +123,11 @@ impl Need {
     /// # Errors
     /// The device has not so much memory left.
     pub fn reserve(&self, cuda: &Cuda) -> Result<()> {
-        let ScratchNeed { weight, gemm, partials, products } = self.scratch;
+        let ScratchNeed { weight, gemm, partials } = self.scratch;
         cuda.reserve(self.total())?;
-        for (purpose, bytes) in [
-            (Scratch::Weight, weight),
-            (Scratch::Gemm, gemm),
-            (Scratch::Partials, partials),
-            (Scratch::Products, products),
-        ] {
+        for (purpose, bytes) in
+            [(Scratch::Weight, weight), (Scratch::Gemm, gemm), (Scratch::Partials, partials)]
+        {
             cuda.scratch(purpose, bytes)?;
         }
         Ok(())
@@ -172,8 +166,9 @@ impl DryRun<'_> {
             norms.max(weight_scratch(&l.weight, pads(l), l.rank(), settings.copies))
         };
         let weight = self.decoder.linears().map(of).max().unwrap_or(0);
-        let products = self.decoder.linears().map(|l| products_scratch(l.weight.rows(), l.rank())).max();
-        let products = products.unwrap_or(0);
+        // The gradient of B before its rows are scaled.
+        let gradient = |l: &Linear| l.weight.rows() * l.rank() * Dtype::F32.size();
+        let gradient = self.decoder.linears().map(gradient).max().unwrap_or(0);
         // The gradients of magnitudes are sums over the tokens.
         let sums = |l: &Linear| l.output_scale().map(|_| column_sums(capacity, l.weight.rows()));
         let sums = self.decoder.linears().filter_map(sums).max();
@@ -182,8 +177,7 @@ impl DryRun<'_> {
         let scratch = ScratchNeed {
             weight: weight.max(weight_scratch(self.decoder.head(), 0, 0, false)),
             gemm: WORKSPACE,
-            partials: products.max(sums),
-            products,
+            partials: gradient.max(sums),
         };
         Ok(Need {
             weights: self.decoder.device_bytes() - embedding,
