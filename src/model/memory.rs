@@ -13,7 +13,6 @@ use qpeft_kernels::cuda::{Cuda, Scratch};
 use qpeft_kernels::device::Meter;
 use qpeft_kernels::ops::low_rank::branch_gradients_scratch;
 use qpeft_kernels::ops::quant_linear::weight_scratch;
-use qpeft_kernels::ops::row_norm::products_scratch;
 use qpeft_kernels::tensor::padding;
 
 use super::buffers::{Buffers, Keep};
@@ -92,16 +91,14 @@ pub struct ScratchNeed {
     pub weight: usize,
     /// cuBLASLt's workspace.
     pub gemm: usize,
-    /// Partial sums.
+    /// Partial sums, a small product.
     pub partials: usize,
-    /// A small product.
-    pub products: usize,
 }
 
 impl ScratchNeed {
     /// Everything.
     pub fn total(&self) -> usize {
-        self.weight + self.gemm + self.partials + self.products
+        self.weight + self.gemm + self.partials
     }
 }
 
@@ -127,14 +124,11 @@ impl Need {
     /// # Errors
     /// The device has not so much memory left.
     pub fn reserve(&self, cuda: &Cuda) -> Result<()> {
-        let ScratchNeed { weight, gemm, partials, products } = self.scratch;
+        let ScratchNeed { weight, gemm, partials } = self.scratch;
         cuda.reserve(self.total())?;
-        for (purpose, bytes) in [
-            (Scratch::Weight, weight),
-            (Scratch::Gemm, gemm),
-            (Scratch::Partials, partials),
-            (Scratch::Products, products),
-        ] {
+        for (purpose, bytes) in
+            [(Scratch::Weight, weight), (Scratch::Gemm, gemm), (Scratch::Partials, partials)]
+        {
             cuda.scratch(purpose, bytes)?;
         }
         Ok(())
@@ -173,8 +167,6 @@ impl DryRun<'_> {
             norms.max(weight_scratch(&l.weight, pads(l), l.rank(), settings.copies))
         };
         let weight = self.decoder.linears().map(of).max().unwrap_or(0);
-        let products = self.decoder.linears().map(|l| products_scratch(l.weight.rows(), l.rank())).max();
-        let products = products.unwrap_or(0);
         let gradients = |l: &Linear| branch_gradients_scratch(capacity, l.weight.rows(), l.rank());
         let gradients = self.decoder.linears().map(gradients).max().unwrap_or(0);
         // The gradients of magnitudes are sums over the tokens.
@@ -186,7 +178,6 @@ impl DryRun<'_> {
             weight: weight.max(weight_scratch(self.decoder.head(), 0, 0, false)),
             gemm: WORKSPACE,
             partials: gradients.max(sums),
-            products,
         };
         Ok(Need {
             weights: self.decoder.device_bytes() - embedding,

@@ -88,10 +88,8 @@ pub enum Scratch {
     Weight,
     /// cuBLASLt's workspace.
     Gemm,
-    /// Partial sums of reductions.
+    /// Partial sums of reductions, a small product on its way into another kernel.
     Partials,
-    /// A small product on its way into another kernel.
-    Products,
 }
 
 /// All memory of one device.

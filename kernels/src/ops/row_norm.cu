@@ -1,110 +1,286 @@
-// The length of every row of W + s B A from |W|^2, W A^T and A A^T, once per optimizer step.
+// The length of every row of W + s B A, once per optimizer step, from |W|^2 and one pass over W.
+//
+// |W + s B A|^2 = |W|^2 + 2 s W . (B A) + s^2 |B A|^2. A block makes 32 rows of B A, 64 columns per warp at a time, in
+// the registers of mma.sync (sm_80 and newer), multiplies them there with W and with themselves, and keeps two sums per
+// row. B enters as the sum of two bf16, which is 16 bits of it; A and W are bf16 already.
+//
+// Operands come from memory 16 bytes per lane without a detour through shared memory, because the columns of a product
+// may be numbered at will: column n of tile j of a piece is its column 8 (n / 2) + 32 (n % 2) + j. So the eight columns
+// that a lane loads of W are those where the eight tiles of B A put its results, and the eight that it loads of A are
+// those that it feeds into the eight tiles.
 
 // Below this part of |W|^2 + s^2 |B A|^2 the factored square is not trusted.
 constexpr double CANCELLATION = 1e-3;
 
-// An element of an f32 or a bf16 matrix.
-__device__ __forceinline__ float element(const void* p, i64 i, bool is_bf16) {
-    return is_bf16 ? to_f32(((const bf16*)p)[i]) : ((const float*)p)[i];
+// Rows of a block, as two tiles of 16, and columns of a piece.
+constexpr int ROWS = 32, PIECE = 64;
+// Ranks that a product sums over, and how many of these groups of B a block keeps in shared memory.
+constexpr u32 GROUP = 16, KEPT = 8;
+constexpr int MOST_WARPS = 16;
+
+// c (16 x 8, f32) += a (16 x 16) b (16 x 8).
+__device__ __forceinline__ void mma(float (&c)[4], uint4 a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-constexpr int GRAM_THREADS = 128;
-// Rows of a tile of A A^T.
-constexpr int TILE = 4;
-
-// gram = A A^T, (rank, rank). Block (x, y): the tile of rows TILE x and columns TILE y; a tile below the diagonal is
-// the transpose of one above it and written there. A thread adds every 128th column in f32, the threads' sums are added
-// in f64.
-extern "C" __global__ void __launch_bounds__(GRAM_THREADS)
-    row_norm_gram(float* gram, const void* a, i32 a_stride, i32 a_is_bf16, i32 rank, i32 cols) {
-    if (blockIdx.y < blockIdx.x) return;
-    __shared__ float sums[TILE * TILE][GRAM_THREADS + 1];
-    __shared__ double groups[TILE * TILE][9];
-    const u32 top = blockIdx.x * TILE, left = blockIdx.y * TILE;
-    float acc[TILE][TILE] = {};
-    for (u32 k = threadIdx.x; k < (u32)cols; k += GRAM_THREADS) {
-        float p[TILE], q[TILE];
-#pragma unroll
-        for (int i = 0; i < TILE; i++) {
-            // A row past the last is a copy of the last, and not written.
-            p[i] = element(a, (i64)min(top + i, (u32)rank - 1) * a_stride + k, a_is_bf16);
-            q[i] = element(a, (i64)min(left + i, (u32)rank - 1) * a_stride + k, a_is_bf16);
-        }
-#pragma unroll
-        for (int i = 0; i < TILE; i++)
-#pragma unroll
-            for (int j = 0; j < TILE; j++) acc[i][j] += p[i] * q[j];
-    }
-#pragma unroll
-    for (int i = 0; i < TILE; i++)
-#pragma unroll
-        for (int j = 0; j < TILE; j++) sums[i * TILE + j][threadIdx.x] = acc[i][j];
-    __syncthreads();
-    const u32 product = threadIdx.x / 8, group = threadIdx.x % 8;
-    double sum = 0.0;
-    for (int i = 0; i < GRAM_THREADS / 8; i++) sum += (double)sums[product][i * 8 + group];
-    groups[product][group] = sum;
-    __syncthreads();
-    if (group != 0) return;
-    for (int i = 1; i < 8; i++) sum += groups[product][i];
-    const u32 row = top + product / TILE, col = left + product % TILE;
-    if (row < (u32)rank && col < (u32)rank) {
-        gram[row * rank + col] = (float)sum;
-        gram[col * rank + row] = (float)sum;
-    }
-}
-
-__device__ __forceinline__ double warp_sum_f64(double x) {
-#pragma unroll
-    for (int d = 16; d > 0; d >>= 1) x += __shfl_xor_sync(0xffffffffu, x, d);
+// Sixteen bytes that nobody reads again: they leave the first cache to A.
+__device__ __forceinline__ uint4 load_once(const bf16* p) {
+    uint4 x;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+        : "l"(p));
     return x;
 }
 
-constexpr int THREADS = 256;
-
-// norm = sqrt(|W|^2 + 2 s B . (W A^T) + s^2 B (A A^T) B^T), a warp per row; and, where `m` is given, what is folded with
-// it: g = m / norm, 0 where the norm is 0, and folded_b = s diag(g) B. `g` may be `folded`. `wa` is A W^T, (rank, rows); `w` the rows
-// of W themselves, which only rows that B A nearly cancels read: those are built and measured.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    row_norm_forward(float* norm, const float* w_squared, const void* wa, i32 wa_stride, i32 wa_is_bf16, const void* a,
-                     i32 a_stride, i32 a_is_bf16, const void* b, i32 b_stride, i32 b_is_bf16, const float* gram,
-                     i32 gram_stride, const void* w, i32 w_stride, i32 w_is_bf16, const float* folded, const float* m, float* g_out,
-                     bf16* folded_b, i32 folded_b_stride, float scaling, i32 rows, i32 cols, i32 rank) {
-    const u32 row = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (row >= (u32)rows) return;
-    const i64 b_row = (i64)row * b_stride;
-    // Rows that are multiplied by g already are divided by it; one of g = 0 tells nothing of W.
-    const float g = folded == nullptr ? 1.0f : folded[row];
-    const float per_g = g == 0.0f ? 0.0f : 1.0f / g;
-    double cross = 0.0, low_rank = 0.0;
-    for (u32 q = lane; q < (u32)rank; q += 32) {
-        const float b_q = element(b, b_row + q, b_is_bf16);
-        float product = 0.0f;
-#pragma unroll 8
-        for (u32 r = 0; r < (u32)rank; r++) product += gram[r * gram_stride + q] * element(b, b_row + r, b_is_bf16);
-        low_rank += (double)product * b_q;
-        cross += (double)(element(wa, (i64)q * wa_stride + row, wa_is_bf16) * per_g) * b_q;
-    }
-    const double s = scaling;
-    low_rank = s * s * warp_sum_f64(low_rank);
-    const double own = w_squared[row];
-    double square = own + 2.0 * s * warp_sum_f64(cross) + low_rank;
-    if (square < CANCELLATION * (own + low_rank) || square < 0.0) {
-        square = 0.0;
-        for (u32 k = lane; k < (u32)cols; k += 32) {
-            double x = 0.0;
-            for (u32 r = 0; r < (u32)rank; r++)
-                x += (double)element(b, b_row + r, b_is_bf16) * element(a, (i64)r * a_stride + k, a_is_bf16);
-            x = element(w, (i64)row * w_stride + k, w_is_bf16) * per_g + s * x;
-            square += x * x;
-        }
-        square = warp_sum_f64(square);
-    }
-    const float length = (float)sqrt(square);
-    if (lane == 0) norm[row] = length;
-    if (m == nullptr) return;
-    const float factor = length == 0.0f ? 0.0f : m[row] / length;
-    if (lane == 0) g_out[row] = factor;
-    for (u32 q = lane; q < (u32)rank; q += 32)
-        folded_b[(i64)row * folded_b_stride + q] = to_bf16(scaling * factor * element(b, b_row + q, b_is_bf16));
+// The same of what many blocks read.
+__device__ __forceinline__ uint4 load_shared_by_all(const bf16* p) {
+    uint4 x;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    return x;
 }
+
+// Eight elements from `p` on, of which `present` exist (none if not positive); the others are zeros. ALIGNED: `p` is
+// aligned, and all exist or none.
+template <bool ALIGNED, bool ONCE> __device__ __forceinline__ uint4 load_present(const bf16* p, i32 present) {
+    if constexpr (ALIGNED) {
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (present > 0) x = ONCE ? load_once(p) : load_shared_by_all(p);
+        return x;
+    } else {
+        u32 e[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) e[i] = i < present ? p[i].bits : 0;
+        return make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16);
+    }
+}
+
+template <int J> __device__ __forceinline__ u32 word(uint4 x) {
+    return J == 0 ? x.x : J == 1 ? x.y : J == 2 ? x.z : x.w;
+}
+
+// A left operand as the sum of two.
+struct Split {
+    uint4 high, low;
+};
+
+__device__ __forceinline__ void split(float x, float y, u32& high, u32& low) {
+    high = pack_bf16(x, y);
+    low = pack_bf16(x - low_f32(high), y - high_f32(high));
+}
+
+// Sixteen rows of B from `top` on at ranks `first` .. first + 16; a row past the last is a copy of the last.
+__device__ __forceinline__ Split split_b(const float* b, u32 stride, u32 top, u32 rows, u32 first, u32 rank) {
+    const u32 lane = threadIdx.x % 32;
+    float x[4][2];
+#pragma unroll
+    for (u32 i = 0; i < 4; i++)
+#pragma unroll
+        for (u32 j = 0; j < 2; j++) {
+            const u32 row = min(top + lane / 4 + i % 2 * 8, rows - 1), r = first + lane % 4 * 2 + i / 2 * 8 + j;
+            x[i][j] = r < rank ? b[(u64)row * stride + r] : 0.0f;
+        }
+    Split s;
+    split(x[0][0], x[0][1], s.high.x, s.low.x);
+    split(x[1][0], x[1][1], s.high.y, s.low.y);
+    split(x[2][0], x[2][1], s.high.z, s.low.z);
+    split(x[3][0], x[3][1], s.high.w, s.low.w);
+    return s;
+}
+
+// Tiles 2 J and 2 J + 1 of B A += 16 ranks of it.
+template <int J> __device__ __forceinline__ void add_pair(float (&ba)[8][4], const Split& b, const uint4 (&a)[4]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const u32 halves = i == 0 ? 0x5410u : 0x7632u;
+        const u32 b0 = __byte_perm(word<J>(a[0]), word<J>(a[1]), halves);
+        const u32 b1 = __byte_perm(word<J>(a[2]), word<J>(a[3]), halves);
+        mma(ba[2 * J + i], b.high, b0, b1);
+        mma(ba[2 * J + i], b.low, b0, b1);
+    }
+}
+
+// What the two sums of a row have so far.
+struct Sums {
+    float cross, low_rank;
+
+    // `w`: eight columns of W; those of B A are number `at` of what a lane has of each tile.
+    __device__ __forceinline__ void add(uint4 w, const float (&ba)[8][4], int at) {
+        const f32x8 x = unpack8(w);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            cross += x.v[j] * ba[j][at];
+            low_rank += ba[j][at] * ba[j][at];
+        }
+    }
+};
+
+// The matrices, row-major.
+struct Matrices {
+    const float* b;
+    const bf16 *a, *w;
+    u32 b_stride, a_stride, w_stride;
+    u32 rows, cols, rank;
+};
+
+// Adds to `sums` (of rows 16 i + g and 16 i + g + 8 of the block, g = lane / 4) the columns that this lane has to add.
+// ONE: the rank is at most that of one group.
+template <bool ALIGNED, bool ONE>
+__device__ __forceinline__ void add_columns(Sums (&sums)[2][2], const Matrices& x, uint4 (&kept)[KEPT][2][2][32]) {
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, top = blockIdx.x * ROWS;
+    const u32 g = lane / 4, t = lane % 4, groups = ONE ? 1 : max(1u, (x.rank + GROUP - 1) / GROUP);
+    const i32 cols = x.cols;
+
+    i32 k = warp * PIECE;
+    uint4 w[2][2][2], first[4];
+    const auto load_w = [&](u32 i, i32 k) {
+#pragma unroll
+        for (u32 j = 0; j < 2; j++) {
+            // A row past the last is a copy of the last, and not written.
+            const bf16* row = x.w + (u64)min(top + i * 16 + j * 8 + g, x.rows - 1) * x.w_stride;
+#pragma unroll
+            for (u32 h = 0; h < 2; h++) {
+                const i32 col = k + h * 32 + t * 8;
+                w[i][j][h] = load_present<ALIGNED, true>(row + col, cols - col);
+            }
+        }
+    };
+    const auto load_a = [&](uint4 (&a)[4], u32 group, i32 k) {
+        const i32 col = k + g / 2 * 8 + g % 2 * 32;
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            const u32 r = group * GROUP + t * 2 + i / 2 * 8 + i % 2;
+            a[i] = load_present<ALIGNED, false>(x.a + (u64)r * x.a_stride + col, r < x.rank ? cols - col : 0);
+        }
+    };
+    load_w(0, k);
+    load_w(1, k);
+    load_a(first, 0, k);
+    for (u32 p = warp; p < 2 * min(groups, KEPT); p += warps) {
+        const Split s = split_b(x.b, x.b_stride, top + p % 2 * 16, x.rows, p / 2 * GROUP, x.rank);
+        kept[p / 2][p % 2][0][lane] = s.high;
+        kept[p / 2][p % 2][1][lane] = s.low;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (; k < cols; k += warps * PIECE) {
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            float ba[8][4] = {};
+            const auto add_group = [&](u32 group, const uint4 (&a)[4]) {
+                const Split b = group < KEPT ? Split{kept[group][i][0][lane], kept[group][i][1][lane]}
+                                             : split_b(x.b, x.b_stride, top + i * 16, x.rows, group * GROUP, x.rank);
+                add_pair<0>(ba, b, a);
+                add_pair<1>(ba, b, a);
+                add_pair<2>(ba, b, a);
+                add_pair<3>(ba, b, a);
+            };
+            add_group(0, first);
+#pragma unroll 1
+            for (u32 group = 1; group < groups; group++) {
+                uint4 a[4];
+                load_a(a, group, k);
+                add_group(group, a);
+            }
+#pragma unroll
+            for (u32 j = 0; j < 2; j++)
+#pragma unroll
+                for (u32 h = 0; h < 2; h++) sums[i][j].add(w[i][j][h], ba, j * 2 + h);
+            // The next piece is under way while this one is worked on.
+            load_w(i, k + warps * PIECE);
+        }
+        load_a(first, 0, k + warps * PIECE);
+    }
+}
+
+// The sum over neighbouring `lanes`, a power of two.
+__device__ __forceinline__ double sum_over(double x, u32 lanes) {
+    for (u32 d = lanes / 2; d > 0; d >>= 1) x += __shfl_xor_sync(0xffffffffu, x, d);
+    return x;
+}
+
+// |W + s B A|^2 of a row, from the row itself, by a warp. `per_g`: what the row of `w` is to be multiplied by.
+__device__ __forceinline__ double measure(const Matrices& x, u32 row, double per_g, double s) {
+    double square = 0.0;
+    for (u32 k = threadIdx.x % 32; k < x.cols; k += 32) {
+        double low_rank = 0.0;
+        for (u32 r = 0; r < x.rank; r++)
+            low_rank += (double)x.b[(u64)row * x.b_stride + r] * to_f32(x.a[(u64)r * x.a_stride + k]);
+        const double sum = to_f32(x.w[(u64)row * x.w_stride + k]) * per_g + s * low_rank;
+        square += sum * sum;
+    }
+    return sum_over(square, 32);
+}
+
+// norm = sqrt(|W|^2 + 2 s W . (B A) + s^2 |B A|^2); and, where `m` is given, what is folded with it: g = m / norm, 0
+// where the norm is 0, and folded_b = s diag(g) B. `g_out` may be `folded`. `x.w` are the rows of W, multiplied by
+// `folded` if that is given. Rows that B A nearly cancels are built and measured. Blocks of 8 or 16 warps.
+template <bool ALIGNED, bool ONE>
+__device__ __forceinline__ void forward(float* norm, const float* w_squared, const Matrices& x, const float* folded,
+                                        const float* m, float* g_out, bf16* folded_b, i64 folded_b_stride,
+                                        float scaling) {
+    __shared__ uint4 kept[KEPT][2][2][32];
+    __shared__ float partial[2][ROWS][MOST_WARPS + 1];
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    Sums sums[2][2] = {};
+    add_columns<ALIGNED, ONE>(sums, x, kept);
+    // As many lanes as there are warps share a row now, and read all about it before one of them writes.
+    const u32 row_of_block = threadIdx.x / warps, part = threadIdx.x % warps;
+    const bool is_row = blockIdx.x * ROWS + row_of_block < x.rows;
+    const u32 row = min(blockIdx.x * ROWS + row_of_block, x.rows - 1);
+    const double own = w_squared[row], s = scaling;
+    // Rows that are multiplied by g already are divided by it; one of g = 0 tells nothing of W.
+    const float old_g = folded == nullptr ? 1.0f : folded[row];
+    const double per_g = old_g == 0.0f ? 0.0 : 1.0 / old_g;
+    const float magnitude = m == nullptr ? 0.0f : m[row];
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        float cross = sums[i / 2][i % 2].cross, low_rank = sums[i / 2][i % 2].low_rank;
+#pragma unroll
+        for (int d = 1; d < 4; d <<= 1) {
+            cross += __shfl_xor_sync(0xffffffffu, cross, d);
+            low_rank += __shfl_xor_sync(0xffffffffu, low_rank, d);
+        }
+        if (lane % 4 == 0) {
+            partial[0][i * 8 + lane / 4][warp] = cross;
+            partial[1][i * 8 + lane / 4][warp] = low_rank;
+        }
+    }
+    __syncthreads();
+    const double cross = sum_over(partial[0][row_of_block][part], warps) * per_g;
+    const double low_rank = s * s * sum_over(partial[1][row_of_block][part], warps);
+    double square = own + 2.0 * s * cross + low_rank;
+    const u32 near = __ballot_sync(0xffffffffu, square < CANCELLATION * (own + low_rank) || square < 0.0);
+    for (u32 first = 0; near != 0 && first < 32; first += warps) {
+        if ((near >> first & 1) == 0) continue;
+        const double measured =
+            measure(x, __shfl_sync(0xffffffffu, row, first), __shfl_sync(0xffffffffu, per_g, first), s);
+        if (lane / warps == first / warps) square = measured;
+    }
+    if (!is_row) return;
+    const float length = (float)sqrt(square);
+    if (part == 0) norm[row] = length;
+    if (m == nullptr) return;
+    const float factor = length == 0.0f ? 0.0f : magnitude / length;
+    if (part == 0) g_out[row] = factor;
+    for (u32 q = part; q < x.rank; q += warps)
+        folded_b[row * folded_b_stride + q] = to_bf16(scaling * factor * x.b[(u64)row * x.b_stride + q]);
+}
+
+#define KERNEL(NAME, ALIGNED, ONE)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(MOST_WARPS * 32, 1)                                                   \
+        NAME(float* norm, const float* w_squared, const bf16* a, i32 a_stride, const float* b, i32 b_stride,           \
+             const bf16* w, i32 w_stride, const float* folded, const float* m, float* g, bf16* folded_b,               \
+             i32 folded_b_stride, float scaling, i32 rows, i32 cols, i32 rank) {                                       \
+        const Matrices x = {b,         a,         w,        (u32)b_stride, (u32)a_stride, (u32)w_stride,               \
+                            (u32)rows, (u32)cols, (u32)rank};                                                          \
+        forward<ALIGNED, ONE>(norm, w_squared, x, folded, m, g, folded_b, folded_b_stride, scaling);                   \
+    }
+
+// Rows of a and w that do not start at a multiple of 16 bytes, or are not whole 16 bytes long.
+KERNEL(row_norm_forward, false, false)
+KERNEL(row_norm_forward_aligned, true, false)
+// Of a rank up to 16.
+KERNEL(row_norm_forward_aligned_r16, true, true)

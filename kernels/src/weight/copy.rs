@@ -119,12 +119,11 @@ impl Copy {
             .then(|| (self.buffer.ptr() + (rows * stride * Dtype::Bf16.size()) as u64, stride))
     }
 
-    /// Where the rows are there with the row scale of now.
-    pub(super) fn scaled(&self, cols: usize) -> Option<Room> {
+    /// The address and stride of the rows, if they are there with the row scale of now.
+    pub(super) fn scaled(&self, cols: usize) -> Option<(u64, usize)> {
         let contents = *self.contents.lock().unwrap_or_else(PoisonError::into_inner);
         let Contents { place, .. } = contents.filter(|contents| contents.scaled && self.is_fresh())?;
-        let stride = cols + place.map_or(0, |place| place.padding);
-        Some(Room { ptr: self.buffer.ptr(), stride, is_filled: self.filled.load(Ordering::Relaxed) })
+        Some((self.buffer.ptr(), cols + place.map_or(0, |place| place.padding)))
     }
 
     /// The address and stride of the columns behind the rows where the branch lies, if only that changes with a step.

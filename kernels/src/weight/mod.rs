@@ -220,8 +220,8 @@ impl BaseWeight {
         self.copy()?.with_room(self.rows, self.cols, scaled, below)
     }
 
-    /// The bf16 copy, where its rows are scaled by the row scale of now.
-    pub(crate) fn scaled_copy(&self) -> Option<Room> {
+    /// The address and stride of the bf16 copy, where its rows are scaled by the row scale of now.
+    pub(crate) fn scaled_copy(&self) -> Option<(u64, usize)> {
         self.copy()?.scaled(self.cols)
     }
 
