@@ -20,6 +20,9 @@ use crate::tensor::Dtype;
 
 const OP: &str = "gemm";
 
+/// A product with a size up to this is that of an adapter's factor, bound by memory; a profile has them apart.
+const LOW_RANK: usize = 64;
+
 /// What cuBLASLt may use beside the operands; the size that NVIDIA recommends for Hopper.
 pub const WORKSPACE: usize = 32 << 20;
 
@@ -321,7 +324,7 @@ impl Cuda {
         let began = self.profile_begin()?;
         run(&plan.algos[0], beta)?;
         drop(plans);
-        self.profile_end(OP, began)
+        self.profile_end(if m.min(n).min(k) <= LOW_RANK { "gemm_low_rank" } else { OP }, began)
     }
 
     /// Runs `enqueue`; its large products look for their fastest algorithms on the way, which takes a second or two

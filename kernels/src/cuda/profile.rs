@@ -22,7 +22,7 @@ impl Cuda {
         *self.profile.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
     }
 
-    /// Milliseconds per kernel file (`gemm` for matrix products) since [`Cuda::start_profile`].
+    /// Milliseconds per kernel file (`gemm` for matrix products, `gemm_low_rank` for narrow ones) since [`Cuda::start_profile`].
     ///
     /// # Errors
     /// The device refuses.
