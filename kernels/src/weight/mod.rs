@@ -112,7 +112,16 @@ impl BaseWeight {
     /// # Errors
     /// `cols` is not a whole number of blocks.
     pub fn empty(of: WeightType, rows: usize, cols: usize) -> Result<BaseWeight> {
-        of.empty(rows, cols, Dtype::BF16)
+        BaseWeight::empty_from(of, rows, cols, Dtype::BF16)
+    }
+
+    /// As [`BaseWeight::empty`], as if the elements had been of `dtype` (F32, F16 or BF16): dequantized 4-bit values
+    /// are rounded to it.
+    ///
+    /// # Errors
+    /// See [`BaseWeight::empty`].
+    pub fn empty_from(of: WeightType, rows: usize, cols: usize, dtype: Dtype) -> Result<BaseWeight> {
+        of.empty(rows, cols, dtype)
     }
 
     /// A weight in NF4 or FP4.
