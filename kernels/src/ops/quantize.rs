@@ -142,6 +142,8 @@ pub struct Packing<'a> {
     /// As files have it; of 4-bit weights the codes, then an f32 scale per block.
     packed: Loan<'a>,
     bytes: usize,
+    /// Of 4-bit weights the values of the codes.
+    table: Option<Loan<'a>>,
 }
 
 impl<'a> Packing<'a> {
@@ -155,7 +157,16 @@ impl<'a> Packing<'a> {
             Kernel::FourBit(state) => scales_at(&state) + state.blocks() * size_of::<f32>(),
             Kernel::Copy | Kernel::Blocks(..) => like.size_bytes(),
         };
-        Ok(Some(Packing { cuda, like, kernel, packed: cuda.borrow(bytes)?, bytes }))
+        let table = match kernel {
+            Kernel::FourBit(state) => {
+                let values: Vec<u8> = state.quant_type.table().iter().flat_map(|x| x.to_le_bytes()).collect();
+                let table = cuda.borrow(values.len())?;
+                cuda.write(table.ptr(), &values)?;
+                Some(table)
+            }
+            Kernel::Copy | Kernel::Blocks(..) => None,
+        };
+        Ok(Some(Packing { cuda, like, kernel, packed: cuda.borrow(bytes)?, bytes, table }))
     }
 
     /// Enqueues the kernel on x, an f32 matrix without gaps on the device. Writes `stored`, too, but that of 4-bit
@@ -186,13 +197,12 @@ impl<'a> Packing<'a> {
                 self.cuda.launch(source, name, Grid::over(elements.div_ceil(per_thread), THREADS), &args)
             }
             Kernel::FourBit(state) => {
-                let table = self.table(&state)?;
                 let places = state.quant_type.order().iter().rev();
                 let args = [
                     Arg::Ptr(self.packed.ptr()),
                     Arg::Ptr(self.packed.ptr() + scales_at(&state) as u64),
                     Arg::Ptr(from),
-                    Arg::Ptr(table.ptr()),
+                    Arg::Ptr(self.table()),
                     Arg::U64(places.fold(0, |order, &code| order << 4 | u64::from(code))),
                     Arg::size(state.blocksize),
                     Arg::I64(state.blocks() as i64),
@@ -234,7 +244,6 @@ impl<'a> Packing<'a> {
         let scales = self.packed.ptr() + scales_at(state) as u64;
         let rounded: Vec<u8> = (0..state.blocks()).flat_map(|i| packed.absmax(i).to_le_bytes()).collect();
         self.cuda.write(scales, &rounded)?;
-        let table = self.table(state)?;
         let rounding = match state.dtype {
             Element::F16 => 1,
             Element::BF16 => 2,
@@ -245,7 +254,7 @@ impl<'a> Packing<'a> {
             Arg::Ptr(stored.f32(OP)?),
             Arg::Ptr(self.packed.ptr()),
             Arg::Ptr(scales),
-            Arg::Ptr(table.ptr()),
+            Arg::Ptr(self.table()),
             Arg::I32(rounding),
             Arg::size(state.blocksize.trailing_zeros() as usize),
             Arg::I64(pairs as i64),
@@ -253,12 +262,8 @@ impl<'a> Packing<'a> {
         self.cuda.launch(&BLOCKS, "quantize_four_bit_stored", Grid::over(pairs, THREADS), &args)
     }
 
-    /// The values of the codes, on the device.
-    fn table(&self, state: &QuantState) -> Result<Loan<'a>> {
-        let values: Vec<u8> = state.quant_type.table().iter().flat_map(|x| x.to_le_bytes()).collect();
-        let table = self.cuda.borrow(values.len())?;
-        self.cuda.write(table.ptr(), &values)?;
-        Ok(table)
+    fn table(&self) -> u64 {
+        self.table.as_ref().map_or(0, Loan::ptr)
     }
 }
 
