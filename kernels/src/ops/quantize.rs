@@ -1,6 +1,6 @@
 //! Dense rows packed: what a merge or a split leaves of a weight, in the type of a file.
 //!
-//! A device packs the types of one table, [`kernel`]; what it does not pack is left to the host. That is no fallback in
+//! A device packs the types of one table, `kernel`; what it does not pack is left to the host. That is no fallback in
 //! what comes out: kernels and codecs write the same bytes. A kernel also writes what the packed rows stand for, so that
 //! whoever measures what packing took need not unpack them.
 //!
