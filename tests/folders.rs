@@ -69,7 +69,8 @@ fn a_merged_folder_computes_what_base_and_adapter_do() {
     let merged = |target, name: &str| {
         let path = out.path().join(name);
         let report =
-            merge_to_folder(&base, &decoder, &params, target, &path, SHARD_BYTES, |_, _| {}).unwrap();
+            merge_to_folder(&base, &decoder, &params, target, &Device::Cpu, &path, SHARD_BYTES, |_, _| {})
+                .unwrap();
         let base = Base::open(&path).unwrap();
         let merged = Decoder::load(&base, &Device::Cpu).unwrap();
         (report, loss(&merged, &Parameters::none(&Device::Cpu).unwrap()), base.main_type())
@@ -77,7 +78,7 @@ fn a_merged_folder_computes_what_base_and_adapter_do() {
     let (report, found, _) = merged(FolderTarget::Dense(None), "dense");
     assert_eq!(report.merged, decoder.linears().filter(|l| l.adapter.is_some()).count());
     assert!((found - expected).abs() < 1e-5 * expected, "{found} for {expected}");
-    assert!(report.noise == 0.0 && report.change > 0.0);
+    assert!(report.loss.noise == 0.0 && report.loss.change > 0.0);
     let (report, found, _) = merged(FolderTarget::Dense(Some(GgmlType::BF16)), "bf16");
     // Eight bits of mantissa move a weight by 2^-9 of itself at most.
     assert!(report.relative_noise() < 0.002, "{}", report.relative_noise());

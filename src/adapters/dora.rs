@@ -9,6 +9,7 @@
 use std::ops::Range;
 
 use qpeft_kernels::ops::dequantize::row_norms_squared;
+use qpeft_kernels::ops::merge::merge_row_lengths;
 use qpeft_kernels::ops::row_norm::{row_norm_fold, row_norm_packed};
 use qpeft_kernels::ops::row_scale::row_scale_backward;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
@@ -163,16 +164,10 @@ impl Adapter for Dora {
         self.lora.backward_scaled(dx, dh, dparams, dy, saved, weight, g, pass, scratch)
     }
 
-    /// The norm is taken of the merged rows themselves, in f64.
-    fn merge(&self, rows: Range<usize>, w: &mut [f32], params: &[f32]) {
-        self.lora.add_product(self.lora.scaling, rows.clone(), w, params);
-        let m = &params[self.magnitude.range()];
-        for (row, w) in rows.zip(w.chunks_exact_mut(self.lora.a.shape[1])) {
-            let norm = w.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
-            let factor = if norm == 0.0 { 0.0 } else { (f64::from(m[row]) / norm) as f32 };
-            for x in w {
-                *x *= factor;
-            }
-        }
+    /// The norm is taken of the merged rows themselves.
+    fn merge(&self, rows: Range<usize>, mut w: ViewMut<'_>, params: View<'_>) -> Result<()> {
+        self.lora.merge(rows.clone(), w.reborrow(), params)?;
+        let m = self.magnitude.view(params).column_range(rows.start, rows.len());
+        Ok(merge_row_lengths(w, m)?)
     }
 }

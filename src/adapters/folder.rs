@@ -140,9 +140,18 @@ impl AdapterFolder {
     /// # Errors
     /// The tensors do not fit the decoder; all mismatches are listed.
     pub fn mount(&self, decoder: &mut Decoder) -> Result<Parameters> {
+        let params = self.attach(decoder)?;
+        decoder.refresh(&params)?;
+        Ok(params)
+    }
+
+    /// As [`AdapterFolder::mount`], without what a pass needs beside the values: for a merge.
+    ///
+    /// # Errors
+    /// See [`AdapterFolder::mount`].
+    pub fn attach(&self, decoder: &mut Decoder) -> Result<Parameters> {
         let mut params = super::attach(decoder, &self.adapter.config)?;
         super::load(&mut params, &self.adapter)?;
-        decoder.refresh(&params)?;
         Ok(params)
     }
 }

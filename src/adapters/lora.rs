@@ -10,6 +10,7 @@ use qpeft_kernels::ops::low_rank::{
     OutScale, low_rank_branch_gradients, low_rank_forward, low_rank_input_gradient,
     low_rank_projection_backward,
 };
+use qpeft_kernels::ops::merge::merge_low_rank;
 use qpeft_kernels::ops::quant_linear::{
     Branch, quant_linear_backward, quant_linear_backward_with_branch, quant_linear_forward,
     quant_linear_forward_onto,
@@ -154,20 +155,6 @@ impl Lora {
         dropout_forward(dropped.top_mut(x.rows).into_column_range(0, x.cols), x, self.dropout, key)?;
         Ok(dropped.top(x.rows).column_range(0, x.cols))
     }
-
-    /// Adds `factor B A` to dense rows.
-    pub fn add_product(&self, factor: f32, rows: Range<usize>, w: &mut [f32], params: &[f32]) {
-        let (a, b) = (&params[self.a.range()], &params[self.b.range()]);
-        let (rank, cols) = (self.a.shape[0], self.a.shape[1]);
-        for (row, w) in rows.zip(w.chunks_exact_mut(cols)) {
-            for (k, a) in a.chunks_exact(cols).enumerate() {
-                let factor = factor * b[row * rank + k];
-                for (w, a) in w.iter_mut().zip(a) {
-                    *w += factor * a;
-                }
-            }
-        }
-    }
 }
 
 impl Adapter for Lora {
@@ -247,7 +234,8 @@ impl Adapter for Lora {
         self.backward_scaled(dx, dh, dparams, dy, saved, weight, None, pass, scratch)
     }
 
-    fn merge(&self, rows: Range<usize>, w: &mut [f32], params: &[f32]) {
-        self.add_product(self.scaling, rows, w, params);
+    fn merge(&self, rows: Range<usize>, w: ViewMut<'_>, params: View<'_>) -> Result<()> {
+        let b = self.b.view(params).row_range(rows.start, rows.len());
+        Ok(merge_low_rank(w, b, self.a.view(params), self.scaling)?)
     }
 }

@@ -52,7 +52,7 @@ pub enum Command {
     /// Turn an adapter or a model into another format
     #[command(subcommand)]
     Convert(ConvertCommand),
-    /// Merge an adapter into its base and write one model
+    /// Merge an adapter into its base and write one model, weight by weight on a GPU if there is one
     Merge(MergeArgs),
     /// Write a model in other types
     Quantize(QuantizeArgs),
@@ -87,7 +87,7 @@ pub enum ConvertCommand {
 pub enum BenchCommand {
     /// Measure training speed and peak memory on synthetic tokens
     Train(BenchTrainArgs),
-    /// Measure how fast each type is quantized, beside llama.cpp's own quantizer if there is one
+    /// Measure how fast each type is quantized, beside llama.cpp's own quantizer or by a GPU
     Quantize(BenchQuantizeArgs),
     /// Measure how fast one core or a GPU dequantizes each type
     Dequantize(BenchDequantizeArgs),

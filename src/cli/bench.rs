@@ -5,6 +5,7 @@ pub mod dequantize;
 mod floor;
 pub mod linear;
 pub mod quantize;
+mod quantize_cuda;
 pub mod svd;
 pub mod train;
 

@@ -70,8 +70,15 @@ pub fn run(args: &DemoArgs, printer: &Printer) -> anyhow::Result<()> {
     let trained = session(&model, Some(&run), &device)?;
     // Finer than the base's own types: a short training changes weights by less than a 4-bit step.
     let options = MergeOptions { mixture: Some(Mixture::new(FileType::Q8_0)), split: None };
-    let report =
-        merge_to_gguf(&trained.base, &trained.decoder, &trained.params, &options, &merged, |_, _| {})?;
+    let report = merge_to_gguf(
+        &trained.base,
+        &trained.decoder,
+        &trained.params,
+        &options,
+        &device,
+        &merged,
+        |_, _| {},
+    )?;
     printer.note(&format!(
         "{} tensors merged as Q8_0, {:.0} % of the change arrived -> {}",
         report.merged,

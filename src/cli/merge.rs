@@ -4,17 +4,19 @@ use std::collections::BTreeMap;
 
 use qpeft_formats::GgmlType;
 use qpeft_formats::bitsandbytes::QuantType;
+use qpeft_kernels::Device;
 use serde_json::json;
 
 use super::args::{MergeArgs, MergeTarget};
 use super::printer::Printer;
 use super::progress::Progress;
 use super::report::Usage;
-use super::session::{open_adapted, open_device, refuse_existing};
+use super::session::{open_device, refuse_existing};
+use crate::adapters::AdapterFolder;
 use crate::convert::merge::{MergeOptions, merge_to_gguf};
 use crate::convert::merge_folder::{FolderTarget, folder_of, merge_to_folder};
 use crate::convert::merge_source::merge_folder_to_gguf;
-use crate::model::Base;
+use crate::model::{Base, Decoder};
 
 /// Runs the command.
 ///
@@ -31,8 +33,11 @@ pub fn run(args: &MergeArgs, printer: &Printer) -> anyhow::Result<()> {
     refuse_existing(&args.output, args.overwrite_output)?;
     let device = open_device(&args.compute, printer)?;
     let target = folder_target(args)?;
-    let model = Base::open_as(&args.model, args.base_quant)?;
-    let (base, decoder, params) = open_adapted(model, Some(&args.adapter), &device)?;
+    let folder = AdapterFolder::open(&args.adapter)?;
+    let base = folder.resolve(Base::open_as(&args.model, args.base_quant)?)?;
+    // Weights stay in host memory: a device gets one at a time.
+    let mut decoder = Decoder::load(&base, &Device::Cpu)?;
+    let params = folder.attach(&mut decoder)?;
     let mut bar: Option<Progress> = None;
     let folder = if is_gguf(&base) { None } else { Some(folder_of(&base)?.dir()) };
     let what = if target.is_none() && folder.is_some() { "MiB" } else { "tensor" };
@@ -41,11 +46,13 @@ pub fn run(args: &MergeArgs, printer: &Printer) -> anyhow::Result<()> {
         bar.update(done as u64, "");
     };
     let report = match (target, folder) {
-        (None, None) => merge_to_gguf(&base, &decoder, &params, &options, &args.output, progress)?,
-        (None, Some(dir)) => merge_folder_to_gguf(dir, &decoder, &params, &options, &args.output, progress)?,
+        (None, None) => merge_to_gguf(&base, &decoder, &params, &options, &device, &args.output, progress)?,
+        (None, Some(dir)) => {
+            merge_folder_to_gguf(dir, &decoder, &params, &options, &device, &args.output, progress)?
+        }
         (Some(target), _) => {
             let shard_bytes = (args.max_shard_size * 1e9) as u64;
-            merge_to_folder(&base, &decoder, &params, target, &args.output, shard_bytes, progress)?
+            merge_to_folder(&base, &decoder, &params, target, &device, &args.output, shard_bytes, progress)?
         }
     };
     drop(bar);

@@ -1,6 +1,6 @@
 //! Base + adapter -> one GGUF, tensor by tensor.
 //!
-//! An adapted weight is dequantized, adapted in f32 and packed again; everything else is copied byte for
+//! An adapted weight is dequantized, adapted in f32 and packed again ([`Merger`]); everything else is copied byte for
 //! byte unless another type is asked for. What packing took from the change is measured and returned.
 
 use std::collections::HashMap;
@@ -8,15 +8,17 @@ use std::path::Path;
 
 use qpeft_formats::GgmlType;
 use qpeft_formats::gguf::split::SplitLimit;
-use qpeft_formats::gguf::{GgufFile, TensorDecl, TensorInfo, Value};
+use qpeft_formats::gguf::{GgufFile, TensorDecl, TensorInfo, Value, names};
 use qpeft_formats::mixture::{Mixture, ModelFacts};
-use qpeft_kernels::cpu::quantize::quantize_rows;
-use qpeft_kernels::weight::dequantize_blocks;
+use qpeft_kernels::Device;
+use qpeft_kernels::ops::packing_loss::PackingLoss;
+use qpeft_kernels::weight::{WeightType, dequantize_blocks};
 use rayon::prelude::*;
 
+use super::adapted::{Merger, one_ahead};
 use crate::error::{Error, Result};
 use crate::model::layer::Slot;
-use crate::model::save::{Replacement, pack_rows, slot_of, write_gguf};
+use crate::model::save::{Replacement, pack_rows, repack, slot_of, write_gguf};
 use crate::model::{Base, Decoder, Linear, Parameters};
 
 /// What a merge did.
@@ -30,31 +32,25 @@ pub struct MergeReport {
     pub copied: usize,
     /// Tensors whose row length does not fit the asked type: name, asked, taken.
     pub fallbacks: Vec<(String, GgmlType, GgmlType)>,
-    /// ‖W'‖² of the adapted weights.
-    pub adapted: f64,
-    /// ‖W' - W‖²: the change.
-    pub change: f64,
-    /// ⟨stored - W, W' - W⟩: the part of the change that is in what was stored.
-    pub arrived: f64,
-    /// ‖stored - W'‖²: the noise of packing.
-    pub noise: f64,
+    /// What packing took from the changes of the adapted weights.
+    pub loss: PackingLoss,
 }
 
 impl MergeReport {
     /// Share of the change that arrives in the packed weights: rounding to a coarse grid swallows small
     /// changes.
     pub fn arrived_share(&self) -> f64 {
-        if self.change == 0.0 { 1.0 } else { self.arrived / self.change }
+        if self.loss.change == 0.0 { 1.0 } else { self.loss.arrived / self.loss.change }
     }
 
     /// ‖stored - W'‖ / ‖W' - W‖.
     pub fn noise_to_change(&self) -> f64 {
-        if self.change == 0.0 { 0.0 } else { (self.noise / self.change).sqrt() }
+        if self.loss.change == 0.0 { 0.0 } else { (self.loss.noise / self.loss.change).sqrt() }
     }
 
     /// ‖stored - W'‖ / ‖W'‖.
     pub fn relative_noise(&self) -> f64 {
-        if self.adapted == 0.0 { 0.0 } else { (self.noise / self.adapted).sqrt() }
+        if self.loss.adapted == 0.0 { 0.0 } else { (self.loss.noise / self.loss.adapted).sqrt() }
     }
 }
 
@@ -67,7 +63,7 @@ pub struct MergeOptions {
     pub split: Option<SplitLimit>,
 }
 
-/// Writes the merged model of `base` and the adapters on `decoder` to `path`.
+/// Writes the merged model of `base` and the adapters on `decoder` to `path`, computing on `device`.
 ///
 /// # Errors
 /// The base is not a GGUF, a merged value is not finite, or the file cannot be written; nothing is left at
@@ -77,6 +73,7 @@ pub fn merge_to_gguf(
     decoder: &Decoder,
     params: &Parameters,
     options: &MergeOptions,
+    device: &Device,
     path: &Path,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<MergeReport> {
@@ -97,7 +94,7 @@ pub fn merge_to_gguf(
             .with_hint("merge with `--to safetensors` or `--to nf4`, or convert the base to GGUF first"));
         }
     };
-    let values = params.values.read()?;
+    let mut merger = Merger::new(decoder, params, device)?;
     let mut report = MergeReport::default();
     let mut metadata = file.metadata().clone();
     let mut chosen = HashMap::new();
@@ -117,90 +114,50 @@ pub fn merge_to_gguf(
         }
     }
     let dtype_of = |info: &TensorInfo| chosen.get(&info.name).copied().unwrap_or(info.dtype);
+    let adapted = |hf: Option<&str>| -> Option<(&Linear, Slot)> {
+        let (layer, slot) = hf.and_then(slot_of)?;
+        let linear = &decoder.layers.get(layer)?.linears[slot as usize];
+        linear.adapter.is_some().then_some((linear, slot))
+    };
+    let jobs = file.tensors().iter().filter_map(|info| {
+        let hf = names::hf_tensor(&info.name);
+        adapted(hf.as_deref()).map(|(linear, slot)| (linear, slot, info, dtype_of(info)))
+    });
+    let mut loss = PackingLoss::default();
+    let make = |(linear, slot, info, dtype): (&Linear, Slot, &TensorInfo, GgmlType)| {
+        // A factor that the file keeps beside the blocks (NVFP4) stays there.
+        let like = linear.weight.retyped(WeightType::Ggml(dtype))?;
+        let packed = merger.pack(&info.name, linear, &like, &mut loss)?;
+        repack(&packed, slot.permuted_heads(&decoder.config))
+    };
     let (total, mut done) = (file.tensors().len(), 0);
-    write_gguf(
-        file,
-        path,
-        &metadata,
-        options.split,
-        |_, info| Ok(dtype_of(info)),
-        |name, info| {
-            progress(done, total);
-            done += 1;
-            let dtype = dtype_of(info);
-            let linear = name.and_then(slot_of).and_then(|(layer, slot)| adapted(decoder, layer, slot));
-            if let Some((linear, slot)) = linear {
-                report.merged += 1;
-                let heads = slot.permuted_heads(&decoder.config);
-                return merged_weight(linear, &values, dtype, heads, &info.name, &mut report).map(Some);
-            }
-            if dtype == info.dtype {
-                report.copied += 1;
-                return Ok(None);
-            }
-            report.converted += 1;
-            converted_weight(file, info, dtype).map(Some)
-        },
-    )?;
+    one_ahead(jobs.collect(), make, |next| {
+        write_gguf(
+            file,
+            path,
+            &metadata,
+            options.split,
+            |_, info| Ok(dtype_of(info)),
+            |name, info| {
+                progress(done, total);
+                done += 1;
+                if adapted(name).is_some() {
+                    report.merged += 1;
+                    return next().map(Some);
+                }
+                let dtype = dtype_of(info);
+                if dtype == info.dtype {
+                    report.copied += 1;
+                    return Ok(None);
+                }
+                report.converted += 1;
+                converted_weight(file, info, dtype).map(Some)
+            },
+        )
+    })?;
+    report.loss = loss;
     progress(total, total);
     Ok(report)
-}
-
-/// The linear of a tensor, if it has an adapter.
-fn adapted(decoder: &Decoder, layer: usize, slot: Slot) -> Option<(&Linear, Slot)> {
-    let linear = &decoder.layers.get(layer)?.linears[slot as usize];
-    linear.adapter.is_some().then_some((linear, slot))
-}
-
-/// One adapted weight: W' in f32 by row chunks, packed, with the loss of packing measured.
-///
-/// A factor that the file keeps beside the blocks (NVFP4) stays there, so W' is divided by it first.
-fn merged_weight(
-    linear: &Linear,
-    values: &[f32],
-    dtype: GgmlType,
-    heads: Option<usize>,
-    name: &str,
-    report: &mut MergeReport,
-) -> Result<Replacement> {
-    const CHUNK: usize = 64;
-    let adapter = linear.adapter.as_ref().expect("only adapted linears are merged");
-    let (cols, factor) = (linear.weight.cols(), linear.weight.factor());
-    dtype.require_quantizer(false)?;
-    let row_bytes = dtype.row_bytes(cols)?;
-    let mut merged = vec![0.0; linear.weight.rows() * cols];
-    let parts: Vec<[f64; 4]> = merged
-        .par_chunks_mut(CHUNK * cols)
-        .enumerate()
-        .map(|(chunk, w)| {
-            let rows = chunk * CHUNK..chunk * CHUNK + w.len() / cols;
-            linear.weight.dequantize_rows(rows.clone(), w);
-            let before = w.to_vec();
-            adapter.merge(rows, w, values);
-            let unscaled: Vec<f32> = w.iter().map(|w| w / factor).collect();
-            let (mut packed, mut stored) = (vec![0; w.len() / cols * row_bytes], vec![0.0; w.len()]);
-            quantize_rows(dtype, &unscaled, cols, None, &mut packed);
-            dequantize_blocks(dtype, &packed, &mut stored);
-            let mut sums = [0.0; 4];
-            for ((w, before), stored) in w.iter().zip(&before).zip(&stored) {
-                let stored = stored * factor;
-                let (w, change) = (f64::from(*w), f64::from(w - before));
-                sums[0] += w * w;
-                sums[1] += change * change;
-                sums[2] += f64::from(stored - before) * change;
-                sums[3] += (f64::from(stored) - w).powi(2);
-            }
-            w.copy_from_slice(&unscaled);
-            sums
-        })
-        .collect();
-    for [adapted, change, arrived, noise] in parts {
-        report.adapted += adapted;
-        report.change += change;
-        report.arrived += arrived;
-        report.noise += noise;
-    }
-    pack_rows(&merged, cols, dtype, heads, name)
 }
 
 /// A tensor of the base in another type, rows in the order of the file; a factor beside it stays there.

@@ -8,10 +8,12 @@ use std::path::Path;
 use qpeft_formats::GgmlType;
 use qpeft_formats::bitsandbytes::QuantType;
 use qpeft_formats::safetensors::{Checkpoint, Dtype, TensorView};
+use qpeft_kernels::Device;
+use qpeft_kernels::ops::packing_loss::PackingLoss;
 use qpeft_kernels::weight::WeightType;
-use rayon::prelude::*;
 use serde_json::{Value, json};
 
+use super::adapted::{Merger, one_ahead};
 use super::merge::MergeReport;
 use crate::error::{Error, Result};
 use crate::model::base::{dense_type, folder_matrix};
@@ -34,10 +36,7 @@ pub enum FolderTarget {
     },
 }
 
-/// Rows that one task adapts or compares.
-const ROWS_PER_TASK: usize = 64;
-
-/// Writes the merged model of `base` and the adapters on `decoder` to the folder `path`.
+/// Writes the merged model of `base` and the adapters on `decoder` to the folder `path`, computing on `device`.
 ///
 /// # Errors
 /// The base is not a folder, a merged value is not finite, or the folder cannot be written; nothing is left
@@ -47,6 +46,7 @@ pub fn merge_to_folder(
     decoder: &Decoder,
     params: &Parameters,
     target: FolderTarget,
+    device: &Device,
     path: &Path,
     shard_bytes: u64,
     mut progress: impl FnMut(usize, usize),
@@ -66,34 +66,43 @@ pub fn merge_to_folder(
         FolderTarget::Dense(dtype) => dtype,
         FolderTarget::FourBit { .. } => None,
     };
-    let values = params.values.read()?;
+    let mut merger = Merger::new(decoder, params, device)?;
     let mut report = MergeReport::default();
-    let (total, mut done) = (weights(folder).len(), 0);
-    write_folder(folder, path, &config(folder, to), shard_bytes, |name| {
-        progress(done, total);
-        done += 1;
-        let linear =
-            slot_of(name).and_then(|(layer, slot)| Some(&decoder.layers.get(layer)?.linears[slot as usize]));
-        let Some(linear) = linear else {
-            return other(folder, name, others.unwrap_or(dense), others, &mut report);
-        };
-        let is_adapted = linear.adapter.is_some();
-        if !is_adapted && linear.weight.weight_type() == to {
-            report.copied += 1;
-            return Ok(linear.weight.tensors(name));
-        }
-        let merged = merged(linear, &values);
-        let empty = BaseWeight::from_f32(linear.weight.rows(), linear.weight.cols(), &merged)?;
+    let linear_of = |name: &str| -> Option<&Linear> {
+        let (layer, slot) = slot_of(name)?;
+        Some(&decoder.layers.get(layer)?.linears[slot as usize])
+    };
+    let is_packed = |linear: &Linear| linear.adapter.is_some() || linear.weight.weight_type() != to;
+    let weights = weights(folder);
+    let jobs = weights.keys().filter_map(|name| {
+        let linear = linear_of(name).filter(|linear| is_packed(linear))?;
+        Some((name.as_str(), linear))
+    });
+    let mut loss = PackingLoss::default();
+    let make = |(name, linear): (&str, &Linear)| {
         // 4-bit values are rounded to the type that the base's dense tensors have.
-        let stored = empty.quantized_from(to, element(dense)).map_err(|e| at(name, &e))?;
-        if is_adapted {
-            report.merged += 1;
-            measure(&mut report, linear, &merged, &stored);
-        } else {
-            report.converted += 1;
-        }
-        Ok(stored.tensors(name))
+        let (rows, cols) = (linear.weight.rows(), linear.weight.cols());
+        let like = BaseWeight::empty_from(to, rows, cols, element(dense)).map_err(|e| at(name, &e))?;
+        Ok(merger.pack(name, linear, &like, &mut loss)?.tensors(name))
+    };
+    let (total, mut done) = (weights.len(), 0);
+    one_ahead(jobs.collect(), make, |next| {
+        write_folder(folder, path, &config(folder, to), shard_bytes, |name| {
+            progress(done, total);
+            done += 1;
+            let Some(linear) = linear_of(name) else {
+                return other(folder, name, others.unwrap_or(dense), others, &mut report);
+            };
+            if !is_packed(linear) {
+                report.copied += 1;
+                return Ok(linear.weight.tensors(name));
+            }
+            let count = if linear.adapter.is_some() { &mut report.merged } else { &mut report.converted };
+            *count += 1;
+            next()
+        })
     })?;
+    report.loss = loss;
     progress(total, total);
     Ok(report)
 }
@@ -144,50 +153,6 @@ fn config(folder: &Checkpoint, to: WeightType) -> Value {
         object.insert(key.to_owned(), json!(name));
     }
     config
-}
-
-/// The weight in f32 with its adapter, if it has one.
-fn merged(linear: &Linear, values: &[f32]) -> Vec<f32> {
-    let cols = linear.weight.cols();
-    let mut merged = linear.weight.dequantize();
-    if let Some(adapter) = &linear.adapter {
-        merged.par_chunks_mut(ROWS_PER_TASK * cols).enumerate().for_each(|(chunk, w)| {
-            let start = chunk * ROWS_PER_TASK;
-            adapter.merge(start..start + w.len() / cols, w, values);
-        });
-    }
-    merged
-}
-
-/// Adds to the report what storing `merged` took from the change.
-fn measure(report: &mut MergeReport, linear: &Linear, merged: &[f32], stored: &BaseWeight) {
-    let cols = linear.weight.cols();
-    let parts: Vec<[f64; 4]> = merged
-        .par_chunks(ROWS_PER_TASK * cols)
-        .enumerate()
-        .map(|(chunk, merged)| {
-            let start = chunk * ROWS_PER_TASK;
-            let rows = start..start + merged.len() / cols;
-            let (mut before, mut after) = (vec![0.0; merged.len()], vec![0.0; merged.len()]);
-            linear.weight.dequantize_rows(rows.clone(), &mut before);
-            stored.dequantize_rows(rows, &mut after);
-            let mut sums = [0.0; 4];
-            for ((w, before), stored) in merged.iter().zip(&before).zip(&after) {
-                let (w, change) = (f64::from(*w), f64::from(w - before));
-                sums[0] += w * w;
-                sums[1] += change * change;
-                sums[2] += f64::from(stored - before) * change;
-                sums[3] += (f64::from(*stored) - w).powi(2);
-            }
-            sums
-        })
-        .collect();
-    for [adapted, change, arrived, noise] in parts {
-        report.adapted += adapted;
-        report.change += change;
-        report.arrived += arrived;
-        report.noise += noise;
-    }
 }
 
 /// A tensor that is no linear of a block: copied, unless it is packed or another type is asked for.

@@ -1,24 +1,33 @@
 //! Base folder + adapter as the source of a GGUF: every matrix of the decoder as it was trained, adapted.
 //!
 //! What is written is then a matter of [`quantize`](super::quantize), with mixtures, splits and bounded
-//! memory; what storing took from the change is measured on the finished file.
+//! memory; what storing took from the change is measured on the finished file. A device packs whole matrices, of which the last
+//! few stay here until the pieces of them are written.
 
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
+use qpeft_formats::GgmlType;
 use qpeft_formats::file::Bytes;
 use qpeft_formats::gguf::{GgufFile, Metadata, names};
 use qpeft_formats::mixture::{FileType, Mixture};
+use qpeft_kernels::ops::packing_loss::{PackingLoss, packing_loss};
+use qpeft_kernels::ops::quantize::is_packed_on_device;
+use qpeft_kernels::weight::WeightType;
+use qpeft_kernels::{Device, View, ViewMut};
 use rayon::prelude::*;
 
+use super::adapted::Merger;
 use super::gguf::GgufSource;
 use super::hf::HfSource;
 use super::merge::{MergeOptions, MergeReport};
 use super::quantize::Plan;
 use super::source::{Source, SourceTensor};
-use crate::error::Result;
-use crate::model::save::slot_of;
-use crate::model::{Decoder, Linear, Parameters};
+use crate::error::{Error, Result};
+use crate::model::save::{repack, slot_of};
+use crate::model::{BaseWeight, Decoder, Linear, Parameters};
 
 /// Rows that one task compares.
 const ROWS_PER_TASK: usize = 64;
@@ -29,34 +38,58 @@ struct MergedSource<'a> {
     /// The linear of each tensor that is one, and the heads by which a GGUF orders its rows.
     linears: Vec<Option<(&'a Linear, Option<usize>)>>,
     values: &'a [f32],
+    /// With a device.
+    packer: Option<Mutex<Packer>>,
 }
 
+/// What a device packs, one matrix after another.
+struct Packer {
+    merger: Merger,
+    /// Tensors as the file has them.
+    recent: VecDeque<(usize, Bytes)>,
+    /// What packing took from the tensors that were packed.
+    losses: HashMap<usize, PackingLoss>,
+}
+
+/// Packed tensors that are kept: pieces are made in order, by threads that may be in the next one already.
+const RECENT: usize = 4;
+
 impl<'a> MergedSource<'a> {
-    fn new(inner: HfSource, decoder: &'a Decoder, values: &'a [f32]) -> MergedSource<'a> {
+    fn new(
+        inner: HfSource,
+        decoder: &'a Decoder,
+        values: &'a [f32],
+        packer: Option<Packer>,
+    ) -> MergedSource<'a> {
         let linear = |tensor: usize| {
             let (layer, slot) = slot_of(&inner.hf_name(tensor)?)?;
             let linear = &decoder.layers.get(layer)?.linears[slot as usize];
             Some((linear, slot.permuted_heads(&decoder.config)))
         };
         let linears = (0..inner.tensors().len()).map(linear).collect();
-        MergedSource { inner, linears, values }
+        MergedSource { inner, linears, values, packer: packer.map(Mutex::new) }
     }
 
     /// Rows of the base that was trained on, in GGUF order; with the adapter if `adapted`.
-    fn linear_rows(&self, tensor: usize, rows: Range<usize>, adapted: bool, out: &mut [f32]) {
+    fn linear_rows(&self, tensor: usize, rows: Range<usize>, adapted: bool, out: &mut [f32]) -> Result<()> {
         let (linear, heads) = self.linears[tensor].expect("callers ask for linears only");
+        let cols = linear.weight.cols();
+        let values = View::from_slice(self.values, 1, self.values.len());
         let fill = |rows: Range<usize>, out: &mut [f32]| {
             linear.weight.dequantize_rows(rows.clone(), out);
-            if let Some(adapter) = linear.adapter.as_ref().filter(|_| adapted) {
-                adapter.merge(rows, out, self.values);
+            match linear.adapter.as_ref().filter(|_| adapted) {
+                Some(adapter) => {
+                    adapter.merge(rows.clone(), ViewMut::from_slice(out, rows.len(), cols), values)
+                }
+                None => Ok(()),
             }
         };
         let Some(heads) = heads else { return fill(rows, out) };
         let head_dim = linear.weight.rows() / heads;
-        for (row, out) in rows.zip(out.chunks_exact_mut(linear.weight.cols())) {
+        rows.zip(out.chunks_exact_mut(cols)).try_for_each(|(row, out)| {
             let from = names::hf_row_of_gguf_row(row, heads, head_dim);
-            fill(from..from + 1, out);
-        }
+            fill(from..from + 1, out)
+        })
     }
 }
 
@@ -73,8 +106,42 @@ impl Source for MergedSource<'_> {
         if self.linears[tensor].is_none() {
             return self.inner.rows(tensor, rows, out);
         }
-        self.linear_rows(tensor, rows, true, out);
-        Ok(())
+        self.linear_rows(tensor, rows, true, out)
+    }
+
+    fn quantized(
+        &self,
+        tensor: usize,
+        dtype: GgmlType,
+        rows: Range<usize>,
+        out: &mut Vec<u8>,
+    ) -> Result<bool> {
+        let (Some(packer), Some((linear, heads))) = (&self.packer, self.linears[tensor]) else {
+            return Ok(false);
+        };
+        let (of, cols) = (WeightType::Ggml(dtype), linear.weight.cols());
+        if !is_packed_on_device(&BaseWeight::empty(of, 1, cols)?) {
+            return Ok(false);
+        }
+        let row_bytes = dtype.row_bytes(cols)?;
+        let mut packer = packer.lock().unwrap_or_else(PoisonError::into_inner);
+        let Packer { merger, recent, losses } = &mut *packer;
+        let found = recent.iter().find(|(of, _)| *of == tensor).map(|(_, bytes)| bytes.clone());
+        let bytes = if let Some(bytes) = found {
+            bytes
+        } else {
+            let (like, mut loss) =
+                (BaseWeight::empty(of, linear.weight.rows(), cols)?, PackingLoss::default());
+            let packed = merger.pack(&self.tensors()[tensor].name, linear, &like, &mut loss)?;
+            let bytes = repack(&packed, heads)?.bytes;
+            losses.insert(tensor, loss);
+            recent.truncate(RECENT - 1);
+            recent.push_front((tensor, bytes.clone()));
+            bytes
+        };
+        drop(packer);
+        out.extend_from_slice(&bytes[rows.start * row_bytes..rows.end * row_bytes]);
+        Ok(true)
     }
 
     fn packed(&self, tensor: usize) -> Option<Bytes> {
@@ -88,7 +155,8 @@ fn dense_mixture(source: &MergedSource<'_>) -> Option<Mixture> {
     FileType::from_name(source.tensors()[linear].dtype.name()).map(Mixture::new)
 }
 
-/// Writes the merged model of the folder `dir`, as the decoder was trained on it, to a GGUF at `path`.
+/// Writes the merged model of the folder `dir`, as the decoder was trained on it, to a GGUF at `path`, computing on
+/// `device`.
 ///
 /// `progress` gets the mebibytes that are written and their number.
 ///
@@ -100,11 +168,16 @@ pub fn merge_folder_to_gguf(
     decoder: &Decoder,
     params: &Parameters,
     options: &MergeOptions,
+    device: &Device,
     path: &Path,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<MergeReport> {
     let values = params.values.read()?;
-    let source = MergedSource::new(HfSource::open(dir)?, decoder, &values);
+    let packer = device.cuda().map(|_| {
+        let merger = Merger::new(decoder, params, device)?;
+        Ok::<_, Error>(Packer { merger, recent: VecDeque::new(), losses: HashMap::new() })
+    });
+    let source = MergedSource::new(HfSource::open(dir)?, decoder, &values, packer.transpose()?);
     let mixture = options.mixture.clone().or_else(|| dense_mixture(&source));
     let plan = Plan::new(&source, mixture.as_ref(), None, options.split)?;
     let mib = |bytes: u64| bytes.div_ceil(1 << 20) as usize;
@@ -116,6 +189,11 @@ pub fn merge_folder_to_gguf(
     }
     let first = plan.outputs(path)?.swap_remove(0);
     let written = GgufSource::new(GgufFile::open(&first)?);
+    let losses = source.packer.as_ref().map(|packer| {
+        let packer = packer.lock().unwrap_or_else(PoisonError::into_inner);
+        packer.losses.clone()
+    });
+    let losses = losses.unwrap_or_default();
     for (tensor, described) in source.tensors().iter().enumerate() {
         let Some((linear, _)) = source.linears[tensor] else {
             let copied = plan.tensors().iter().any(|t| t.source == tensor && !plan.is_converted(t));
@@ -127,6 +205,10 @@ pub fn merge_folder_to_gguf(
             continue;
         }
         report.merged += 1;
+        if let Some(&loss) = losses.get(&tensor) {
+            report.loss += loss;
+            continue;
+        }
         let stored = written.tensors().iter().position(|t| t.name == described.name);
         measure(&mut report, &source, tensor, &written, stored.expect("every planned tensor was written"))?;
     }
@@ -147,25 +229,15 @@ fn measure(
         .map(|task| {
             let range = task * ROWS_PER_TASK..rows.min((task + 1) * ROWS_PER_TASK);
             let [mut base, mut merged, mut stored] = [(); 3].map(|()| vec![0.0; range.len() * cols]);
-            source.linear_rows(tensor, range.clone(), false, &mut base);
-            source.linear_rows(tensor, range.clone(), true, &mut merged);
-            written.rows(stored_at, range, &mut stored)?;
-            let mut sums = [0.0; 4];
-            for ((base, merged), stored) in base.iter().zip(&merged).zip(&stored) {
-                let (merged, change) = (f64::from(*merged), f64::from(merged - base));
-                sums[0] += merged * merged;
-                sums[1] += change * change;
-                sums[2] += f64::from(stored - base) * change;
-                sums[3] += (f64::from(*stored) - merged).powi(2);
-            }
-            Ok(sums)
+            source.linear_rows(tensor, range.clone(), false, &mut base)?;
+            source.linear_rows(tensor, range.clone(), true, &mut merged)?;
+            written.rows(stored_at, range.clone(), &mut stored)?;
+            let view = |values| View::from_slice(values, range.len(), cols);
+            Ok(packing_loss(view(&base), view(&merged), view(&stored))?)
         })
-        .collect::<Result<Vec<[f64; 4]>>>()?;
-    for [adapted, change, arrived, noise] in sums {
-        report.adapted += adapted;
-        report.change += change;
-        report.arrived += arrived;
-        report.noise += noise;
+        .collect::<Result<Vec<PackingLoss>>>()?;
+    for part in sums {
+        report.loss += part;
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! From what was trained to what is served: merged models, other kinds of adapters, other formats.
 
+pub mod adapted;
 pub mod bitsandbytes;
 mod card;
 pub mod families;

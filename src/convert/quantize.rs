@@ -257,6 +257,26 @@ impl<'a> Plan<'a> {
             });
         }
         let (dtype, row_len) = (planned.decl.dtype, source.row_len());
+        let rows = piece.range.clone();
+        if planned.has_importance || !self.source.quantized(planned.source, dtype, rows, out)? {
+            self.quantize(piece, values, out)?;
+        }
+        if let Err((block, scale)) = blocks::check_scales(dtype, out) {
+            let row = piece.range.start + block / (row_len / dtype.block_len());
+            return Err(Error::refused(format!(
+                "tensor `{}`: row {row} is too large for {dtype}: a block becomes {scale}",
+                planned.decl.name
+            ))
+            .with_hint("keep the tensor in a wider type: `--tensor-type NAME=bf16`"));
+        }
+        Ok(())
+    }
+
+    /// Rows of a tensor from f32.
+    fn quantize(&self, piece: &Piece, values: &mut Vec<f32>, out: &mut Vec<u8>) -> Result<()> {
+        let planned = &self.tensors[piece.tensor];
+        let source = &self.source.tensors()[planned.source];
+        let (dtype, row_len) = (planned.decl.dtype, source.row_len());
         values.resize(piece.range.len() * row_len, 0.0);
         self.source.rows(planned.source, piece.range.clone(), values)?;
         refuse_not_finite(values, row_len, piece.range.start, &planned.decl.name)?;
@@ -279,14 +299,6 @@ impl<'a> Plan<'a> {
                 &mut out[local.start * row_bytes..local.end * row_bytes],
             );
             row = stop;
-        }
-        if let Err((block, scale)) = blocks::check_scales(dtype, out) {
-            let row = piece.range.start + block / (row_len / dtype.block_len());
-            return Err(Error::refused(format!(
-                "tensor `{}`: row {row} is too large for {dtype}: a block becomes {scale}",
-                planned.decl.name
-            ))
-            .with_hint("keep the tensor in a wider type: `--tensor-type NAME=bf16`"));
         }
         Ok(())
     }

@@ -45,6 +45,22 @@ pub trait Source: Sync {
     /// The data cannot be converted.
     fn rows(&self, tensor: usize, rows: Range<usize>, out: &mut [f32]) -> Result<()>;
 
+    /// Puts rows of a tensor into `out` in the type `dtype`, where the source packs them itself; otherwise says `false`,
+    /// and whoever writes quantizes what [`Source::rows`] gives.
+    ///
+    /// # Errors
+    /// The data cannot be converted.
+    fn quantized(
+        &self,
+        tensor: usize,
+        dtype: GgmlType,
+        rows: Range<usize>,
+        out: &mut Vec<u8>,
+    ) -> Result<bool> {
+        let _ = (tensor, dtype, rows, out);
+        Ok(false)
+    }
+
     /// The tensor's data as a GGUF file has it, where it can be copied without conversion.
     fn packed(&self, tensor: usize) -> Option<Bytes>;
 }

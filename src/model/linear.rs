@@ -270,8 +270,12 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
         scratch: &mut Scratch,
     ) -> Result<()>;
 
-    /// Turns dense rows `rows` of `W` (row-major f32, `in` columns) into the adapted weight's rows.
-    fn merge(&self, rows: Range<usize>, w: &mut [f32], params: &[f32]);
+    /// Turns dense f32 rows `rows` of `W` into the adapted weight's rows, where they and `params` (the flat buffer of
+    /// [`Parameters`]) are: in host memory on the calling thread.
+    ///
+    /// # Errors
+    /// An op refuses.
+    fn merge(&self, rows: Range<usize>, w: ViewMut<'_>, params: View<'_>) -> Result<()>;
 }
 
 /// A frozen linear of the decoder, adapted or not.

@@ -5,6 +5,7 @@
 
 use std::path::Path;
 
+use qpeft_formats::file::Bytes;
 use qpeft_formats::gguf::split::SplitLimit;
 use qpeft_formats::gguf::{GgufFile, GgufWriter, Metadata, TensorDecl, TensorInfo, names};
 use qpeft_formats::{GgmlType, blocks};
@@ -22,7 +23,7 @@ pub struct Replacement {
     /// Its type in the new file.
     pub dtype: GgmlType,
     /// Packed rows, in the order of the file.
-    pub bytes: Vec<u8>,
+    pub bytes: Bytes,
 }
 
 /// Packs f32 rows (Hugging Face order) as the file wants them. The rows are without the factor that a file
@@ -47,7 +48,7 @@ pub fn pack_rows(
         .par_chunks_mut(ROWS * row_bytes)
         .zip(values.par_chunks(ROWS * cols))
         .for_each(|(bytes, rows)| quantize_rows(dtype, rows, cols, None, bytes));
-    Ok(Replacement { dtype, bytes: file_order(bytes, row_bytes, heads)? })
+    Ok(Replacement { dtype, bytes: file_order(Bytes::from(bytes), row_bytes, heads)? })
 }
 
 /// Refuses rows (from `first_row` on) with a value that is not finite.
@@ -57,13 +58,15 @@ pub fn pack_rows(
 pub fn refuse_not_finite(values: &[f32], cols: usize, first_row: usize, name: &str) -> Result<()> {
     match blocks::check_finite(values) {
         Ok(()) => Ok(()),
-        Err(index) => Err(Error::refused(format!(
-            "tensor `{name}`: row {}, column {} is {}; only finite weights can be stored",
-            first_row + index / cols,
-            index % cols,
-            values[index]
-        ))),
+        Err(index) => Err(not_finite(name, first_row + index / cols, index % cols, values[index])),
     }
+}
+
+/// An element that cannot be stored.
+pub fn not_finite(name: &str, row: usize, col: usize, value: f32) -> Error {
+    Error::refused(format!(
+        "tensor `{name}`: row {row}, column {col} is {value}; only finite weights can be stored"
+    ))
 }
 
 /// A packed weight (Hugging Face row order) as the file wants it; its factor is in the file already.
@@ -75,15 +78,15 @@ pub fn repack(weight: &BaseWeight, heads: Option<usize>) -> Result<Replacement> 
         Error::refused(format!("a {} weight cannot be written to this file", weight.type_name()))
     })?;
     let row_bytes = dtype.row_bytes(weight.cols())?;
-    Ok(Replacement { dtype, bytes: file_order(bytes.to_vec(), row_bytes, heads)? })
+    Ok(Replacement { dtype, bytes: file_order(bytes.clone(), row_bytes, heads)? })
 }
 
 /// Rows in Hugging Face order to the order of the file.
-fn file_order(bytes: Vec<u8>, row_bytes: usize, heads: Option<usize>) -> Result<Vec<u8>> {
+fn file_order(bytes: Bytes, row_bytes: usize, heads: Option<usize>) -> Result<Bytes> {
     let Some(heads) = heads else { return Ok(bytes) };
     let mut permuted = vec![0; bytes.len()];
     names::rows_to_gguf(&mut permuted, &bytes, row_bytes, heads, bytes.len() / row_bytes / heads)?;
-    Ok(permuted)
+    Ok(Bytes::from(permuted))
 }
 
 /// The slot and layer of a linear's weight, by its Hugging Face name.

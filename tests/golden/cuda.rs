@@ -1,12 +1,19 @@
 //! The same goldens on a GPU, where activations are bf16: the loss, every gradient and ten steps against PEFT's
-//! f32; equal bits of equal runs, whatever is computed again or kept dequantized; and the memory that was
-//! predicted. Without a GPU these tests print why and pass.
+//! f32; equal bits of equal runs, whatever is computed again or kept dequantized; the memory that was
+//! predicted; and merges. Without a GPU these tests print why and pass.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use qpeft::adapters;
+use qpeft::convert::merge::{MergeOptions, merge_to_gguf};
+use qpeft::convert::merge_folder::{FolderTarget, merge_to_folder};
+use qpeft::convert::merge_source::merge_folder_to_gguf;
 use qpeft::model::memory::{DryRun, Settings, meta};
 use qpeft::model::synthetic::Shape;
+use qpeft_formats::GgmlType;
+use qpeft_formats::bitsandbytes::QuantType;
+use qpeft_formats::mixture::{FileType, Mixture};
+use qpeft_formats::peft::{PeftConfig, TargetModules};
 use qpeft_kernels::cuda::gemm::WORKSPACE;
 
 use super::*;
@@ -283,6 +290,83 @@ fn cuda_takes_the_memory_that_was_predicted() {
                     "{what}: {held} held, {predicted} predicted"
                 );
             }
+        }
+    }
+}
+
+/// A file, or that of a folder that has the weights.
+fn bytes_of(path: &Path) -> Vec<u8> {
+    let weights = if path.is_dir() { path.join("model.safetensors") } else { path.to_owned() };
+    std::fs::read(weights).unwrap()
+}
+
+#[test]
+fn cuda_merges_as_the_cpu_does() {
+    let Some((_turn, device)) = device() else { return };
+    let four_bit = |quant_type, double| Some(FolderTarget::FourBit { quant_type, double: Some(double) });
+    let dense = |dtype| Some(FolderTarget::Dense(Some(dtype)));
+    // Of Q2_K the device has no kernel: its merge is packed by the host.
+    let mixtures = [None, Some("q8_0"), Some("q4_0"), Some("q5_k_m"), Some("q4_k_m"), Some("q2_k")];
+    let folders = [
+        dense(GgmlType::BF16),
+        dense(GgmlType::F16),
+        four_bit(QuantType::Nf4, false),
+        four_bit(QuantType::Nf4, true),
+        four_bit(QuantType::Fp4, false),
+    ];
+    let cases = mixtures.map(|mixture| ("models/tiny-llama-256.Q4_K.gguf", mixture, None)).into_iter();
+    let cases = cases.chain(folders.map(|target| ("models/tiny-llama", None, target)));
+    let cases = cases.chain(["q8_0", "q4_0"].map(|mixture| ("models/tiny-llama", Some(mixture), None)));
+    for (base, mixture, target) in cases {
+        let base = Base::open(&testdata(base)).unwrap();
+        for (use_dora, on_device) in [(false, false), (true, false), (true, true)] {
+            let what = format!("{} as {mixture:?} {target:?}, dora {use_dora}", base.name());
+            let mut config = PeftConfig::new(8, 16.0);
+            config.target_modules = Some(TargetModules::AllLinear);
+            config.use_dora = use_dora;
+            let home = if on_device { &device } else { &Device::Cpu };
+            let mut decoder = Decoder::load(&base, home).unwrap();
+            let mut params = adapters::attach(&mut decoder, &config).unwrap();
+            adapters::initialize(&mut decoder, &mut params, 0).unwrap();
+            let mut values = params.values.read().unwrap();
+            for (i, x) in values.iter_mut().enumerate() {
+                // B is zero; the others move a little.
+                *x = if *x == 0.0 { ((i * 7919) % 23) as f32 * 1e-3 - 0.011 } else { *x * 1.02 };
+            }
+            params.write(&values).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let merge = |device: &Device, name: &str| {
+                let path = dir.path().join(name);
+                let report = if let Some(target) = target {
+                    merge_to_folder(&base, &decoder, &params, target, device, &path, 1 << 30, |_, _| {})
+                } else {
+                    let mixture = mixture.map(|name| Mixture::new(FileType::from_name(name).unwrap()));
+                    let options = MergeOptions { mixture, split: None };
+                    match &base {
+                        Base::Folder(folder) => {
+                            let dir = folder.dir();
+                            merge_folder_to_gguf(dir, &decoder, &params, &options, device, &path, |_, _| {})
+                        }
+                        _ => merge_to_gguf(&base, &decoder, &params, &options, device, &path, |_, _| {}),
+                    }
+                };
+                (report.unwrap(), bytes_of(&path))
+            };
+            let ((expected, there), (found, here)) = (merge(&Device::Cpu, "cpu"), merge(&device, "cuda"));
+            assert_eq!((found.merged, found.converted), (expected.merged, expected.converted), "{what}");
+            for (found, expected) in [
+                (found.arrived_share(), expected.arrived_share()),
+                (found.relative_noise(), expected.relative_noise()),
+                (found.loss.adapted, expected.loss.adapted),
+                (found.loss.change, expected.loss.change),
+            ] {
+                assert!(relative(found, expected) < 1e-3, "{what}: {found}, on the CPU {expected}");
+            }
+            // A sum in f32 whose last bit is another falls on the other side of a midpoint now and then.
+            assert_eq!(here.len(), there.len(), "{what}");
+            let other = here.iter().zip(&there).filter(|(a, b)| a != b).count();
+            println!("{what}: {other} of {} bytes differ", there.len());
+            assert!(other < there.len() / 1000, "{what}: {other} of {} bytes differ", there.len());
         }
     }
 }

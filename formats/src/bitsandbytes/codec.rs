@@ -89,6 +89,13 @@ pub(super) const fn table(quant_type: QuantType) -> &'static [f32; 16] {
     }
 }
 
+pub(super) const fn order(quant_type: QuantType) -> &'static [u8; 16] {
+    match quant_type {
+        QuantType::Nf4 => &NF4_ORDER,
+        QuantType::Fp4 => &FP4_ORDER,
+    }
+}
+
 /// The smallest scale that an element is divided by.
 const LEAST_ABSMAX: f32 = 1e-38;
 
@@ -110,9 +117,10 @@ pub fn quantize_blocks(
 ) {
     assert_eq!(codes.len(), values.len().div_ceil(2), "bytes of {} elements", values.len());
     assert_eq!(absmax.len(), values.len().div_ceil(blocksize), "scales of {} elements", values.len());
-    let (bounds, order) = match quant_type {
-        QuantType::Nf4 => (&NF4_BOUNDS, &NF4_ORDER),
-        QuantType::Fp4 => (&FP4_BOUNDS, &FP4_ORDER),
+    let order = order(quant_type);
+    let bounds = match quant_type {
+        QuantType::Nf4 => &NF4_BOUNDS,
+        QuantType::Fp4 => &FP4_BOUNDS,
     };
     let blocks = values.chunks(blocksize).zip(codes.chunks_mut(blocksize / 2));
     for ((x, codes), absmax) in blocks.zip(absmax) {

@@ -71,6 +71,11 @@ impl QuantType {
     pub const fn table(self) -> &'static [f32; 16] {
         codec::table(self)
     }
+
+    /// The codes in the order of their values.
+    pub const fn order(self) -> &'static [u8; 16] {
+        codec::order(self)
+    }
 }
 
 /// What the JSON of a 4-bit weight says: how its bytes are to be read.

@@ -4,7 +4,7 @@ use super::compile::Source;
 use super::gemm::tune;
 use crate::ops::{
     adamw, attention, convert, cross_entropy, dequantize, dropout, fold, gather, global_norm, low_rank,
-    residual, rms_norm, rope, row_norm, row_scale, swiglu,
+    merge, packing_loss, quantize, residual, rms_norm, rope, row_norm, row_scale, swiglu,
 };
 use crate::svd;
 
@@ -31,6 +31,10 @@ pub static SOURCES: &[&Source] = &[
     &gather::SOURCE,
     &global_norm::SOURCE,
     &low_rank::SOURCE,
+    &merge::SOURCE,
+    &packing_loss::SOURCE,
+    &quantize::BLOCKS,
+    &quantize::K,
     &residual::SOURCE,
     &rms_norm::SOURCE,
     &rope::SOURCE,

@@ -46,8 +46,8 @@ const STRIP: usize = 256;
 /// Blocks that keep any device busy; fixed, so that sums have the same bits on every device.
 const BLOCKS: usize = 1024;
 
-/// Chunks of rows where a block keeps whole rows; fixed for the same reason.
-pub(crate) const ROW_CHUNKS: usize = 256;
+/// Threads, at eight columns each, of all blocks that keep whole rows; fixed for the same reason.
+const ROW_THREADS: usize = 1 << 17;
 
 /// Bytes of scratch that the sums of the columns of two (rows, cols) matrices take.
 pub fn column_sums(rows: usize, cols: usize) -> usize {
@@ -56,7 +56,7 @@ pub fn column_sums(rows: usize, cols: usize) -> usize {
 
 /// The same of one matrix that blocks read by whole rows.
 pub fn column_sums_by_rows(rows: usize, cols: usize) -> usize {
-    ROW_CHUNKS.min(rows) * cols * size_of::<f32>()
+    Chunks::of_rows(rows, cols).count * cols * size_of::<f32>()
 }
 
 /// How the rows of a (rows, cols) matrix are shared out where every column is added up.
@@ -77,6 +77,13 @@ impl Chunks {
         let wanted = (BLOCKS / strips.max(1)).clamp(1, rows.div_ceil(8).max(1));
         let rows_each = rows.div_ceil(wanted).max(1);
         Chunks { rows: rows_each, count: rows.div_ceil(rows_each), strips }
+    }
+
+    /// Chunks for blocks that keep whole rows, a span per thread.
+    pub(crate) fn of_rows(rows: usize, cols: usize) -> Chunks {
+        let wanted = (ROW_THREADS / cols.div_ceil(8).next_power_of_two().max(128)).max(1);
+        let rows_each = rows.div_ceil(wanted).max(1);
+        Chunks { rows: rows_each, count: rows.div_ceil(rows_each), strips: cols.div_ceil(8 * THREADS) }
     }
 
     /// One block per strip and chunk.

@@ -27,14 +27,15 @@ __device__ __forceinline__ u64 read_once() {
 }
 
 // Copies `bytes`, 16 or none, and fills the rest with zeros; with none, `from` is not read.
-__device__ __forceinline__ void copy16_once(u32 to, const void* from, u32 bytes, u64 policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(bytes),
-                 "l"(policy)
-                 : "memory");
-}
-
 __device__ __forceinline__ void copy16(u32 to, const void* from, u32 bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// The same with a policy, which an H200 takes for an illegal instruction where nothing is copied.
+__device__ __forceinline__ void copy16_once(u32 to, const void* from, u32 bytes, u64 policy) {
+    if (bytes == 0) return copy16(to, from, 0);
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
+                 : "memory");
 }
 
 // Closes a group of this thread's copies, empty if there are none.

@@ -149,57 +149,41 @@ __device__ __forceinline__ void backward(Result dx, Operand dy, Operand x, const
     }
 }
 
-// The same for the rows of chunk blockIdx.x, and partial[blockIdx.x, n] = sum over them of dx (x - to). A thread keeps
-// its columns from row to row, so that their sums stay in registers. Rows are aligned and fit SPANS spans per thread.
-template <int THREADS, int SPANS>
+// The same for the rows of chunk blockIdx.x, and partial[blockIdx.x, n] = sum over them of dx (x - to), with dx as it is
+// stored: the bits of row_scale_backward_rows. A thread keeps its columns from row to row, so that their sums stay in
+// registers. Rows are aligned and have a span per thread at most.
+template <int THREADS>
 __device__ __forceinline__ void backward_columns(Result dx, float* partial, Operand dy, Operand x, Operand to,
                                                  const float* rstd, const float* weight, u32 rows, u32 cols,
                                                  u32 chunk) {
     const Wide width;
-    f32x8 w[SPANS], sum[SPANS] = {};
-#pragma unroll
-    for (int u = 0; u < SPANS; u++)
-        w[u] = load_span(weight, 0, span_of_row(0, threadIdx.x + u * THREADS, cols, width), width);
+    const f32x8 w = load_span(weight, 0, span_of_row(0, threadIdx.x, cols, width), width);
+    f32x8 sum = {};
     const u32 end = min(rows, (blockIdx.x + 1) * chunk);
 #pragma unroll 1
     for (u32 row = blockIdx.x * chunk; row < end; row++) {
-        f32x8 d[SPANS], v[SPANS], old[SPANS], before[SPANS];
-#pragma unroll
-        for (int u = 0; u < SPANS; u++) {
-            const Span s = span_of_row(row, threadIdx.x + u * THREADS, cols, width);
-            d[u] = load_span(dy.p, dy.stride, s, width);
-            v[u] = load_span(x.p, x.stride, s, width);
-            old[u] = load_span(dx.p, dx.stride, s, width);
-            before[u] = load_span(to.p, to.stride, s, width);
-        }
+        const Span s = span_of_row(row, threadIdx.x, cols, width);
+        f32x8 d = load_span(dy.p, dy.stride, s, width), old = load_span(dx.p, dx.stride, s, width);
+        const f32x8 v = load_span(x.p, x.stride, s, width), before = load_span(to.p, to.stride, s, width);
         const float r = rstd[row];
         float dot = 0.0f;
 #pragma unroll
-        for (int u = 0; u < SPANS; u++)
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                d[u].v[i] *= w[u].v[i];
-                dot += d[u].v[i] * v[u].v[i];
-            }
+        for (int i = 0; i < 8; i++) {
+            d.v[i] *= w.v[i];
+            dot += d.v[i] * v.v[i];
+        }
         const float pull = r * r * (block_sum<THREADS>(dot) / (float)cols);
 #pragma unroll
-        for (int u = 0; u < SPANS; u++) {
-            const Span s = span_of_row(row, threadIdx.x + u * THREADS, cols, width);
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                old[u].v[i] += r * (d[u].v[i] - v[u].v[i] * pull);
-                sum[u].v[i] += old[u].v[i] * (v[u].v[i] - before[u].v[i]);
-            }
-            store_span(dx.p, dx.stride, s, width, old[u]);
+        for (int i = 0; i < 8; i++) {
+            old.v[i] = to_f32(to_bf16(old.v[i] + r * (d.v[i] - v.v[i] * pull)));
+            sum.v[i] = fmaf(old.v[i], v.v[i] - before.v[i], sum.v[i]);
         }
+        store_span(dx.p, dx.stride, s, width, old);
     }
+    const Span s = span_of_row(blockIdx.x, threadIdx.x, cols, width);
+    if (!s.present) return;
 #pragma unroll
-    for (int u = 0; u < SPANS; u++) {
-        const Span s = span_of_row(blockIdx.x, threadIdx.x + u * THREADS, cols, width);
-        if (!s.present) continue;
-#pragma unroll
-        for (int i = 0; i < 8; i++) partial[(i64)s.row * cols + s.col + i] = sum[u].v[i];
-    }
+    for (int i = 0; i < 8; i++) partial[(i64)s.row * cols + s.col + i] = sum.v[i];
 }
 
 // Blocks: one per row.
@@ -221,16 +205,16 @@ ENTRIES(4096, 256, 2, 4)
 ENTRIES(8192, 512, 2, 2)
 ENTRIES(any, 512, 0, 2)
 
-// Blocks: one per chunk of rows.
-#define COLUMNS(SUFFIX, THREADS, SPANS, BLOCKS)                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) rms_norm_backward_columns_##SUFFIX(                  \
+// Blocks: one per chunk of rows. As many threads as a row of so many columns has spans.
+#define COLUMNS(SUFFIX, BLOCKS)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(SUFFIX / 8, BLOCKS) rms_norm_backward_columns_##SUFFIX(               \
         bf16* dx, i32 dx_stride, float* partial, const bf16* dy, i32 dy_stride, const bf16* x, i32 x_stride,           \
         const bf16* to, i32 to_stride, const float* rstd, const float* weight, i32 rows, i32 cols, i32 chunk) {        \
-        backward_columns<THREADS, SPANS>({dx, dx_stride}, partial, {dy, dy_stride}, {x, x_stride}, {to, to_stride},    \
-                                         rstd, weight, rows, cols, chunk);                                             \
+        backward_columns<SUFFIX / 8>({dx, dx_stride}, partial, {dy, dy_stride}, {x, x_stride}, {to, to_stride}, rstd,  \
+                                     weight, rows, cols, chunk);                                                       \
     }
 
-COLUMNS(1024, 128, 1, 5)
-COLUMNS(2048, 256, 1, 3)
-COLUMNS(4096, 256, 2, 2)
-COLUMNS(8192, 512, 2, 1)
+COLUMNS(1024, 8)
+COLUMNS(2048, 4)
+COLUMNS(4096, 2)
+COLUMNS(8192, 1)

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::cpu::rows::{row, rows_per_task};
 use crate::cpu::{by_isa, math};
-use crate::cuda::spans::{Chunks, ROW_CHUNKS};
+use crate::cuda::spans::Chunks;
 use crate::cuda::{Arg, Cuda, Grid, Scratch, Source};
 use crate::error::{Result, check};
 use crate::ops::row_scale::{Output, add_partials_cuda, row_scale_backward};
@@ -70,8 +70,7 @@ pub fn rms_norm_backward(dx: ViewMut, dy: View, x: View, rstd: View, weight: Vie
 ///
 /// Shapes: as [`rms_norm_backward`]; `to` (T, C), the stream before; `dscale`, `scale` (1, C).
 /// Accumulates: `dx` and `dscale` are added to.
-/// Precision: as the two ops; on CUDA the sums are of gradients before they are rounded to bf16, where rows are
-/// aligned and have at most 8192 columns.
+/// Precision: as the two ops, and their bits.
 ///
 /// # Errors
 /// Shapes that do not belong together, or no kernel for the device.
@@ -123,33 +122,33 @@ fn check_saved(op: &'static str, rstd: View, x: View, weight: View) -> Result<()
 
 pub(crate) static SOURCE: Source = Source::new("rms_norm.cu", include_str!("rms_norm.cu"));
 
-/// The kernels for rows of one size.
+/// The kernels for rows of one size; that of the columns' sums has its own number of threads.
 #[derive(Debug)]
 struct Kernels {
     threads: usize,
     forward: &'static str,
     backward: &'static str,
-    columns: &'static str,
+    columns: (&'static str, usize),
 }
 
 /// The suffix of a kernel is the largest number of columns that it keeps in registers.
 fn kernels(cols: usize) -> Kernels {
     macro_rules! kernels {
-        ($threads:literal, $suffix:literal) => {
+        ($threads:literal, $suffix:literal, $columns:literal) => {
             Kernels {
                 threads: $threads,
                 forward: concat!("rms_norm_forward_", $suffix),
                 backward: concat!("rms_norm_backward_", $suffix),
-                columns: concat!("rms_norm_backward_columns_", $suffix),
+                columns: (concat!("rms_norm_backward_columns_", $suffix), $columns),
             }
         };
     }
     match cols {
-        0..=1024 => kernels!(128, "1024"),
-        1025..=2048 => kernels!(256, "2048"),
-        2049..=4096 => kernels!(256, "4096"),
-        4097..=8192 => kernels!(512, "8192"),
-        _ => kernels!(512, "any"),
+        0..=1024 => kernels!(128, "1024", 128),
+        1025..=2048 => kernels!(256, "2048", 256),
+        2049..=4096 => kernels!(256, "4096", 512),
+        4097..=8192 => kernels!(512, "8192", 1024),
+        _ => kernels!(512, "any", 0),
     }
 }
 
@@ -211,8 +210,7 @@ fn scaled_cuda(
     if !wide || !aligned(weight.f32(op)?, 0) {
         return Ok(false);
     }
-    let rows_each = rows.div_ceil(ROW_CHUNKS);
-    let chunks = Chunks { rows: rows_each, count: rows.div_ceil(rows_each), strips: 1 };
+    let chunks = Chunks::of_rows(rows, cols);
     let partial = cuda.scratch(Scratch::Partials, chunks.count * cols * size_of::<f32>())?;
     let args = [
         Arg::Ptr(dx.bf16(op)?),
@@ -228,10 +226,10 @@ fn scaled_cuda(
         Arg::Ptr(weight.f32(op)?),
         Arg::size(rows),
         Arg::size(cols),
-        Arg::size(rows_each),
+        Arg::size(chunks.rows),
     ];
-    let kernels = kernels(cols);
-    cuda.launch(&SOURCE, kernels.columns, Grid::of(chunks.count, kernels.threads), &args)?;
+    let (kernel, threads) = kernels(cols).columns;
+    cuda.launch(&SOURCE, kernel, Grid::of(chunks.count, threads), &args)?;
     add_partials_cuda(op, cuda, dscale, partial, chunks, scale)?;
     Ok(true)
 }

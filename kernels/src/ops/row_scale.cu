@@ -61,6 +61,35 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         sum_strip(partial, dy, dy_stride, y, y_stride, to, to_stride, rows, cols, chunk, col + 32 * k, Narrow{});
 }
 
+// partial[y, n] = sum over the rows of chunk y of dy (y - to), one row after another: the bits of
+// rms_norm_backward_columns. Block (x, y): a span per thread from column 2048 x on. Rows are aligned.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    row_scale_backward_rows(float* partial, const bf16* dy, i32 dy_stride, const bf16* y, i32 y_stride, const bf16* to,
+                            i32 to_stride, i32 rows, i32 cols, i32 chunk) {
+    const Wide width;
+    const u32 end = min(rows, (blockIdx.y + 1) * chunk), span = blockIdx.x * THREADS + threadIdx.x;
+    f32x8 sum = {};
+    for (u32 row = blockIdx.y * chunk; row < end; row += ROWS) {
+        f32x8 a[ROWS], b[ROWS], c[ROWS];
+#pragma unroll
+        for (int u = 0; u < ROWS; u++) {
+            Span s = span_of_row(row + u, span, cols, width);
+            s.present &= row + u < end;
+            a[u] = load_span(dy, dy_stride, s, width);
+            b[u] = load_span(y, y_stride, s, width);
+            c[u] = load_span(to, to_stride, s, width);
+        }
+#pragma unroll
+        for (int u = 0; u < ROWS; u++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum.v[i] = fmaf(a[u].v[i], b[u].v[i] - c[u].v[i], sum.v[i]);
+    }
+    const Span s = span_of_row(blockIdx.y, span, cols, width);
+    if (!s.present) return;
+#pragma unroll
+    for (int i = 0; i < 8; i++) partial[(i64)s.row * cols + s.col + i] = sum.v[i];
+}
+
 // dscale += (sum of the chunks) / scale, nothing where scale is 0. A block adds up 32 columns, its eight warps every
 // eighth chunk.
 extern "C" __global__ void __launch_bounds__(THREADS)

@@ -128,7 +128,16 @@ fn backward_cuda(
     to: Option<View>,
     scale: View,
 ) -> Result<()> {
-    let chunks = Chunks::of(y.rows, y.cols);
+    // An added output is summed as the norm's backward pass does it on the way, so that it does not matter which does.
+    let mut by_rows = to.is_some() && y.cols.is_multiple_of(8);
+    for view in [Some(dy), Some(y), to].into_iter().flatten() {
+        by_rows &= view.bf16(BACKWARD)?.is_multiple_of(16) && view.stride.is_multiple_of(8);
+    }
+    let (kernel, chunks) = if by_rows {
+        ("row_scale_backward_rows", Chunks::of_rows(y.rows, y.cols))
+    } else {
+        ("row_scale_backward_partial", Chunks::of(y.rows, y.cols))
+    };
     let partial = cuda.scratch(Scratch::Partials, chunks.count * y.cols * size_of::<f32>())?;
     let args = [
         Arg::Ptr(partial),
@@ -142,7 +151,7 @@ fn backward_cuda(
         Arg::size(y.cols),
         Arg::size(chunks.rows),
     ];
-    cuda.launch(&SOURCE, "row_scale_backward_partial", chunks.grid(), &args)?;
+    cuda.launch(&SOURCE, kernel, chunks.grid(), &args)?;
     add_partials_cuda(BACKWARD, cuda, dscale, partial, chunks, scale)
 }
 

@@ -1,10 +1,8 @@
 //! What is left of a weight without its low-rank product, packed in its own type or another: in host memory or on the
 //! device.
 //!
-//! The device has a kernel for NF4; for other types the rest comes to the host, whose codecs have the same bits.
+//! What [`quantize`] does not pack on a device comes to the host, whose codecs have the same bits.
 
-use qpeft_formats::bitsandbytes::{FourBit, QuantType};
-use qpeft_formats::safetensors::Dtype as Element;
 use rayon::prelude::*;
 
 use super::cuda::Dense;
@@ -12,7 +10,8 @@ use super::{Remainder, SOURCE};
 use crate::cuda::gemm::Matrix;
 use crate::cuda::{Arg, Cuda, Grid, Loan};
 use crate::error::Result;
-use crate::tensor::Dtype;
+use crate::ops::quantize::{is_packed_on_device, quantize};
+use crate::tensor::{Dtype, ViewMut};
 use crate::weight::{BaseWeight, DeviceWeight};
 
 /// `like`: a weight of the type to pack in.
@@ -58,24 +57,24 @@ pub(super) fn on_cuda(
     let factors = (Dense::from_slice(cuda, n, rank, b)?, Dense::from_slice(cuda, rank, k, a)?);
     cuda.gemm(rest.matrix, factors.0.matrix, factors.1.matrix, -scaling, 1.0)?;
     let (before, after) = (before.read(cuda)?, Squares::of(cuda, rest.matrix, None)?.read(cuda)?);
-    if after.is_finite()
-        && let Some((packed, quantization)) = pack_nf4(cuda, rest.matrix, like)?
-    {
-        return Ok(Remainder { packed, weight: before, remainder: after, quantization });
-    }
+    let remainder =
+        |packed, quantization| Remainder { packed, weight: before, remainder: after, quantization };
     // What is not finite is named by the host.
+    if after.is_finite() && is_packed_on_device(like) {
+        let stored = Dense::new(cuda, n, k, Dtype::F32)?;
+        let view = |matrix| ViewMut::on_cuda(cuda, matrix);
+        if let Some(packed) = quantize(view(rest.matrix).as_view(), Some(view(stored.matrix)), like)? {
+            return Ok(remainder(packed, Squares::of(cuda, rest.matrix, Some(stored.matrix))?.read(cuda)?));
+        }
+    }
     let packed = like.requantize(&read_rows(cuda, rest.matrix)?)?;
     let uploaded = DeviceWeight::upload(cuda, &packed)?;
     let stored = Dense::of(&uploaded, Dtype::F32)?;
-    let quantization = Squares::of(cuda, rest.matrix, Some(stored.matrix))?.read(cuda)?;
-    Ok(Remainder { packed, weight: before, remainder: after, quantization })
+    Ok(remainder(packed, Squares::of(cuda, rest.matrix, Some(stored.matrix))?.read(cuda)?))
 }
 
 /// Threads of a block, as `svd.cu` has it.
 const THREADS: usize = 256;
-
-/// Blocks that are started for a multiprocessor at most; they go on until all is done.
-const BLOCKS_PER_SM: usize = 16;
 
 /// Blocks of a sum of squares, each with a partial sum; fixed, so that sums have the same bits on every device.
 const PARTIALS: usize = 1024;
@@ -103,55 +102,6 @@ impl<'a> Squares<'a> {
         cuda.read(self.0.ptr(), &mut bytes)?;
         Ok(bytes.as_chunks::<8>().0.iter().map(|&x| f64::from_le_bytes(x)).sum())
     }
-}
-
-/// The rest in NF4, and how far it is from the rest; `None` where that is not the type of `like`, or blocks are cut.
-///
-/// Codes are made on the device, scales are quantized on the host, if they are.
-fn pack_nf4(cuda: &Cuda, rest: Matrix, like: &BaseWeight) -> Result<Option<(BaseWeight, f64)>> {
-    let elements = rest.rows * rest.cols;
-    let is_served = |like: &&FourBit| {
-        let state = like.state();
-        state.quant_type == QuantType::Nf4
-            && elements.is_multiple_of(state.blocksize)
-            && rest.stride == rest.cols
-    };
-    let Some(like) = like.four_bit().filter(is_served) else { return Ok(None) };
-    let state = *like.state();
-    let (codes, scales) = (cuda.borrow(state.code_bytes())?, cuda.borrow(state.blocks() * size_of::<f32>())?);
-    let values = Dense::from_slice(cuda, 1, 16, state.quant_type.table())?;
-    let table = Arg::Ptr(values.matrix.ptr);
-    let size = [Arg::size(state.blocksize), Arg::I64(state.blocks() as i64)];
-    let args = [Arg::Ptr(codes.ptr()), Arg::Ptr(scales.ptr()), Arg::Ptr(rest.ptr), table, size[0], size[1]];
-    let blocks = state.blocks().div_ceil(THREADS / 32).min(cuda.sms() * BLOCKS_PER_SM);
-    cuda.launch(&SOURCE, "svd_pack_nf4", Grid::of(blocks, THREADS), &args)?;
-    let (mut code_bytes, mut scale_bytes) = (vec![0; state.code_bytes()], vec![0; state.blocks() * 4]);
-    cuda.read(scales.ptr(), &mut scale_bytes)?;
-    cuda.read(codes.ptr(), &mut code_bytes)?;
-    let absmax: Vec<f32> = scale_bytes.as_chunks::<4>().0.iter().map(|&x| f32::from_le_bytes(x)).collect();
-    let packed = FourBit::from_parts(state, code_bytes, &absmax, like.is_double());
-
-    let stored: Vec<u8> = (0..state.blocks()).flat_map(|block| packed.absmax(block).to_le_bytes()).collect();
-    cuda.write(scales.ptr(), &stored)?;
-    let rounding = match state.dtype {
-        Element::F16 => 1,
-        Element::BF16 => 2,
-        _ => 0,
-    };
-    let partials = cuda.borrow(PARTIALS * size_of::<f64>())?;
-    let args = [
-        Arg::Ptr(partials.ptr()),
-        Arg::Ptr(rest.ptr),
-        Arg::Ptr(codes.ptr()),
-        Arg::Ptr(scales.ptr()),
-        table,
-        Arg::I32(rounding),
-        size[0],
-        size[1],
-    ];
-    cuda.launch(&SOURCE, "svd_distance_four_bit", Grid::of(PARTIALS, THREADS), &args)?;
-    let quantization = Squares(partials).read(cuda)?;
-    Ok(Some((BaseWeight::from_four_bit(packed), quantization)))
 }
 
 /// An f32 matrix in host memory, without the gaps.

@@ -1,5 +1,4 @@
-// What the decomposition and the split of a weight need beside matrix products: the random start, squared distances,
-// and 4-bit codes.
+// What the decomposition and the split of a weight need beside matrix products: the random start and squared distances.
 
 constexpr int THREADS = 256;
 
@@ -59,69 +58,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         for (i32 col = threadIdx.x; col < cols; col += THREADS) {
             const float d = y ? x[start + col] - y[start + col] : x[start + col];
             sum += (double)d * (double)d;
-        }
-    }
-    store_block_sum(partial, sum);
-}
-
-// NF4 codes and scales of whole blocks of consecutive elements, a warp per block; the bits of bitsandbytes' CPU path:
-// absmax = max |x|; code = number of midpoints between neighbouring values of the table below x * (1 / absmax).
-extern "C" __global__ void __launch_bounds__(THREADS)
-    svd_pack_nf4(u8* codes, float* absmax, const float* x, const float* table, i32 blocksize, i64 blocks) {
-    __shared__ float bounds[15];
-    if (threadIdx.x < 15) bounds[threadIdx.x] = (table[threadIdx.x] + table[threadIdx.x + 1]) / 2.0f;
-    __syncthreads();
-    const i32 lane = threadIdx.x % 32, pairs = blocksize / 2;
-    const i64 warps = (i64)gridDim.x * (THREADS / 32);
-    for (i64 block = (i64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32; block < blocks; block += warps) {
-        const float2* in = reinterpret_cast<const float2*>(x + block * blocksize);
-        float largest = 0.0f;
-        for (i32 i = lane; i < pairs; i += 32) largest = fmaxf(largest, fmaxf(fabsf(in[i].x), fabsf(in[i].y)));
-        largest = warp_max(largest);
-        if (lane == 0) absmax[block] = largest;
-        const float inverse = __fdiv_rn(1.0f, fmaxf(largest, 1e-38f));
-        for (i32 i = lane; i < pairs; i += 32) {
-            const float first = in[i].x * inverse, second = in[i].y * inverse;
-            u32 high = 0, low = 0;
-#pragma unroll
-            for (int k = 0; k < 15; k++) {
-                high += first > bounds[k];
-                low += second > bounds[k];
-            }
-            codes[block * pairs + i] = (u8)(high << 4 | low);
-        }
-    }
-}
-
-__device__ __forceinline__ float round_to_f16(float x) {
-    u16 bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    return f16_to_f32(bits);
-}
-
-// What an element of a 4-bit weight is rounded to, numbered as in dequantize/frame.cuh.
-__device__ __forceinline__ float rounded(float x, i32 rounding) {
-    return rounding == 1 ? round_to_f16(x) : rounding == 2 ? to_f32(to_bf16(x)) : x;
-}
-
-// partial[block] = sum (x - table[code] * scale)^2 in f64, a warp per block of consecutive elements.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    svd_distance_four_bit(double* partial, const float* x, const u8* codes, const float* scales, const float* table,
-                          i32 rounding, i32 blocksize, i64 blocks) {
-    __shared__ float values[16];
-    if (threadIdx.x < 16) values[threadIdx.x] = table[threadIdx.x];
-    __syncthreads();
-    const i32 lane = threadIdx.x % 32, pairs = blocksize / 2;
-    const i64 warps = (i64)gridDim.x * (THREADS / 32);
-    double sum = 0.0;
-    for (i64 block = (i64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32; block < blocks; block += warps) {
-        const float2* in = reinterpret_cast<const float2*>(x + block * blocksize);
-        const float scale = scales[block];
-        for (i32 i = lane; i < pairs; i += 32) {
-            const u32 code = codes[block * pairs + i];
-            const double first = in[i].x - rounded(__fmul_rn(values[code >> 4], scale), rounding);
-            const double second = in[i].y - rounded(__fmul_rn(values[code & 15], scale), rounding);
-            sum += first * first + second * second;
         }
     }
     store_block_sum(partial, sum);

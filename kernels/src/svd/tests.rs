@@ -220,10 +220,21 @@ fn cuda_leaves_weights_of_low_rank_to_the_host() {
 fn cuda_packs_the_rest_as_the_cpu_packs_it() {
     let Some(device) = device() else { return };
     let same = ["nf4", "nf4-dq", "fp4", "q8_0", "q4_0", "int8", "bf16"].map(|of| (of, of));
-    let other = [("bf16", "nf4"), ("fp4", "nf4-dq"), ("q4_1", "q8_0"), ("nf4-dq", "bf16"), ("bf16", "int8")];
+    let other = [
+        ("bf16", "nf4"),
+        ("fp4", "nf4-dq"),
+        ("q4_1", "q8_0"),
+        ("nf4-dq", "bf16"),
+        ("bf16", "int8"),
+        ("nf4", "q4_k"),
+        ("q4_k", "q4_k"),
+        ("q5_1", "q6_k"),
+    ];
     for (n, k) in [(256, 512), (130, 192), (65, 131)] {
         for (of, to) in same.into_iter().chain(other) {
-            if k % 32 != 0 && [of, to].iter().any(|name| name.starts_with('q')) {
+            let lacks_blocks =
+                |name: &&str| name.starts_with('q') && k % 32 != 0 || name.ends_with("_k") && k % 256 != 0;
+            if [of, to].iter().any(lacks_blocks) {
                 continue;
             }
             let host = packed(&weight_like(n, k), n, k, of);

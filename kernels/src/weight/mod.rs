@@ -112,7 +112,16 @@ impl BaseWeight {
     /// # Errors
     /// `cols` is not a whole number of blocks.
     pub fn empty(of: WeightType, rows: usize, cols: usize) -> Result<BaseWeight> {
-        of.empty(rows, cols, Dtype::BF16)
+        BaseWeight::empty_from(of, rows, cols, Dtype::BF16)
+    }
+
+    /// As [`BaseWeight::empty`], as if the elements had been of `dtype` (F32, F16 or BF16): dequantized 4-bit values
+    /// are rounded to it.
+    ///
+    /// # Errors
+    /// See [`BaseWeight::empty`].
+    pub fn empty_from(of: WeightType, rows: usize, cols: usize, dtype: Dtype) -> Result<BaseWeight> {
+        of.empty(rows, cols, dtype)
     }
 
     /// A weight in NF4 or FP4.
@@ -400,7 +409,7 @@ impl BaseWeight {
     pub fn requantize(&self, values: &[f32]) -> Result<BaseWeight> {
         check("requantize", "elements", self.rows * self.cols, values.len())?;
         let factor = self.factor();
-        if let Some(at) = values.par_iter().position_first(|x| !(x / factor).is_finite()) {
+        if let Some(at) = first_not_finite(values, factor) {
             return Err(Error::NotFinite {
                 op: "requantize",
                 row: at / self.cols,
@@ -491,6 +500,15 @@ impl BaseWeight {
         });
         Ok(())
     }
+}
+
+/// The first element that is not finite over `factor`; whole chunks are looked at, so that the loop is vectorized.
+fn first_not_finite(values: &[f32], factor: f32) -> Option<usize> {
+    const CHUNK: usize = 1 << 14;
+    let is_bad = |x: &f32| !(x / factor).is_finite();
+    let bad = |chunk: &[f32]| chunk.iter().map(|x| u32::from(is_bad(x))).sum::<u32>() > 0;
+    let start = CHUNK * values.par_chunks(CHUNK).position_first(bad)?;
+    values[start..].iter().position(is_bad).map(|at| start + at)
 }
 
 /// `out *= factor`
@@ -621,6 +639,14 @@ mod tests {
                 format!("requantize: row 1, column 5 is `{bad}`, expected a finite number")
             );
         }
+        let weight = zeros(GgmlType::Q4_0, 700, 64);
+        let mut values = vec![1.0; 700 * 64];
+        for row in [699, 601, 600] {
+            values[row * 64 + 7] = f32::NAN;
+            let error = weight.requantize(&values).unwrap_err().to_string();
+            assert_eq!(error, format!("requantize: row {row}, column 7 is `NaN`, expected a finite number"));
+        }
+        let weight = zeros(GgmlType::Q4_0, 2, 32);
         let error = weight.requantize(&[0.0; 63]).unwrap_err().to_string();
         assert_eq!(error, "requantize: elements is 63, expected 64");
     }

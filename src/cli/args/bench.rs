@@ -3,13 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use qpeft_formats::GgmlType;
 use qpeft_kernels::weight::WeightType;
 
 use super::{ComputeArgs, Method};
-use crate::cli::values::{
-    at_least_one, at_least_zero, bytes, ggml_type, packed_type, up_to_2_pow_32, weight_type,
-};
+use crate::cli::values::{at_least_one, at_least_zero, bytes, packed_type, up_to_2_pow_32, weight_type};
 use crate::model::synthetic::{BaseType, Shape};
 
 /// `qpeft bench train`
@@ -80,18 +77,21 @@ pub enum Recompute {
 /// `qpeft bench quantize`
 #[derive(Debug, Clone, Args)]
 pub struct BenchQuantizeArgs {
-    /// Types, as q4_k,q8_0 [default: all that can be written]
-    #[arg(long = "type", value_name = "TYPES", value_delimiter = ',', value_parser = ggml_type)]
-    pub types: Vec<GgmlType>,
-    /// CPU threads, of both sides
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one::<usize>)]
-    pub threads: usize,
+    /// Types, as q4_k,q8_0 [default: all that can be written; on a GPU, all that it packs]
+    #[arg(long = "type", value_name = "TYPES", value_delimiter = ',', value_parser = packed_type)]
+    pub types: Vec<WeightType>,
+    /// CPU threads, of both sides [default: 1; beside a GPU, all cores]
+    #[arg(long, value_name = "N", value_parser = at_least_one::<usize>)]
+    pub threads: Option<usize>,
+    /// Device: cpu, or cuda or cuda:N to measure a GPU beside the CPU
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
     /// llama.cpp's libggml-base.so, to compare speed and bytes with; its code is run
     #[arg(long, value_name = "FILE")]
     pub ggml_library: Option<PathBuf>,
-    /// Elements to quantize, in rows of 4096
-    #[arg(long, value_name = "N", default_value_t = 1 << 20, value_parser = up_to_2_pow_32)]
-    pub elements: usize,
+    /// Elements to quantize, in rows of 4096 [default: 2^20; on a GPU, 14336 rows]
+    #[arg(long, value_name = "N", value_parser = up_to_2_pow_32)]
+    pub elements: Option<usize>,
     /// Quantize with importance: the types that take it
     #[arg(long)]
     pub importance: bool,
@@ -231,6 +231,9 @@ pub struct BenchSvdArgs {
     /// Type of the weights: nf4, nf4-dq, bf16, q4_k, q8_0, ...
     #[arg(long, value_name = "TYPE", default_value = "nf4", value_parser = weight_type)]
     pub base: WeightType,
+    /// Type of the residuals: q8_0, bf16, nf4, ... [default: that of the weights]
+    #[arg(long, value_name = "TYPE", value_parser = weight_type)]
+    pub residual_quant: Option<WeightType>,
     /// Rank r
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_one::<usize>, aliases = ["lora-rank", "rank", "r"])]
     pub lora_r: usize,

@@ -2,7 +2,7 @@
 //!
 //! Both sides get the same rows of a normal distribution in the same pieces on the same threads, and take
 //! turns round by round, so that a noisy machine is noisy to both; the fastest round counts. What they
-//! write must be equal byte by byte.
+//! write must be equal byte by byte. A GPU is measured by `quantize_cuda`.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -11,21 +11,25 @@ use std::time::Duration;
 use anyhow::Context;
 use qpeft_formats::GgmlType;
 use qpeft_formats::dtype::Quantizer;
+use qpeft_kernels::Device;
 use qpeft_kernels::cpu::Isa;
 use qpeft_kernels::cpu::quantize::quantize_rows;
 use qpeft_kernels::ggml_library::GgmlLibrary;
 use qpeft_kernels::rng::RngKey;
+use qpeft_kernels::weight::WeightType;
 use rayon::ThreadPool;
 use rayon::prelude::*;
 use serde_json::json;
 
-use super::{Fastest, rounds};
+use super::{Fastest, quantize_cuda, rounds};
 use crate::cli::args::BenchQuantizeArgs;
 use crate::cli::printer::Printer;
 use crate::cli::progress::Progress;
 
 /// Elements of a row: a common width of a model, and whole blocks of every type.
-const ROW_LEN: usize = 4096;
+pub(super) const ROW_LEN: usize = 4096;
+/// Elements, if nobody says how many.
+const ELEMENTS: usize = 1 << 20;
 /// Time for one type after its first rounds.
 const TIME: Duration = Duration::from_secs(2);
 
@@ -34,15 +38,21 @@ const TIME: Duration = Duration::from_secs(2);
 /// # Errors
 /// A type cannot be written with what is at hand, the library is refused, or its bytes are other than ours.
 pub fn run(args: &BenchQuantizeArgs, printer: &Printer) -> anyhow::Result<()> {
+    let device =
+        Device::open(&args.device).with_context(|| format!("cannot use the device `{}`", args.device))?;
+    if let Device::Cuda(cuda) = &device {
+        return quantize_cuda::run(cuda, args, printer);
+    }
     let types = types(args)?;
+    let threads = args.threads.unwrap_or(1);
     let library = args.ggml_library.as_deref().map(GgmlLibrary::open).transpose()?;
     if let Some(library) = &library {
         types.iter().try_for_each(|dtype| library.check(*dtype))?;
     }
     let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(args.threads)
+        .num_threads(threads)
         .build()
-        .with_context(|| format!("cannot start {} threads", args.threads))?;
+        .with_context(|| format!("cannot start {threads} threads"))?;
     let bench = Bench::new(args, &pool, library.as_ref());
     let mut bar = Progress::start(printer, "type", 0, types.len() as u64);
     let mut results = Vec::new();
@@ -66,8 +76,13 @@ pub fn run(args: &BenchQuantizeArgs, printer: &Printer) -> anyhow::Result<()> {
 /// The types that were named, or all that can be written with what is at hand.
 fn types(args: &BenchQuantizeArgs) -> anyhow::Result<Vec<GgmlType>> {
     if !args.types.is_empty() {
-        args.types.iter().try_for_each(|dtype| dtype.require_quantizer(args.importance))?;
-        return Ok(args.types.clone());
+        let dtype = |of: &WeightType| match of {
+            WeightType::Ggml(dtype) => Ok(dtype.require_quantizer(args.importance).map(|()| *dtype)?),
+            WeightType::FourBit { .. } | WeightType::Int8 => {
+                anyhow::bail!("`{of}` is no type of ggml: it is measured on a GPU, with `--device cuda`")
+            }
+        };
+        return args.types.iter().map(dtype).collect();
     }
     let wanted = |dtype: &GgmlType| match dtype.quantizer() {
         Quantizer::Never => false,
@@ -98,7 +113,7 @@ struct Speed {
 
 impl<'a> Bench<'a> {
     fn new(args: &BenchQuantizeArgs, pool: &'a ThreadPool, library: Option<&'a GgmlLibrary>) -> Bench<'a> {
-        let n_rows = args.elements.div_ceil(ROW_LEN);
+        let n_rows = args.elements.unwrap_or(ELEMENTS).div_ceil(ROW_LEN);
         let mut rows = vec![0.0; n_rows * ROW_LEN];
         RngKey { seed: 0, stream: 0 }.fill_normal(&mut rows, 0.02);
         let importance = args.importance.then(|| {
@@ -106,7 +121,7 @@ impl<'a> Bench<'a> {
             RngKey { seed: 0, stream: 1 }.fill_normal(&mut activations, 1.0);
             activations.into_iter().map(|x: f32| x * x).collect()
         });
-        let piece = n_rows.div_ceil(args.threads * 4).max(1);
+        let piece = n_rows.div_ceil(pool.current_num_threads() * 4).max(1);
         Bench { rows, importance, piece, pool, library }
     }
 

@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::time::Instant;
 
 use qpeft_kernels::svd::SvdOptions;
+use qpeft_kernels::weight::WeightType;
 use qpeft_kernels::{BaseWeight, Device};
 use serde_json::json;
 
@@ -48,6 +49,7 @@ pub fn run(args: &BenchSvdArgs, printer: &Printer) -> anyhow::Result<()> {
         "device": device.to_string(),
         "threads": rayon::current_num_threads(),
         "base_type": args.base.name(),
+        "residual_type": residual(args).name(),
         "matrices": jobs.len(),
         "elements": elements,
         "rank": args.lora_r,
@@ -58,11 +60,12 @@ pub fn run(args: &BenchSvdArgs, printer: &Printer) -> anyhow::Result<()> {
         "quantization_error": total.relative_quantization(),
     });
     let mut text = format!(
-        "{} matrices, {:.3} billion elements, {}, rank {}: split in {seconds:.3} s; captured {:.6}\n",
+        "{} matrices, {:.3} billion elements, {}, rank {}, residuals in {}: split in {seconds:.3} s; captured {:.6}\n",
         jobs.len(),
         elements as f64 / 1e9,
         args.base.name(),
         args.lora_r,
+        residual(args).name(),
         total.captured()
     );
     if let Device::Cuda(cuda) = &device {
@@ -104,6 +107,11 @@ pub fn run(args: &BenchSvdArgs, printer: &Printer) -> anyhow::Result<()> {
     if args.json { Ok(printer.json(&report)?) } else { Ok(printer.data(&text)?) }
 }
 
+/// The type of what is left.
+fn residual(args: &BenchSvdArgs) -> WeightType {
+    args.residual_quant.unwrap_or(args.base)
+}
+
 /// The linears of all layers, which share their bytes.
 fn jobs(args: &BenchSvdArgs) -> anyhow::Result<Vec<Job>> {
     let shapes: Vec<(usize, usize)> = match (&args.shape, args.rows, args.cols) {
@@ -121,7 +129,7 @@ fn jobs(args: &BenchSvdArgs) -> anyhow::Result<Vec<Job>> {
             None => random_weight(args.base, rows, cols)?,
         };
         made.insert((rows, cols), weight.clone());
-        Ok(Job { weight, rank: args.lora_r, scaling: 1.0, given: None, residual: args.base })
+        Ok(Job { weight, rank: args.lora_r, scaling: 1.0, given: None, residual: residual(args) })
     });
     jobs.collect()
 }
