@@ -362,11 +362,8 @@ fn cuda_merges_as_the_cpu_does() {
             ] {
                 assert!(relative(found, expected) < 1e-3, "{what}: {found}, on the CPU {expected}");
             }
-            // A sum in f32 whose last bit is another falls on the other side of a midpoint now and then.
-            assert_eq!(here.len(), there.len(), "{what}");
-            let other = here.iter().zip(&there).filter(|(a, b)| a != b).count();
-            println!("{what}: {other} of {} bytes differ", there.len());
-            assert!(other < there.len() / 1000, "{what}: {other} of {} bytes differ", there.len());
+            // The length of a row is summed in another order in f64; the factor that it gives has the same bits in f32.
+            assert!(here == there, "{what}: other bytes");
         }
     }
 }

@@ -19,23 +19,9 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
     return address;
 }
 
-// For what is read once: the L2 cache gives it up before anything else, so that partial sums stay.
-__device__ __forceinline__ u64 read_once() {
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
 // Copies `bytes`, 16 or none, and fills the rest with zeros; with none, `from` is not read.
 __device__ __forceinline__ void copy16(u32 to, const void* from, u32 bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-// The same with a policy, which an H200 takes for an illegal instruction where nothing is copied.
-__device__ __forceinline__ void copy16_once(u32 to, const void* from, u32 bytes, u64 policy) {
-    if (bytes == 0) return copy16(to, from, 0);
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy)
-                 : "memory");
 }
 
 // Closes a group of this thread's copies, empty if there are none.
@@ -130,14 +116,13 @@ template <int RANK, int WARPS, int COLUMNS, int STAGES> struct Branch {
         const bool of_dy = column + dy_chunk * 8 < outputs, of_h = h_chunk * 8 < rank;
         const bf16* dy_from = dy + (i64)(first + dy_row) * dy_stride + column + dy_chunk * 8;
         const bf16* h_from = h + (i64)(first + h_row) * h_stride + h_chunk * 8;
-        const u64 policy = read_once();
         int to_load = first;
         const auto load = [&](u32 stage) {
             if (to_load < end) {
 #pragma unroll
                 for (int row = 0; row < TOKENS; row += APART)
-                    copy16_once(stage + wide_at(row + dy_row, dy_chunk), dy_from + row * dy_stride,
-                                of_dy && to_load + row + dy_row < end ? 16 : 0, policy);
+                    copy16(stage + wide_at(row + dy_row, dy_chunk), dy_from + row * dy_stride,
+                           of_dy && to_load + row + dy_row < end ? 16 : 0);
                 if (thread < TOKENS * NARROW)
                     copy16(stage + TILE + narrow_at(h_row, h_chunk), h_from, of_h && to_load + h_row < end ? 16 : 0);
             }

@@ -18,7 +18,7 @@ const ROW_LENGTHS: &str = "merge_row_lengths";
 ///
 /// Shapes: `w` (N, K), `b` (N, R), `a` (R, K).
 /// Accumulates: `w` is added to.
-/// Precision: f32; in host memory each of the R terms is rounded as it is added, on a device their sum, too.
+/// Precision: f32, each of the R terms rounded as it is added; the same bits on every device.
 ///
 /// # Errors
 /// Shapes that do not belong together, or no kernel for the device.
@@ -29,7 +29,7 @@ pub fn merge_low_rank(w: ViewMut, b: View, a: View, scaling: f32) -> Result<()> 
     check(LOW_RANK, "columns of a", w.cols, a.cols)?;
     check(LOW_RANK, "rows of a", b.cols, a.rows)?;
     if let Some(cuda) = w.cuda() {
-        return cuda.gemm(w.matrix(LOW_RANK)?, b.matrix(LOW_RANK)?, a.matrix(LOW_RANK)?, scaling, 1.0);
+        return low_rank_cuda(&cuda, &w, b, a, scaling);
     }
     let (cols, strides) = (w.cols, [w.stride, b.stride, a.stride].map(|stride| stride.max(1)));
     let rank = b.cols;
@@ -77,8 +77,26 @@ pub fn merge_row_lengths(w: ViewMut, m: View) -> Result<()> {
 
 pub(crate) static SOURCE: Source = Source::new("merge.cu", include_str!("merge.cu"));
 
-/// Threads of a block, as `merge.cu` has it.
+/// Threads of a block and rows of a thread, as `merge.cu` has them.
 const THREADS: usize = 256;
+const ROWS: usize = 8;
+
+fn low_rank_cuda(cuda: &Cuda, w: &ViewMut, b: View, a: View, scaling: f32) -> Result<()> {
+    let args = [
+        Arg::Ptr(w.f32(LOW_RANK)?),
+        Arg::I64(w.stride as i64),
+        Arg::Ptr(b.f32(LOW_RANK)?),
+        Arg::I64(b.stride as i64),
+        Arg::Ptr(a.f32(LOW_RANK)?),
+        Arg::I64(a.stride as i64),
+        Arg::F32(scaling),
+        Arg::size(w.rows),
+        Arg::size(w.cols),
+        Arg::size(b.cols),
+    ];
+    let blocks = (w.rows.div_ceil(ROWS), w.cols.div_ceil(THREADS), 1);
+    cuda.launch(&SOURCE, LOW_RANK, Grid { blocks, threads: THREADS, shared: 0 }, &args)
+}
 
 fn row_lengths_cuda(cuda: &Arc<Cuda>, w: &ViewMut, m: View) -> Result<()> {
     let args = [
