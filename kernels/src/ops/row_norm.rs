@@ -69,8 +69,10 @@ pub fn row_norm_forward(
 /// its rows, divided by g, serve. A row of g = 0 keeps |W|^2 + s^2 |B A|^2: its factor m / norm stays 0.
 /// Accumulates: nothing, `norm` is overwritten.
 /// Precision: as [`row_norm_forward`]. On CUDA W and A enter as bf16, which moves a norm by about 1e-5 of itself where
-/// B A is a tenth of W, and B as the sum of two bf16, which moves it by up to 4e-6 of s |B| |A|; W . (B A) and |B A|^2
-/// are summed in f32 over some hundred columns and in f64 over these sums. Equal bits for equal input.
+/// B A is a tenth of W. Up to rank 16, where rows are aligned and a multiple of 32 columns: W A^T and A A^T are summed
+/// in f32 over all columns, which leaves |B A|^2 an error of about 1e-6 of |B|^2 |A|^2 (tensor cores truncate); B is
+/// taken as it is. Else B enters as the sum of two bf16, which moves a norm by up to 4e-6 of s |B| |A|, and W . (B A)
+/// and |B A|^2 are summed in f32 over some hundred columns and in f64 over these sums. Equal bits for equal input.
 ///
 /// # Errors
 /// Shapes that do not belong together, or no kernel for the device.
@@ -200,11 +202,67 @@ fn packed_cuda(
     })
 }
 
-/// Rows of W that a block of the kernels measures.
-const BLOCK_ROWS: usize = 32;
+/// A kernel of the file, the rows of W that a block of it measures, and the bytes of shared memory per warp of a block.
+#[derive(Debug, Clone, Copy)]
+struct Kernel {
+    name: &'static str,
+    rows: usize,
+    shared: usize,
+}
+
+impl Kernel {
+    /// One that makes B A on the way.
+    const fn of_ba(name: &'static str) -> Kernel {
+        Kernel { name, rows: 32, shared: 0 }
+    }
+
+    /// One that makes W A^T and A A^T, of which a warp stores 512 bytes for every 8 rows of both.
+    const fn of_products(name: &'static str, rows: usize) -> Kernel {
+        Kernel { name, rows, shared: (rows / 8 + 2) * 512 }
+    }
+
+    /// The one for these rows and this rank. `aligned`: rows of both matrices are whole and aligned 16 bytes.
+    fn choose(aligned: bool, rows: usize, cols: usize, rank: usize, sms: usize) -> Kernel {
+        if !aligned {
+            return ANY;
+        }
+        if rank > GROUP {
+            return ALIGNED;
+        }
+        if rank == 0 || !cols.is_multiple_of(32) {
+            return ALIGNED_R16;
+        }
+        // More rows of a block are fewer readings of A; but most multiprocessors should have two blocks.
+        let [rest @ .., last] = &PRODUCTS;
+        *rest.iter().find(|kernel| 2 * rows.div_ceil(kernel.rows) >= 3 * sms).unwrap_or(last)
+    }
+
+    /// Warps of a block, when there are so many blocks: a multiprocessor holds 16 warps, of two blocks, one of which
+    /// reads while the other ends, or of its only one.
+    fn warps(blocks: usize, sms: usize) -> usize {
+        if blocks <= sms { 16 } else { 8 }
+    }
+}
+
+const ANY: Kernel = Kernel::of_ba("row_norm_forward");
+const ALIGNED: Kernel = Kernel::of_ba("row_norm_forward_aligned");
+const ALIGNED_R16: Kernel = Kernel::of_ba("row_norm_forward_aligned_r16");
+
+/// The most rows of a block first; 56 and 14336 rows are two blocks for each of 128 multiprocessors.
+const PRODUCTS: [Kernel; 3] = [
+    Kernel::of_products("row_norm_products_56", 56),
+    Kernel::of_products("row_norm_products_32", 32),
+    Kernel::of_products("row_norm_products_16", 16),
+];
 
 /// The rank that one product of the kernels sums over.
 const GROUP: usize = 16;
+
+/// Whether rows of a matrix are whole and aligned 16 bytes.
+fn aligned(view: View) -> Result<bool> {
+    let row = view.stride * Dtype::Bf16.size();
+    Ok(view.bf16(FORWARD)?.is_multiple_of(16) && row.is_multiple_of(16) && view.cols.is_multiple_of(8))
+}
 
 /// `w`: rows of the weight, multiplied by `folded` if that is given.
 fn forward_cuda(
@@ -215,16 +273,24 @@ fn forward_cuda(
     folded: Option<View>,
     fold: Option<Fold>,
 ) -> Result<()> {
+    let a = operands.a;
+    let kernel = Kernel::choose(aligned(a)? && aligned(w)?, w.rows, w.cols, a.rows, cuda.sms());
+    let warps = Kernel::warps(w.rows.div_ceil(kernel.rows), cuda.sms());
+    launch(cuda, kernel, warps, norm, operands, w, folded, fold)
+}
+
+/// [`forward_cuda`] by this kernel, with so many warps a block.
+fn launch(
+    cuda: &Cuda,
+    kernel: Kernel,
+    warps: usize,
+    norm: &ViewMut,
+    operands: Operands,
+    w: View,
+    folded: Option<View>,
+    fold: Option<Fold>,
+) -> Result<()> {
     let Operands { w_squared, a, b, scaling } = operands;
-    let aligned = |view: View| -> Result<bool> {
-        let row = view.stride * Dtype::Bf16.size();
-        Ok(view.bf16(FORWARD)?.is_multiple_of(16) && row.is_multiple_of(16) && view.cols.is_multiple_of(8))
-    };
-    let kernel = match aligned(a)? && aligned(w)? {
-        true if a.rows <= GROUP => "row_norm_forward_aligned_r16",
-        true => "row_norm_forward_aligned",
-        false => "row_norm_forward",
-    };
     let mut args = vec![
         Arg::Ptr(norm.f32(FORWARD)?),
         Arg::Ptr(w_squared.f32(FORWARD)?),
@@ -246,10 +312,8 @@ fn forward_cuda(
         ],
     });
     args.extend([Arg::F32(scaling), Arg::size(w.rows), Arg::size(w.cols), Arg::size(a.rows)]);
-    let blocks = w.rows.div_ceil(BLOCK_ROWS);
-    // A multiprocessor holds 16 warps: of two blocks, one of which reads while the other ends, or of its only one.
-    let warps = if blocks <= cuda.sms() { 16 } else { 8 };
-    cuda.launch(&SOURCE, kernel, Grid::of(blocks, warps * 32), &args)
+    let grid = Grid { shared: warps * kernel.shared, ..Grid::of(w.rows.div_ceil(kernel.rows), warps * 32) };
+    cuda.launch(&SOURCE, kernel.name, grid, &args)
 }
 
 // ------------------------------------------------------------------------------------------ CPU

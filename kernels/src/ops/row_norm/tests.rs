@@ -1,6 +1,8 @@
 //! The norms against the rows themselves, on the CPU and on CUDA.
 
 use super::*;
+use crate::cuda::graph::Graph;
+use crate::ops::convert::fill;
 use crate::ops::quant_linear::Branch;
 use crate::tensor::Dtype::{Bf16, F32};
 use crate::tensor::padding;
@@ -144,8 +146,25 @@ fn what_is_folded_with_a_norm_follows_from_it_also_on_cuda() {
     }
 }
 
-/// The kernel on bf16 rows `w` (N, K) that are multiplied by `g` if `scaled`, against the definition.
-fn check_kernel(device: &Device, [n, k, r]: [usize; 3], size: f32, scaled: bool, cancels: bool) {
+/// The kernel that is chosen for them or, where rows are aligned, this one with so many warps a block, on bf16 rows `w`
+/// (N, K) that are multiplied by `g` if `scaled`, against the definition.
+fn check_kernel(
+    device: &Device,
+    kernel: Option<(Kernel, usize)>,
+    [n, k, r]: [usize; 3],
+    size: f32,
+    scaled: bool,
+    cancels: bool,
+) {
+    let run = |norm: &ViewMut, operands: Operands, w: View, folded: Option<View>, fold: Option<Fold>| {
+        let cuda = w.cuda().unwrap();
+        match kernel {
+            Some((kernel, warps)) if aligned(w)? && aligned(operands.a)? => {
+                launch(cuda, kernel, warps, norm, operands, w, folded, fold)
+            }
+            _ => forward_cuda(cuda, norm, operands, w, folded, fold),
+        }
+    };
     let (a, b, s) = (TestMat::random(1, r, k, 0.7).rounded(), TestMat::random(2, n, r, size), 2.0_f32);
     let (m, mut w) = (TestMat::random(4, 1, n, 1.0), TestMat::random(3, n, k, 0.7));
     let mut g: Vec<f32> = TestMat::random(5, 1, n, 0.2).values().iter().map(|x| 1.0 + x).collect();
@@ -188,7 +207,9 @@ fn check_kernel(device: &Device, [n, k, r]: [usize; 3], size: f32, scaled: bool,
         },
         0.0,
     );
-    let what = format!("row_norm {n} x {k}, rank {r}, b {size}, scaled {scaled}, cancels {cancels}");
+    let by =
+        kernel.map_or("row_norm".to_owned(), |(kernel, warps)| format!("{} of {warps} warps", kernel.name));
+    let what = format!("{by} {n} x {k}, rank {r}, b {size}, scaled {scaled}, cancels {cancels}");
     let inputs = [(&w_squared, F32), (&a, Bf16), (&b, F32), (&m, F32), (&w, Bf16), (&g, F32)];
     let outputs = [
         (Out::Set(1, n), F32, &norm[..]),
@@ -196,14 +217,13 @@ fn check_kernel(device: &Device, [n, k, r]: [usize; 3], size: f32, scaled: bool,
         (Out::Set(n, r), Bf16, &folded[..]),
     ];
     check_cuda(device, &what, outputs, inputs, close, |[norm, g, folded], [w_squared, a, b, m, w, _]| {
-        let (cuda, operands) = (w.cuda().unwrap(), Operands { w_squared, a, b, scaling: s });
+        let operands = Operands { w_squared, a, b, scaling: s };
         let fold = Fold { m, g: g.as_view(), folded: folded.as_view() };
-        forward_cuda(cuda, &norm, operands, w, scaled.then_some(g.as_view()), Some(fold))
+        run(&norm, operands, w, scaled.then_some(g.as_view()), Some(fold))
     });
     let outputs = [(Out::Set(1, n), F32, &norm[..])];
     check_cuda(device, &what, outputs, inputs, close, |[norm], [w_squared, a, b, _, w, g]| {
-        let (cuda, operands) = (w.cuda().unwrap(), Operands { w_squared, a, b, scaling: s });
-        forward_cuda(cuda, &norm, operands, w, scaled.then_some(g), None)
+        run(&norm, Operands { w_squared, a, b, scaling: s }, w, scaled.then_some(g), None)
     });
 }
 
@@ -215,14 +235,105 @@ fn the_cuda_norms_equal_those_of_the_rows_also_where_the_adapter_cancels_them() 
         for k in [8, 96, 520, 2048] {
             for r in [1, 4, 8, 16, 24, 32, 64, 72] {
                 let size = if case % 5 < 2 { 0.01 } else { 0.7 };
-                check_kernel(&device, [n, k, r], size, case % 2 == 1, case % 3 == 2);
+                check_kernel(&device, None, [n, k, r], size, case % 2 == 1, case % 3 == 2);
                 case += 1;
             }
         }
     }
     // More groups of ranks than are kept; blocks for more than one wave of blocks; odd sizes.
     for (shape, scaled) in [([40, 136, 300], true), ([10_000, 96, 16], false), ([129, 127, 7], true)] {
-        check_kernel(&device, shape, 0.7, scaled, scaled);
+        check_kernel(&device, None, shape, 0.7, scaled, scaled);
+    }
+}
+
+#[test]
+fn every_cuda_kernel_by_products_equals_the_norms_of_the_rows() {
+    let Some(device) = cuda::device() else { return };
+    let mut case = 0;
+    for kernel in PRODUCTS {
+        for warps in [8, 16] {
+            for n in [1, 15, 57, 130, 300] {
+                for k in [32, 96, 576, 2048] {
+                    for r in [1, 8, 16] {
+                        let size = if case % 5 < 2 { 0.01 } else { 0.7 };
+                        let by = Some((kernel, warps));
+                        check_kernel(&device, by, [n, k, r], size, case % 2 == 1, case % 7 == 2);
+                        case += 1;
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_kernel_for_some_rows_fills_the_device() {
+    let name = |rows, cols, rank| Kernel::choose(true, rows, cols, rank, 132).name;
+    assert_eq!(name(14336, 4096, 16), "row_norm_products_56");
+    assert_eq!(name(8192, 2048, 8), "row_norm_products_32");
+    assert_eq!(name(4096, 14336, 1), "row_norm_products_16");
+    assert_eq!(name(1, 32, 16), "row_norm_products_16");
+    assert_eq!(name(4096, 4104, 16), "row_norm_forward_aligned_r16");
+    assert_eq!(name(4096, 4096, 0), "row_norm_forward_aligned_r16");
+    assert_eq!(name(4096, 4096, 24), "row_norm_forward_aligned");
+    assert_eq!(Kernel::choose(false, 4096, 4096, 16, 132).name, "row_norm_forward");
+}
+
+/// `cargo test --release -p qpeft-kernels cuda_timing_of_row_norms -- --ignored --nocapture`
+#[test]
+#[ignore = "prints a timing"]
+fn cuda_timing_of_row_norms() {
+    let Some(device) = cuda::device() else { return };
+    let cuda = device.cuda().unwrap();
+    let r = 16;
+    for (n, k) in
+        [(14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096), (8192, 2048), (2048, 2048), (512, 2048)]
+    {
+        let full = |mut to: Tensor, x: f32| {
+            fill(to.view_mut(), x).unwrap();
+            to
+        };
+        let bf16s = |rows, cols| full(Tensor::activations(&device, rows, cols).unwrap(), 0.37);
+        let f32s = |rows, cols, x| full(Tensor::zeros(&device, rows, cols).unwrap(), x);
+        // So many that no cache holds them all.
+        let bytes = n * k * Bf16.size();
+        let all_w: Vec<Tensor> = (0..(256_usize << 20).div_ceil(bytes)).map(|_| bf16s(n, k)).collect();
+        let (a, b, w_squared) = (bf16s(r, k), f32s(n, r, 0.01), f32s(1, n, 0.1 * k as f32));
+        let (m, mut norm, g, folded) = (f32s(1, n, 1.0), f32s(1, n, 0.0), f32s(1, n, 1.0), bf16s(n, r));
+        let calls = all_w.len().max(50);
+        let mut record = |kernel: Kernel, warps| {
+            let norm = norm.view_mut();
+            let operands = Operands { w_squared: w_squared.view(), a: a.view(), b: b.view(), scaling: 2.0 };
+            let fold = Some(Fold { m: m.view(), g: g.view(), folded: folded.view() });
+            let enqueue = |calls| {
+                all_w.iter().cycle().take(calls).try_for_each(|w| {
+                    launch(cuda, kernel, warps, &norm, operands, w.view(), Some(g.view()), fold)
+                })
+            };
+            // Kernels are compiled before anything is recorded.
+            enqueue(1).unwrap();
+            Graph::record(cuda, || enqueue(calls)).unwrap()
+        };
+        let warps_of = |kernel: Kernel| Kernel::warps(n.div_ceil(kernel.rows), cuda.sms());
+        let chosen = Kernel::choose(true, n, k, r, cuda.sms());
+        let mut kernels = vec![(chosen, warps_of(chosen)), (ALIGNED_R16, warps_of(ALIGNED_R16))];
+        kernels.extend(PRODUCTS.iter().flat_map(|&kernel| [8, 16].map(|warps| (kernel, warps))));
+        let mut runs: Vec<_> =
+            kernels.iter().map(|&(kernel, warps)| (record(kernel, warps), f64::INFINITY)).collect();
+        for _ in 0..7 {
+            for (graph, best) in &mut runs {
+                cuda.synchronize().unwrap();
+                let start = std::time::Instant::now();
+                graph.launch().unwrap();
+                cuda.synchronize().unwrap();
+                *best = best.min(1e6 * start.elapsed().as_secs_f64() / calls as f64);
+            }
+        }
+        println!("{n} x {k}, rank {r}, first the chosen one:");
+        for ((kernel, warps), (_, us)) in kernels.iter().zip(&runs) {
+            let (name, rate) = (kernel.name, bytes as f64 / us / 1e6);
+            println!("  {name} of {warps} warps {us:.1} us ({rate:.2} TB/s of w)");
+        }
     }
 }
 
