@@ -185,6 +185,14 @@ impl Plans {
             use sys::cublasLtMatmulPreferenceAttributes_t as P;
             let limit = WORKSPACE as u64;
             result::set_matmul_pref_attribute(preference, attributes, std::ptr::from_ref(&limit).cast(), 8)?;
+            // Parts of a sum that is split are added up in f32: nothing is rounded to bf16 but the whole.
+            use sys::cublasLtReductionScheme_t as Scheme;
+            let exact = match shape.dtypes[2] {
+                Dtype::F32 => Scheme::CUBLASLT_REDUCTION_SCHEME_MASK,
+                Dtype::Bf16 => Scheme::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE,
+            } as u32;
+            let schemes = P::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK;
+            result::set_matmul_pref_attribute(preference, schemes, std::ptr::from_ref(&exact).cast(), 4)?;
             for (attribute, bytes) in [
                 (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, b),
                 (P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, a),
