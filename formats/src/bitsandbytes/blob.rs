@@ -123,8 +123,19 @@ fn dtype_from_name(name: &str) -> Option<Dtype> {
     [Dtype::F32, Dtype::F16, Dtype::BF16].into_iter().find(|&dtype| dtype_name(dtype) == name)
 }
 
-/// A finite number as Python prints it: the fewest digits that give it back, `e` from 1e16 on and below 1e-4.
+/// A number as Python's JSON has it: the fewest digits that give it back, `e` from 1e16 on and below 1e-4. The mean of
+/// scales that overflows is an infinity there, too.
 fn python_float(x: f64) -> String {
+    if !x.is_finite() {
+        return if x.is_nan() {
+            "NaN"
+        } else if x > 0.0 {
+            "Infinity"
+        } else {
+            "-Infinity"
+        }
+        .to_owned();
+    }
     let scientific = format!("{x:e}");
     let (mantissa, exponent) = scientific.split_once('e').expect("`e` is what this format writes");
     let exponent: i32 = exponent.parse().expect("the exponent is a number");
@@ -142,6 +153,9 @@ mod tests {
     #[test]
     fn numbers_are_spelled_as_python_spells_them() {
         for (x, text) in [
+            (f64::INFINITY, "Infinity"),
+            (f64::NEG_INFINITY, "-Infinity"),
+            (f64::NAN, "NaN"),
             (0.0, "0.0"),
             (1.0, "1.0"),
             (0.2805918753147125, "0.2805918753147125"),
