@@ -1,6 +1,6 @@
 //! The low-rank half of an adapter: x projected to rank, and the gradients of both factors.
 //!
-//! The other half, h bᵀ, is added by [`quant_linear`](super::quant_linear), which also makes dh where dx is made.
+//! The other half, h bᵀ, is added by [`quant_linear`](super::quant_linear), which also adds dh A to dx.
 
 #[cfg(test)]
 mod branch_tests;
@@ -55,7 +55,7 @@ pub fn low_rank_forward(h: ViewMut, x: View, a: View) -> Result<()> {
 /// The gradients of y = s diag(g) B h + ..., h = A x, by both factors and by x.
 ///
 /// dA += dh^T x; dB += s diag(g) dy^T h; dx += dh A. `dh` comes from
-/// [`quant_linear_backward`](super::quant_linear::quant_linear_backward), scale included.
+/// [`low_rank_branch_gradients`], scale included.
 ///
 /// Shapes: `dx`, `x` (T, K); `da`, `a` (R, K); `db` (N, R); `dh`, `h` (T, R); `dy` (T, N).
 /// Accumulates: all three are added to.
