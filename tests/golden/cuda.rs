@@ -14,7 +14,9 @@ use qpeft_formats::GgmlType;
 use qpeft_formats::bitsandbytes::QuantType;
 use qpeft_formats::mixture::{FileType, Mixture};
 use qpeft_formats::peft::{PeftConfig, TargetModules};
+use qpeft_kernels::cuda::Cuda;
 use qpeft_kernels::cuda::gemm::WORKSPACE;
+use qpeft_kernels::error::Error;
 
 use super::*;
 
@@ -30,10 +32,19 @@ const LOSS: f64 = 2e-3;
 /// One test at a time: while one records a graph, the driver refuses others to open devices and streams.
 static TURN: Mutex<()> = Mutex::new(());
 
-/// The GPU for as long as the guard lives, or why there is none.
+/// The GPU for as long as the guard lives. `None`, with the reason printed, where the libraries or the GPU are not
+/// there; a GPU that is there and does not open fails the test.
 fn device() -> Option<(MutexGuard<'static, ()>, Device)> {
     let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    Some((turn, Device::open("cuda").inspect_err(|e| println!("skipped: {e}")).ok()?))
+    match Device::open("cuda") {
+        Ok(device) => Some((turn, device)),
+        Err(e) => {
+            let absent = matches!(e, Error::CudaLibrary { .. }) || matches!(Cuda::count(), Ok(0));
+            assert!(absent, "there is a GPU, but {e}");
+            println!("skipped: {e}");
+            None
+        }
+    }
 }
 
 /// Loss and gradients several times, first launch by launch and in the end replayed from a recording: the same

@@ -1,8 +1,8 @@
 //! The decompositions against each other and against what makes them one, on the CPU and on CUDA.
 
 use super::*;
-use crate::device::Device;
 use crate::tensor::View;
+use crate::testing::cuda::device;
 use crate::testing::{Mat as TestMat, same_on_one_and_four_threads};
 use crate::weight::BaseWeight;
 
@@ -158,16 +158,6 @@ fn the_rest_of_a_weight_is_what_its_factors_leave() {
     assert!(error.contains("96 is not a multiple of the Q6_K block length 256"), "{error}");
     let error = subtract(&weight, &b, &svd.v[1..], 1.0, weight.weight_type()).unwrap_err().to_string();
     assert_eq!(error, "subtract: elements of a is 383, expected 384");
-}
-
-fn device() -> Option<Device> {
-    match Device::open("cuda") {
-        Ok(device) => Some(device),
-        Err(e) => {
-            println!("skipped: {e}");
-            None
-        }
-    }
 }
 
 #[test]

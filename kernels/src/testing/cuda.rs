@@ -5,8 +5,9 @@
 //! result: 2^-9 of an element, or its neighbour where the f32 result lay on the other side of the middle, hence 2^-8.
 
 use super::{Mat, Out, Tolerance, assert_close, same_bits};
+use crate::cuda::Cuda;
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ids::IdBuffer;
 use crate::tensor::{Dtype, Tensor, View, ViewMut};
 
@@ -30,9 +31,18 @@ pub(crate) const SHAPES: [(usize, usize); 13] = [
     (0, 8),
 ];
 
-/// The first device, or why a test does nothing.
+/// The first device. `None`, with the reason printed, where the libraries or the GPU are not there; a GPU that is there
+/// and does not open fails the test, or what one test does to it would let all others pass.
 pub(crate) fn device() -> Option<Device> {
-    Device::open("cuda:0").inspect_err(|e| println!("skipped: {e}")).ok()
+    match Device::open("cuda:0") {
+        Ok(device) => Some(device),
+        Err(e) => {
+            let absent = matches!(e, Error::CudaLibrary { .. }) || matches!(Cuda::count(), Ok(0));
+            assert!(absent, "there is a GPU, but {e}");
+            println!("skipped: {e}");
+            None
+        }
+    }
 }
 
 /// Indices with their copy on the device.

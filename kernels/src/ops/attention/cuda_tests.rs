@@ -8,12 +8,8 @@ use super::*;
 use crate::device::Device;
 use crate::ids::IdBuffer;
 use crate::tensor::Tensor;
+use crate::testing::cuda::device;
 use crate::testing::{Mat, assert_close, tolerance};
-
-/// The first device, or why these tests do nothing.
-fn device() -> Option<Device> {
-    Device::open("cuda:0").inspect_err(|e| println!("skipped: {e}")).ok()
-}
 
 /// Rows of a wider poisoned tensor: `before` and `after` elements lie beside each.
 struct Padded {
