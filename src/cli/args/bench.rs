@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use qpeft_kernels::weight::WeightType;
 
-use super::{ComputeArgs, Method};
+use super::ComputeArgs;
 use crate::cli::values::{at_least_one, at_least_zero, bytes, packed_type, up_to_2_pow_32, weight_type};
 use crate::model::synthetic::{BaseType, Shape};
+use crate::train::config::Method;
 
 /// `qpeft bench train`
 #[derive(Debug, Clone, Args)]
