@@ -10,7 +10,7 @@ use crate::cpu::by_isa;
 use crate::cpu::quantize::quantize_rows;
 use crate::cpu::scratch::with_scratch;
 use crate::error::Result;
-use crate::weight::ROWS_PER_TASK;
+use crate::weight::dequantize::ROWS_PER_TASK;
 
 /// Some rows.
 pub(super) fn rows(dtype: GgmlType, bytes: &[u8], cols: usize, rows: Range<usize>, out: &mut [f32]) {
