@@ -11,14 +11,16 @@ pub use cuda::branch_gradients_scratch;
 use crate::cpu::by_isa;
 use crate::cpu::gemm::{Mat, MatMut, gemm};
 use crate::cpu::scratch::with_scratch;
-use crate::cuda::gemm::{Matrix, transposed};
-use crate::cuda::{Arg, Cuda, Grid, Scratch, Source};
+use crate::cuda::Source;
+use crate::cuda::gemm::transposed;
 use crate::error::{Error, Result, check};
 use crate::ops::convert::convert;
-use crate::tensor::{Dtype, View, ViewMut};
+use crate::tensor::{View, ViewMut};
 
 const FORWARD: &str = "low_rank_forward";
-const BACKWARD: &str = "low_rank_backward";
+const PROJECTION: &str = "low_rank_projection_backward";
+const INPUT: &str = "low_rank_input_gradient";
+const BRANCH: &str = "low_rank_branch_gradients";
 
 /// What the product h Bᵀ is multiplied by before it is added to y: `scaling`, and a factor per output.
 #[derive(Debug, Clone, Copy)]
@@ -52,114 +54,30 @@ pub fn low_rank_forward(h: ViewMut, x: View, a: View) -> Result<()> {
     Ok(())
 }
 
-/// The gradients of y = s diag(g) B h + ..., h = A x, by both factors and by x.
+/// The gradient of h = A x by A.
 ///
-/// dA += dh^T x; dB += s diag(g) dy^T h; dx += dh A. `dh` comes from
-/// [`low_rank_branch_gradients`], scale included.
+/// dA += dh^T x. `dh` comes from [`low_rank_branch_gradients`], scale included.
 ///
-/// Shapes: `dx`, `x` (T, K); `da`, `a` (R, K); `db` (N, R); `dh`, `h` (T, R); `dy` (T, N).
-/// Accumulates: all three are added to.
+/// Shapes: `x` (T, K); `da` (R, K); `dh` (T, R): R of one linear, or of several of one input whose factors lie one below
+/// the other.
+/// Accumulates: `da` is added to.
 /// Precision: f32, sums over tokens included; within 1e-5 of f64, relative to the sum of the terms'
 /// magnitudes. Equal bits for any number of threads: no sum is split between them.
 ///
 /// # Errors
 /// Shapes that do not belong together, or no kernel for the device.
 ///
-/// Source: derived from the formula above; the row scale is a constant (DoRA, arXiv 2402.09353, section 4.3).
-pub fn low_rank_backward(
-    dx: Option<ViewMut>,
-    da: ViewMut,
-    db: ViewMut,
-    dh: View,
-    dy: View,
-    h: View,
-    x: View,
-    a: View,
-    out_scale: OutScale,
-) -> Result<()> {
-    let (tokens, rank) = (x.rows, a.rows);
-    check(BACKWARD, "columns of x", a.cols, x.cols)?;
-    check(BACKWARD, "rows of da", rank, da.rows)?;
-    check(BACKWARD, "columns of da", a.cols, da.cols)?;
-    check(BACKWARD, "rows of dh", tokens, dh.rows)?;
-    check(BACKWARD, "columns of dh", rank, dh.cols)?;
-    check(BACKWARD, "rows of h", tokens, h.rows)?;
-    check(BACKWARD, "columns of h", rank, h.cols)?;
-    check(BACKWARD, "rows of dy", tokens, dy.rows)?;
-    check(BACKWARD, "rows of db", dy.cols, db.rows)?;
-    check(BACKWARD, "columns of db", rank, db.cols)?;
-    if let Some(dx) = &dx {
-        check(BACKWARD, "rows of dx", tokens, dx.rows)?;
-        check(BACKWARD, "columns of dx", a.cols, dx.cols)?;
-    }
-    check_row_scale(out_scale, dy)?;
-    if let Some(cuda) = x.cuda() {
-        return backward_cuda(cuda, dx, &da, &db, [dh, dy, h, x, a], out_scale);
-    }
-    let row_scale = out_scale.rows.map(|rows| Ok::<_, Error>(rows.mat(BACKWARD)?.row(0))).transpose()?;
-    let (dh, x) = (dh.mat(BACKWARD)?, x.mat(BACKWARD)?);
-    if let Some(dx) = dx {
-        dx_fast(dx.mat(BACKWARD)?, dh, a.mat(BACKWARD)?);
-    }
-    da_fast(da.mat(BACKWARD)?, dh, x);
-    db_fast(db.mat(BACKWARD)?, dy.mat(BACKWARD)?, h.mat(BACKWARD)?, out_scale.scaling, row_scale);
-    Ok(())
-}
-
-/// The gradient of h = A x by A.
-///
-/// dA += dh^T x.
-///
-/// Shapes: `x` (T, K); `da` (R, K); `dh` (T, R): R of one linear, or of several of one input whose factors lie one below
-/// the other.
-/// Accumulates: `da` is added to.
-/// Precision: as [`low_rank_backward`].
-///
-/// # Errors
-/// Shapes that do not belong together, or no kernel for the device.
-///
-/// Source: see [`low_rank_backward`].
+/// Source: derived from the formula of [`low_rank_forward`].
 pub fn low_rank_projection_backward(da: ViewMut, dh: View, x: View) -> Result<()> {
-    check(BACKWARD, "rows of da", dh.cols, da.rows)?;
-    check(BACKWARD, "columns of da", x.cols, da.cols)?;
-    check(BACKWARD, "rows of dh", x.rows, dh.rows)?;
+    check(PROJECTION, "rows of da", dh.cols, da.rows)?;
+    check(PROJECTION, "columns of da", x.cols, da.cols)?;
+    check(PROJECTION, "rows of dh", x.rows, dh.rows)?;
     if let Some(cuda) = x.cuda() {
-        let dh = transposed(dh.matrix(BACKWARD)?);
-        return cuda.gemm(da.matrix(BACKWARD)?, dh, x.matrix(BACKWARD)?, 1.0, 1.0);
+        let dh = transposed(dh.matrix(PROJECTION)?);
+        return cuda.gemm(da.matrix(PROJECTION)?, dh, x.matrix(PROJECTION)?, 1.0, 1.0);
     }
-    da_fast(da.mat(BACKWARD)?, dh.mat(BACKWARD)?, x.mat(BACKWARD)?);
+    da_fast(da.mat(PROJECTION)?, dh.mat(PROJECTION)?, x.mat(PROJECTION)?);
     Ok(())
-}
-
-/// The gradient by B alone: the part of [`low_rank_backward`] that every linear has for itself.
-///
-/// dB += s diag(g) dy^T h.
-///
-/// Shapes: `db` (N, R); `dy` (T, N); `h` (T, R).
-/// Accumulates: `db` is added to.
-/// Precision: as [`low_rank_backward`].
-///
-/// # Errors
-/// Shapes that do not belong together, or no kernel for the device.
-///
-/// Source: see [`low_rank_backward`].
-pub fn low_rank_branch_backward(db: ViewMut, dy: View, h: View, out_scale: OutScale) -> Result<()> {
-    check(BACKWARD, "rows of h", dy.rows, h.rows)?;
-    check(BACKWARD, "rows of db", dy.cols, db.rows)?;
-    check(BACKWARD, "columns of db", h.cols, db.cols)?;
-    check_row_scale(out_scale, dy)?;
-    if let Some(cuda) = dy.cuda() {
-        return db_cuda(cuda, &db, dy, h, out_scale);
-    }
-    let row_scale = out_scale.rows.map(|rows| Ok::<_, Error>(rows.mat(BACKWARD)?.row(0))).transpose()?;
-    db_fast(db.mat(BACKWARD)?, dy.mat(BACKWARD)?, h.mat(BACKWARD)?, out_scale.scaling, row_scale);
-    Ok(())
-}
-
-fn check_row_scale(out_scale: OutScale, dy: View) -> Result<()> {
-    let Some(rows) = out_scale.rows else { return Ok(()) };
-    check(BACKWARD, "rows of the row scale", 1, rows.rows)?;
-    check(BACKWARD, "columns of the row scale", dy.cols, rows.cols)
 }
 
 /// The gradient of the projection's input alone: dropout stands between it and dx.
@@ -168,60 +86,37 @@ fn check_row_scale(out_scale: OutScale, dy: View) -> Result<()> {
 ///
 /// Shapes: `dx` (T, K); `dh` (T, R); `a` (R, K).
 /// Accumulates: `dx` is added to.
-/// Precision: f32, as [`low_rank_backward`].
+/// Precision: as [`low_rank_projection_backward`].
 ///
 /// # Errors
 /// Shapes that do not belong together, or no kernel for the device.
 ///
-/// Source: see [`low_rank_backward`].
+/// Source: derived from the formula of [`low_rank_forward`].
 pub fn low_rank_input_gradient(dx: ViewMut, dh: View, a: View) -> Result<()> {
-    check(BACKWARD, "rows of dx", dh.rows, dx.rows)?;
-    check(BACKWARD, "columns of dx", a.cols, dx.cols)?;
-    check(BACKWARD, "columns of dh", a.rows, dh.cols)?;
+    check(INPUT, "rows of dx", dh.rows, dx.rows)?;
+    check(INPUT, "columns of dx", a.cols, dx.cols)?;
+    check(INPUT, "columns of dh", a.rows, dh.cols)?;
     if let Some(cuda) = dh.cuda() {
-        return cuda.gemm(dx.matrix(BACKWARD)?, dh.matrix(BACKWARD)?, a.matrix(BACKWARD)?, 1.0, 1.0);
+        return cuda.gemm(dx.matrix(INPUT)?, dh.matrix(INPUT)?, a.matrix(INPUT)?, 1.0, 1.0);
     }
-    dx_fast(dx.mat(BACKWARD)?, dh.mat(BACKWARD)?, a.mat(BACKWARD)?);
+    dx_fast(dx.mat(INPUT)?, dh.mat(INPUT)?, a.mat(INPUT)?);
     Ok(())
 }
 
-/// The gradient of the projection alone, where nothing below the linear is trained and dx is not made.
-///
-/// dh = dy b, with scaling and row scale in b.
-///
-/// Shapes: `dh` (T, R); `dy` (T, N); `b` (N, R).
-/// Accumulates: nothing, `dh` is overwritten.
-/// Precision: f32, as [`low_rank_forward`].
-///
-/// # Errors
-/// Shapes that do not belong together, or no kernel for the device.
-///
-/// Source: see [`low_rank_backward`].
-pub fn low_rank_branch_gradient(dh: ViewMut, dy: View, b: View) -> Result<()> {
-    check(BACKWARD, "rows of dh", dy.rows, dh.rows)?;
-    check(BACKWARD, "columns of dh", b.cols, dh.cols)?;
-    check(BACKWARD, "columns of dy", b.rows, dy.cols)?;
-    if let Some(cuda) = dy.cuda() {
-        return cuda.gemm(dh.matrix(BACKWARD)?, dy.matrix(BACKWARD)?, b.matrix(BACKWARD)?, 1.0, 0.0);
-    }
-    forward_fast(dh.mat(BACKWARD)?, dy.mat(BACKWARD)?, b.mat(BACKWARD)?.transposed());
-    Ok(())
-}
-
-/// Both gradients that a linear's branch takes from dy, in one pass over it.
+/// Both gradients that the branch of y = s diag(g) B h + ... takes from dy, in one pass over it.
 ///
 /// dh = dy b, with scaling and row scale in b; dB += s diag(g) dy^T h.
 ///
 /// Shapes: `dh`, `twin`, `h` (T, R); `db` (N, R); `dy` (T, N); `b` (N, R), of the type of activations. `twin` gets the
 /// values of `dh` again: the dh of linears that share an input lie side by side in it.
 /// Accumulates: `db` is added to, `dh` and `twin` are overwritten.
-/// Precision: f32, as [`low_rank_backward`]; on CUDA `dh` is rounded to bf16 once. Equal bits for equal operands on
-/// the same device.
+/// Precision: as [`low_rank_projection_backward`]; on CUDA `dh` is rounded to bf16 once. Equal bits for equal operands
+/// on the same device.
 ///
 /// # Errors
 /// Shapes that do not belong together, or no kernel for the device.
 ///
-/// Source: see [`low_rank_backward`].
+/// Source: derived from the formula above; the row scale is a constant (DoRA, arXiv 2402.09353, section 4.3).
 pub fn low_rank_branch_gradients(
     mut dh: ViewMut,
     twin: Option<ViewMut>,
@@ -237,64 +132,34 @@ pub fn low_rank_branch_gradients(
         (twin.as_ref(), ["rows of the twin", "columns of the twin"]),
     ] {
         let Some(to) = to else { continue };
-        check(BACKWARD, rows, dy.rows, to.rows)?;
-        check(BACKWARD, cols, rank, to.cols)?;
+        check(BRANCH, rows, dy.rows, to.rows)?;
+        check(BRANCH, cols, rank, to.cols)?;
     }
-    check(BACKWARD, "rows of h", dy.rows, h.rows)?;
-    check(BACKWARD, "rows of b", dy.cols, b.rows)?;
-    check(BACKWARD, "columns of b", rank, b.cols)?;
-    check(BACKWARD, "rows of db", dy.cols, db.rows)?;
-    check(BACKWARD, "columns of db", rank, db.cols)?;
-    check_row_scale(out_scale, dy)?;
-    if let Some(cuda) = dy.cuda()
-        && cuda::branch_gradients(cuda, &dh, twin.as_ref(), &db, [dy, b, h], out_scale)?
-    {
-        return Ok(());
+    check(BRANCH, "rows of h", dy.rows, h.rows)?;
+    check(BRANCH, "rows of b", dy.cols, b.rows)?;
+    check(BRANCH, "columns of b", rank, b.cols)?;
+    check(BRANCH, "rows of db", dy.cols, db.rows)?;
+    check(BRANCH, "columns of db", rank, db.cols)?;
+    if let Some(rows) = out_scale.rows {
+        check(BRANCH, "rows of the row scale", 1, rows.rows)?;
+        check(BRANCH, "columns of the row scale", dy.cols, rows.cols)?;
     }
-    low_rank_branch_gradient(dh.reborrow(), dy, b)?;
+    if let Some(cuda) = dy.cuda() {
+        return cuda::branch_gradients(cuda, &dh, twin, &db, [dy, b, h], out_scale);
+    }
+    let row_scale = out_scale.rows.map(|rows| Ok::<_, Error>(rows.mat(BRANCH)?.row(0))).transpose()?;
+    let dy = dy.mat(BRANCH)?;
+    forward_fast(dh.reborrow().mat(BRANCH)?, dy, b.mat(BRANCH)?.transposed());
     if let Some(twin) = twin {
         convert(twin, dh.as_view())?;
     }
-    low_rank_branch_backward(db, dy, h, out_scale)
+    db_fast(db.mat(BRANCH)?, dy, h.mat(BRANCH)?, out_scale.scaling, row_scale);
+    Ok(())
 }
 
 // ----------------------------------------------------------------------------------------- CUDA
 
 pub(crate) static SOURCE: Source = Source::new("low_rank.cu", include_str!("low_rank.cu"));
-
-/// Products by cuBLASLt; sums over tokens are in f32 and added to f32 gradients.
-fn backward_cuda(
-    cuda: &Cuda,
-    dx: Option<ViewMut>,
-    da: &ViewMut,
-    db: &ViewMut,
-    [dh, dy, h, x, a]: [View; 5],
-    out_scale: OutScale,
-) -> Result<()> {
-    let dh = dh.matrix(BACKWARD)?;
-    if let Some(dx) = dx {
-        cuda.gemm(dx.matrix(BACKWARD)?, dh, a.matrix(BACKWARD)?, 1.0, 1.0)?;
-    }
-    cuda.gemm(da.matrix(BACKWARD)?, transposed(dh), x.matrix(BACKWARD)?, 1.0, 1.0)?;
-    db_cuda(cuda, db, dy, h, out_scale)
-}
-
-fn db_cuda(cuda: &Cuda, db: &ViewMut, dy: View, h: View, out_scale: OutScale) -> Result<()> {
-    let (dy, h, to) = (transposed(dy.matrix(BACKWARD)?), h.matrix(BACKWARD)?, db.matrix(BACKWARD)?);
-    let Some(rows) = out_scale.rows else { return cuda.gemm(to, dy, h, out_scale.scaling, 1.0) };
-    let ptr = cuda.scratch(Scratch::Partials, db.rows * db.cols * Dtype::F32.size())?;
-    cuda.gemm(Matrix { ptr, stride: db.cols, ..to }, dy, h, 1.0, 0.0)?;
-    let args = [
-        Arg::Ptr(db.f32(BACKWARD)?),
-        Arg::Ptr(ptr),
-        Arg::Ptr(rows.f32(BACKWARD)?),
-        Arg::F32(out_scale.scaling),
-        Arg::size(db.rows),
-        Arg::size(db.cols),
-        Arg::size(db.stride),
-    ];
-    cuda.launch(&SOURCE, "low_rank_add_scaled", Grid::over(db.rows * db.cols, 256), &args)
-}
 
 // ------------------------------------------------------------------------------------------ CPU
 
@@ -318,14 +183,12 @@ fn forward_fast(h: MatMut<'_>, x: Mat<'_>, a: Mat<'_>) {
     h.par_tiles(TOKEN_TILE, rank, |h, tokens, _| gemm(h, false, 1.0, x.row_range(tokens), a.transposed()));
 }
 
-/// y[t][n] = s * g[n] * sum_r h[t][r] * b[n][r] and h[t][r] = sum_k x[t][k] * a[r][k], by a, b and x.
+/// h[t][r] = sum_k x[t][k] * a[r][k], by x and a.
 #[cfg(test)]
-fn backward_naive(
-    [dx, da, db]: [&mut [f64]; 3],
-    [dh, dy, h, x, a]: [&[f64]; 5],
-    scaling: f64,
-    g: &[f64],
-    [tokens, n_rows, k_cols, rank]: [usize; 4],
+fn projection_backward_naive(
+    [dx, da]: [&mut [f64]; 2],
+    [dh, x, a]: [&[f64]; 3],
+    [tokens, k_cols, rank]: [usize; 3],
 ) {
     for t in 0..tokens {
         for r in 0..rank {
@@ -333,7 +196,24 @@ fn backward_naive(
                 dx[t * k_cols + k] += dh[t * rank + r] * a[r * k_cols + k];
                 da[r * k_cols + k] += dh[t * rank + r] * x[t * k_cols + k];
             }
-            for n in 0..n_rows {
+        }
+    }
+}
+
+/// y[t][n] = sum_r h[t][r] * b[n][r] with b[n][r] = s * g[n] * B[n][r], by h and B.
+#[cfg(test)]
+fn branch_gradients_naive(
+    [dh, db]: [&mut [f64]; 2],
+    [dy, b, h]: [&[f64]; 3],
+    scaling: f64,
+    g: &[f64],
+    [tokens, n_rows, rank]: [usize; 3],
+) {
+    dh.fill(0.0);
+    for t in 0..tokens {
+        for n in 0..n_rows {
+            for r in 0..rank {
+                dh[t * rank + r] += dy[t * n_rows + n] * b[n * rank + r];
                 db[n * rank + r] += scaling * g[n] * dy[t * n_rows + n] * h[t * rank + r];
             }
         }
@@ -378,28 +258,31 @@ by_isa! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Mat as TestMat, Out, Tolerance, check_fast, check_gradient, inner, tolerance};
+    use crate::testing::{
+        Mat as TestMat, Out, Tolerance, assert_close, check_fast, check_gradient, inner, tolerance,
+    };
 
-    /// T, N, K, R. Rank 1 has a test of its own below.
-    const SHAPES: [[usize; 4]; 6] =
-        [[1, 1, 1, 2], [1, 129, 127, 7], [7, 97, 129, 3], [130, 200, 33, 16], [33, 40, 400, 8], [0, 3, 4, 2]];
+    /// T, K, R. Rank 1 has a test of its own below.
+    const SHAPES: [[usize; 3]; 6] =
+        [[1, 1, 2], [1, 127, 7], [7, 129, 3], [130, 33, 16], [33, 400, 8], [0, 4, 2]];
 
     /// See the quantized linear: n terms in f32 err by 1.8e-8 n, the worst element by five times that.
     fn close(terms: usize) -> Tolerance {
         tolerance(1e-6, 1e-7 * (terms as f64 + 8.0) * 4.0)
     }
 
-    fn inputs([t, n, k, r]: [usize; 4]) -> [TestMat; 6] {
-        [(t, r), (t, n), (t, r), (t, k), (r, k), (1, n)]
+    /// dh, x and a.
+    fn inputs([t, k, r]: [usize; 3]) -> [TestMat; 3] {
+        [(t, r), (t, k), (r, k)]
             .map(|(rows, cols)| TestMat::random((rows * 3 + cols) as u64, rows, cols, 1.0))
     }
 
     #[test]
     fn the_fast_forward_equals_the_naive_one() {
-        for shape @ [t, _, k, r] in SHAPES {
-            let [_, _, _, x, a, _] = inputs(shape);
+        for shape @ [t, k, r] in SHAPES {
+            let [_, x, a] = inputs(shape);
             let mut h = vec![0.0; t * r];
-            forward_naive(&mut h, &x.f64(), &a.f64(), [t, k, r]);
+            forward_naive(&mut h, &x.f64(), &a.f64(), shape);
             check_fast(&format!("{shape:?}"), [(Out::Set(t, r), &h)], [&x, &a], close(k), |[h], [x, a]| {
                 low_rank_forward(h, x, a)
             });
@@ -407,86 +290,78 @@ mod tests {
     }
 
     #[test]
-    fn the_fast_backward_equals_the_naive_one_and_adds() {
-        for shape @ [t, n, k, r] in SHAPES {
-            let [dh, dy, h, x, a, g] = inputs(shape);
-            let starts = [(t, k), (r, k), (n, r)].map(|(rows, cols)| TestMat::random(7, rows, cols, 1.0));
-            for scaled in [false, true] {
-                let factors = if scaled { g.f64() } else { vec![1.0; n] };
-                let [mut dx, mut da, mut db] = starts.each_ref().map(TestMat::f64);
-                backward_naive(
-                    [&mut dx, &mut da, &mut db],
-                    [&dh, &dy, &h, &x, &a].map(TestMat::f64).each_ref().map(Vec::as_slice),
-                    0.5,
-                    &factors,
-                    shape,
-                );
-                let [dx_start, da_start, db_start] = &starts;
-                check_fast(
-                    &format!("{shape:?}, row scale: {scaled}"),
-                    [(Out::Add(dx_start), &dx), (Out::Add(da_start), &da), (Out::Add(db_start), &db)],
-                    [&dh, &dy, &h, &x, &a, &g],
-                    close(t.max(r)),
-                    |[dx, da, db], [dh, dy, h, x, a, g]| {
-                        let out_scale = OutScale { scaling: 0.5, rows: scaled.then_some(g) };
-                        low_rank_backward(Some(dx), da, db, dh, dy, h, x, a, out_scale)
-                    },
-                );
-            }
+    fn the_fast_backward_of_the_projection_equals_the_naive_one_and_adds() {
+        for shape @ [t, k, r] in SHAPES {
+            let [dh, x, a] = &inputs(shape);
+            let [dx_start, da_start] =
+                &[(t, k), (r, k)].map(|(rows, cols)| TestMat::random(7, rows, cols, 1.0));
+            let (mut dx, mut da) = (dx_start.f64(), da_start.f64());
+            projection_backward_naive([&mut dx, &mut da], [&dh.f64(), &x.f64(), &a.f64()], shape);
+            let what = format!("{shape:?}");
+            check_fast(&what, [(Out::Add(dx_start), &dx)], [dh, a], close(r), |[dx], [dh, a]| {
+                low_rank_input_gradient(dx, dh, a)
+            });
+            check_fast(&what, [(Out::Add(da_start), &da)], [dh, x], close(t), |[da], [dh, x]| {
+                low_rank_projection_backward(da, dh, x)
+            });
         }
     }
 
     #[test]
-    fn rank_one_and_a_gradient_without_dx_are_served() {
+    fn rank_one_is_served() {
         // Not through the harness: a matrix of one column is summed in another order when it is contiguous.
-        let shape @ [t, n, k, r] = [5, 7, 9, 1];
-        let mats @ [dh, dy, h, x, a, _] = &inputs(shape);
-        let values = mats.each_ref().map(TestMat::f64);
-        let mut expected = vec![0.0; t];
-        forward_naive(&mut expected, &values[3], &values[4], [t, k, r]);
+        let shape @ [t, k, r] = [5, 9, 1];
+        let n = 7;
+        let [dh, x, a] = &inputs(shape);
+        let mut h = vec![0.0; t];
+        forward_naive(&mut h, &x.f64(), &a.f64(), shape);
         let mut found = TestMat::poisoned(t, r);
         low_rank_forward(found.view_mut(), x.view(), a.view()).unwrap();
-        crate::testing::assert_close("h", &found.values(), &expected, close(k));
-        let (mut da, mut db, mut dx) = (vec![0.0; k], vec![0.0; n], vec![0.0; t * k]);
-        let [v0, v1, v2, v3, v4, _] = values.each_ref().map(Vec::as_slice);
-        backward_naive([&mut dx, &mut da, &mut db], [v0, v1, v2, v3, v4], 2.0, &[1.0; 7], shape);
-        let mut da_found = TestMat::new(r, k, vec![0.0; k]);
-        let mut db_found = TestMat::new(n, r, vec![0.0; n]);
-        let (da_view, db_view) = (da_found.view_mut(), db_found.view_mut());
+        assert_close("h", &found.values(), &h, close(k));
+
+        let (mut dx, mut da) = (vec![0.0; t * k], vec![0.0; k]);
+        projection_backward_naive([&mut dx, &mut da], [&dh.f64(), &x.f64(), &a.f64()], shape);
+        let mut found = TestMat::new(r, k, vec![0.0; k]);
+        low_rank_projection_backward(found.view_mut(), dh.view(), x.view()).unwrap();
+        assert_close("da", &found.values(), &da, close(t));
+
+        let [dy, b, h] = &[(t, n), (n, r), (t, r)].map(|(rows, cols)| TestMat::random(8, rows, cols, 1.0));
+        let (mut expected, mut db) = (vec![0.0; t], vec![0.0; n]);
+        let values = [dy, b, h].map(TestMat::f64);
+        let values = values.each_ref().map(Vec::as_slice);
+        branch_gradients_naive([&mut expected, &mut db], values, 2.0, &[1.0; 7], [t, n, r]);
+        let (mut dh, mut found) = (TestMat::poisoned(t, r), TestMat::new(n, r, vec![0.0; n]));
         let out_scale = OutScale { scaling: 2.0, rows: None };
-        let (dh, dy, h, x, a) = (dh.view(), dy.view(), h.view(), x.view(), a.view());
-        low_rank_backward(None, da_view, db_view, dh, dy, h, x, a, out_scale).unwrap();
-        crate::testing::assert_close("da", &da_found.values(), &da, close(t));
-        crate::testing::assert_close("db", &db_found.values(), &db, close(t));
+        let (to, db_to) = (dh.view_mut(), found.view_mut());
+        low_rank_branch_gradients(to, None, db_to, dy.view(), b.view(), h.view(), out_scale).unwrap();
+        assert_close("dh", &dh.values(), &expected, close(n));
+        assert_close("db", &found.values(), &db, close(t));
     }
 
     #[test]
-    fn the_naive_backward_is_the_derivative_of_the_naive_forward() {
-        let shape @ [t, n, k, r] = [4, 5, 6, 3];
-        let [_, dy, _, x, a, g] = inputs(shape).map(|mat| mat.f64());
-        let b = TestMat::random(8, n, r, 1.0).f64();
+    fn the_naive_gradients_are_the_derivatives_of_the_naive_forward() {
+        let [t, n, k, r] = [4, 5, 6, 3];
+        let [_, x, a] = inputs([t, k, r]).map(|mat| mat.f64());
+        let [dy, b, g] =
+            [(t, n), (n, r), (1, n)].map(|(rows, cols)| TestMat::random(8, rows, cols, 1.0).f64());
         let scaling = 0.5;
+        let folded =
+            |b: &[f64]| b.iter().enumerate().map(|(i, b)| scaling * g[i / r] * b).collect::<Vec<_>>();
         let hidden = |x: &[f64], a: &[f64]| {
             let mut h = vec![0.0; t * r];
             forward_naive(&mut h, x, a, [t, k, r]);
             h
         };
         let loss = |x: &[f64], a: &[f64], b: &[f64]| {
-            let (h, mut y) = (hidden(x, a), vec![0.0; t * n]);
-            forward_naive(&mut y, &h, b, [t, r, n]);
-            y.iter_mut().enumerate().for_each(|(i, y)| *y *= scaling * g[i % n]);
+            let mut y = vec![0.0; t * n];
+            forward_naive(&mut y, &hidden(x, a), &folded(b), [t, r, n]);
             inner(&y, &dy)
         };
-        // dh as the linear gives it: dy times s diag(g) B.
-        let h = hidden(&x, &a);
-        let mut dh = vec![0.0; t * r];
-        for t in 0..t {
-            for i in 0..r {
-                dh[t * r + i] = (0..n).map(|n_| dy[t * n + n_] * scaling * g[n_] * b[n_ * r + i]).sum();
-            }
-        }
-        let (mut dx, mut da, mut db) = (vec![0.0; t * k], vec![0.0; r * k], vec![0.0; n * r]);
-        backward_naive([&mut dx, &mut da, &mut db], [&dh, &dy, &h, &x, &a], scaling, &g, shape);
+        let (mut dh, mut db) = (vec![0.0; t * r], vec![0.0; n * r]);
+        let values = [&dy[..], &folded(&b), &hidden(&x, &a)];
+        branch_gradients_naive([&mut dh, &mut db], values, scaling, &g, [t, n, r]);
+        let (mut dx, mut da) = (vec![0.0; t * k], vec![0.0; r * k]);
+        projection_backward_naive([&mut dx, &mut da], [&dh, &x, &a], [t, k, r]);
         check_gradient("x", &x, &dx, |x| loss(x, &a, &b));
         check_gradient("a", &a, &da, |a| loss(&x, a, &b));
         check_gradient("b", &b, &db, |b| loss(&x, &a, b));
@@ -502,39 +377,24 @@ mod tests {
         assert_eq!(forward((2, 3), (2, 5), (3, 4)), "low_rank_forward: columns of x is 5, expected 4");
         assert_eq!(forward((1, 3), (2, 4), (3, 4)), "low_rank_forward: rows of h is 1, expected 2");
         assert_eq!(forward((2, 2), (2, 4), (3, 4)), "low_rank_forward: columns of h is 2, expected 3");
-        // T 2, N 5, K 4, R 3: dx, da, db, dh, dy, h, x, a, row scale; one of them wrong at a time.
-        let right = [(2, 4), (3, 4), (5, 3), (2, 3), (2, 5), (2, 3), (2, 4), (3, 4), (1, 5)];
-        for (wrong, shape, expected) in [
-            (0, (1, 4), "rows of dx is 1, expected 2"),
-            (0, (2, 5), "columns of dx is 5, expected 4"),
-            (1, (2, 4), "rows of da is 2, expected 3"),
-            (1, (3, 5), "columns of da is 5, expected 4"),
-            (2, (4, 3), "rows of db is 4, expected 5"),
-            (2, (5, 2), "columns of db is 2, expected 3"),
-            (3, (1, 3), "rows of dh is 1, expected 2"),
-            (3, (2, 2), "columns of dh is 2, expected 3"),
-            (4, (1, 5), "rows of dy is 1, expected 2"),
-            (5, (1, 3), "rows of h is 1, expected 2"),
-            (5, (2, 4), "columns of h is 4, expected 3"),
-            (6, (2, 5), "columns of x is 5, expected 4"),
-            (8, (2, 5), "rows of the row scale is 2, expected 1"),
-            (8, (1, 4), "columns of the row scale is 4, expected 5"),
+        // T 2, K 4, R 3: dx, dh, a; then da, dh, x; one of them wrong at a time.
+        for (shapes, expected) in [
+            ([(1, 4), (2, 3), (3, 4)], "rows of dx is 1, expected 2"),
+            ([(2, 5), (2, 3), (3, 4)], "columns of dx is 5, expected 4"),
+            ([(2, 4), (2, 2), (3, 4)], "columns of dh is 2, expected 3"),
         ] {
-            let mut shapes = right;
-            shapes[wrong] = shape;
-            let [mut dx, mut da, mut db, dh, dy, h, x, a, g] = shapes.map(mat);
-            let error = low_rank_backward(
-                Some(dx.view_mut()),
-                da.view_mut(),
-                db.view_mut(),
-                dh.view(),
-                dy.view(),
-                h.view(),
-                x.view(),
-                a.view(),
-                OutScale { scaling: 1.0, rows: Some(g.view()) },
-            );
-            assert_eq!(error.unwrap_err().to_string(), format!("low_rank_backward: {expected}"));
+            let [mut dx, dh, a] = shapes.map(mat);
+            let error = low_rank_input_gradient(dx.view_mut(), dh.view(), a.view()).unwrap_err();
+            assert_eq!(error.to_string(), format!("low_rank_input_gradient: {expected}"));
+        }
+        for (shapes, expected) in [
+            ([(2, 4), (2, 3), (2, 4)], "rows of da is 2, expected 3"),
+            ([(3, 5), (2, 3), (2, 4)], "columns of da is 5, expected 4"),
+            ([(3, 4), (1, 3), (2, 4)], "rows of dh is 1, expected 2"),
+        ] {
+            let [mut da, dh, x] = shapes.map(mat);
+            let error = low_rank_projection_backward(da.view_mut(), dh.view(), x.view()).unwrap_err();
+            assert_eq!(error.to_string(), format!("low_rank_projection_backward: {expected}"));
         }
     }
 }

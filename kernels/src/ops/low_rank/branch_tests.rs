@@ -3,7 +3,7 @@
 use super::*;
 use crate::cuda::graph::Graph;
 use crate::ops::convert::fill;
-use crate::tensor::Tensor;
+use crate::tensor::{Dtype, Tensor};
 use crate::testing::cuda::{check_cuda, device};
 use crate::testing::{Mat, Out, Tolerance, check_fast, tolerance};
 
@@ -25,18 +25,11 @@ fn scale(g: View<'_>, scaled: bool) -> OutScale<'_> {
 
 /// dh and db.
 fn naive([dy, b, h, g, start]: [&Mat; 5], scaled: bool) -> [Vec<f64>; 2] {
-    let (tokens, n_rows, rank) = (dy.rows, dy.cols, h.cols);
-    let [dy, b, h, g, mut db] = [dy, b, h, g, start].map(Mat::f64);
-    let mut dh = vec![0.0; tokens * rank];
-    for t in 0..tokens {
-        for n in 0..n_rows {
-            let (dy, g) = (dy[t * n_rows + n], if scaled { g[n] } else { 1.0 });
-            for r in 0..rank {
-                dh[t * rank + r] += dy * b[n * rank + r];
-                db[n * rank + r] += 0.5 * g * dy * h[t * rank + r];
-            }
-        }
-    }
+    let shape @ [tokens, n_rows, rank] = [dy.rows, dy.cols, h.cols];
+    let g = if scaled { g.f64() } else { vec![1.0; n_rows] };
+    let (mut dh, mut db) = (vec![0.0; tokens * rank], start.f64());
+    let values = [&dy.f64()[..], &b.f64(), &h.f64()];
+    branch_gradients_naive([&mut dh, &mut db], values, 0.5, &g, shape);
     [dh, db]
 }
 
@@ -57,21 +50,6 @@ fn both_gradients_of_a_branch_equal_the_definition() {
             );
         }
     }
-}
-
-#[test]
-fn both_gradients_of_a_branch_are_the_single_products() {
-    let [t, n, r] = [37, 120, 6];
-    let [dy, b, h, g, start] = &inputs([t, n, r]);
-    let out_scale = OutScale { scaling: 1.5, rows: Some(g.view()) };
-    let [mut dh, mut dh_alone] = [0; 2].map(|_| Mat::poisoned(t, r));
-    let [mut db, mut db_alone] = [0; 2].map(|_| start.clone());
-    let (dy, b, h) = (dy.view(), b.view(), h.view());
-    low_rank_branch_gradients(dh.view_mut(), None, db.view_mut(), dy, b, h, out_scale).unwrap();
-    low_rank_branch_gradient(dh_alone.view_mut(), dy, b).unwrap();
-    low_rank_branch_backward(db_alone.view_mut(), dy, h, out_scale).unwrap();
-    assert_eq!(dh.values(), dh_alone.values());
-    assert_eq!(db.values(), db_alone.values());
 }
 
 #[test]
@@ -106,7 +84,7 @@ fn operands_of_both_gradients_that_do_not_belong_together_are_refused() {
             h.view(),
             out_scale,
         );
-        assert_eq!(error.unwrap_err().to_string(), format!("low_rank_backward: {expected}"));
+        assert_eq!(error.unwrap_err().to_string(), format!("low_rank_branch_gradients: {expected}"));
     }
 }
 
@@ -185,8 +163,8 @@ fn cuda_timing_of_branch_gradients() {
             record(&|dh, twin, db, dy| {
                 low_rank_branch_gradients(dh, Some(twin), db, dy, b, h, out_scale).unwrap();
             }),
-            record(&|dh, _, _, dy| low_rank_branch_gradient(dh, dy, b).unwrap()),
-            record(&|_, _, db, dy| low_rank_branch_backward(db, dy, h, out_scale).unwrap()),
+            record(&|dh, _, _, dy| cuda::dh_by_library(cuda, &dh, dy, b).unwrap()),
+            record(&|_, _, db, dy| cuda::db_by_library(cuda, &db, dy, h, out_scale).unwrap()),
         ];
         let mut best = [f64::INFINITY; 3];
         for _ in 0..7 {

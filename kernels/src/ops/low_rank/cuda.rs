@@ -5,9 +5,11 @@
 
 use std::sync::Arc;
 
-use super::{BACKWARD, OutScale, SOURCE};
+use super::{BRANCH, OutScale, SOURCE};
+use crate::cuda::gemm::{Matrix, transposed};
 use crate::cuda::{Arg, Cuda, Grid, Scratch};
 use crate::error::Result;
+use crate::ops::convert::convert;
 use crate::tensor::{Dtype, View, ViewMut};
 
 /// Tokens of a stage of shared memory.
@@ -96,7 +98,7 @@ pub fn branch_gradients_scratch(tokens: usize, outputs: usize, rank: usize) -> u
 
 /// Whether the kernels read these rows, sixteen bytes at a time.
 fn aligned(view: View) -> Result<bool> {
-    let bits = view.bf16(BACKWARD)? | (view.stride * Dtype::Bf16.size()) as u64;
+    let bits = view.bf16(BRANCH)? | (view.stride * Dtype::Bf16.size()) as u64;
     Ok(bits.is_multiple_of(16))
 }
 
@@ -105,8 +107,56 @@ fn lanes(count: usize) -> usize {
     count.div_ceil(IN_FLIGHT).next_power_of_two().min(8)
 }
 
-/// Enqueues both gradients, if there is a kernel for the operands, and says whether there was.
+/// Enqueues both gradients: in one pass over dy if there is a kernel for the operands, otherwise by library products.
 pub(super) fn branch_gradients(
+    cuda: &Arc<Cuda>,
+    dh: &ViewMut<'_>,
+    twin: Option<ViewMut<'_>>,
+    db: &ViewMut<'_>,
+    [dy, b, h]: [View<'_>; 3],
+    out_scale: OutScale<'_>,
+) -> Result<()> {
+    if in_one_pass(cuda, dh, twin.as_ref(), db, [dy, b, h], out_scale)? {
+        return Ok(());
+    }
+    dh_by_library(cuda, dh, dy, b)?;
+    if let Some(twin) = twin {
+        convert(twin, dh.as_view())?;
+    }
+    db_by_library(cuda, db, dy, h, out_scale)
+}
+
+/// dh = dy b
+pub(super) fn dh_by_library(cuda: &Cuda, dh: &ViewMut<'_>, dy: View<'_>, b: View<'_>) -> Result<()> {
+    cuda.gemm(dh.matrix(BRANCH)?, dy.matrix(BRANCH)?, b.matrix(BRANCH)?, 1.0, 0.0)
+}
+
+/// dB += s diag(g) dy^T h, summed and added in f32.
+pub(super) fn db_by_library(
+    cuda: &Cuda,
+    db: &ViewMut<'_>,
+    dy: View<'_>,
+    h: View<'_>,
+    out_scale: OutScale<'_>,
+) -> Result<()> {
+    let (dy, h, to) = (transposed(dy.matrix(BRANCH)?), h.matrix(BRANCH)?, db.matrix(BRANCH)?);
+    let Some(rows) = out_scale.rows else { return cuda.gemm(to, dy, h, out_scale.scaling, 1.0) };
+    let ptr = cuda.scratch(Scratch::Partials, db.rows * db.cols * Dtype::F32.size())?;
+    cuda.gemm(Matrix { ptr, stride: db.cols, ..to }, dy, h, 1.0, 0.0)?;
+    let args = [
+        Arg::Ptr(db.f32(BRANCH)?),
+        Arg::Ptr(ptr),
+        Arg::Ptr(rows.f32(BRANCH)?),
+        Arg::F32(out_scale.scaling),
+        Arg::size(db.rows),
+        Arg::size(db.cols),
+        Arg::size(db.stride),
+    ];
+    cuda.launch(&SOURCE, "low_rank_add_scaled", Grid::over(db.rows * db.cols, 256), &args)
+}
+
+/// Enqueues both gradients, if there is a kernel for the operands, and says whether there was.
+fn in_one_pass(
     cuda: &Arc<Cuda>,
     dh: &ViewMut<'_>,
     twin: Option<&ViewMut<'_>>,
@@ -131,7 +181,7 @@ pub(super) fn branch_gradients(
         shared: kernel.shared(),
     };
     let mut args = vec![Arg::Ptr(dh_sums), Arg::Ptr(db_sums)];
-    args.extend([dy.bf16(BACKWARD)?, b.bf16(BACKWARD)?, h.bf16(BACKWARD)?].map(Arg::Ptr));
+    args.extend([dy.bf16(BRANCH)?, b.bf16(BRANCH)?, h.bf16(BRANCH)?].map(Arg::Ptr));
     args.extend([tokens, outputs, rank, dy.stride, b.stride, h.stride, rows].map(Arg::size));
     cuda.launch(&SOURCE, kernel.name, grid, &args)?;
 
@@ -139,12 +189,12 @@ pub(super) fn branch_gradients(
     let blocks = |rows: usize, lanes: usize| (rows * kernel.rank).div_ceil(FINISHERS / lanes);
     let dh_blocks = blocks(tokens, dh_lanes);
     let mut args = vec![
-        Arg::Ptr(dh.bf16(BACKWARD)?),
-        Arg::Ptr(twin.map_or(Ok(0), |twin| twin.bf16(BACKWARD))?),
-        Arg::Ptr(db.f32(BACKWARD)?),
+        Arg::Ptr(dh.bf16(BRANCH)?),
+        Arg::Ptr(twin.map_or(Ok(0), |twin| twin.bf16(BRANCH))?),
+        Arg::Ptr(db.f32(BRANCH)?),
         Arg::Ptr(dh_sums),
         Arg::Ptr(db_sums),
-        Arg::Ptr(out_scale.rows.map_or(Ok(0), |rows| rows.f32(BACKWARD))?),
+        Arg::Ptr(out_scale.rows.map_or(Ok(0), |rows| rows.f32(BRANCH))?),
         Arg::F32(out_scale.scaling),
     ];
     args.extend([tokens, outputs, rank, kernel.rank].map(Arg::size));
