@@ -4,7 +4,7 @@ use super::compile::Source;
 use super::gemm::tune;
 use crate::ops::{
     adamw, attention, convert, cross_entropy, dequantize, dropout, fold, gather, global_norm, low_rank,
-    merge, packing_loss, quantize, residual, rms_norm, rope, row_norm, row_scale, swiglu,
+    merge, packing_loss, quantize, rms_norm, rope, row_norm, row_scale, swiglu,
 };
 use crate::svd;
 
@@ -35,7 +35,6 @@ pub static SOURCES: &[&Source] = &[
     &packing_loss::SOURCE,
     &quantize::BLOCKS,
     &quantize::K,
-    &residual::SOURCE,
     &rms_norm::SOURCE,
     &rope::SOURCE,
     &row_norm::SOURCE,

@@ -23,7 +23,6 @@ pub mod merge;
 pub mod packing_loss;
 pub mod quant_linear;
 pub mod quantize;
-pub mod residual;
 pub mod rms_norm;
 pub mod rope;
 pub mod row_norm;

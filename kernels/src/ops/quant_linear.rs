@@ -14,7 +14,6 @@ use crate::cpu::scratch::with_scratch;
 use crate::cpu::{by_isa, math};
 use crate::error::{Result, check};
 use crate::ops::low_rank::low_rank_input_gradient;
-use crate::ops::residual::residual_backward;
 use crate::tensor::{View, ViewMut};
 use crate::weight::BaseWeight;
 
@@ -45,18 +44,7 @@ pub fn quant_linear_forward(
     row_scale: Option<View<'_>>,
     branch: Option<Branch<'_>>,
 ) -> Result<()> {
-    const OP: &str = "quant_linear_forward";
-    check_forward(OP, &y, x, weight, row_scale, branch)?;
-    if let Some(device) = x.cuda() {
-        return cuda::forward(OP, device, &y, None, x, weight, row_scale, branch);
-    }
-    let row_scale = row_scale_slice(OP, row_scale)?;
-    let branch = match branch {
-        None => None,
-        Some(Branch { h, b }) => Some((h.mat(OP)?, b.mat(OP)?)),
-    };
-    forward_fast(y.mat(OP)?, x.mat(OP)?, weight, row_scale, branch);
-    Ok(())
+    forward("quant_linear_forward", y, None, x, weight, row_scale, branch)
 }
 
 /// [`quant_linear_forward`] onto a residual stream: `y = to + x Wᵀ diag(g) + h bᵀ`.
@@ -70,7 +58,7 @@ pub fn quant_linear_forward(
 /// - `Errors`: as [`quant_linear_forward`].
 /// - `Source`: see [`quant_linear_forward`]; He et al., arXiv 1512.03385, equation 1.
 pub fn quant_linear_forward_onto(
-    mut y: ViewMut<'_>,
+    y: ViewMut<'_>,
     to: View<'_>,
     x: View<'_>,
     weight: &BaseWeight,
@@ -80,12 +68,39 @@ pub fn quant_linear_forward_onto(
     const OP: &str = "quant_linear_forward_onto";
     check(OP, "rows of to", y.rows, to.rows)?;
     check(OP, "columns of to", y.cols, to.cols)?;
-    if let Some(device) = x.cuda() {
-        check_forward(OP, &y, x, weight, row_scale, branch)?;
-        return cuda::forward(OP, device, &y, Some(to), x, weight, row_scale, branch);
+    forward(OP, y, Some(to), x, weight, row_scale, branch)
+}
+
+/// `y = x Wᵀ diag(g) + h bᵀ`, and `to` added to it.
+fn forward(
+    op: &'static str,
+    y: ViewMut<'_>,
+    to: Option<View<'_>>,
+    x: View<'_>,
+    weight: &BaseWeight,
+    row_scale: Option<View<'_>>,
+    branch: Option<Branch<'_>>,
+) -> Result<()> {
+    check(op, "columns of x", weight.cols(), x.cols)?;
+    check(op, "rows of y", x.rows, y.rows)?;
+    check(op, "columns of y", weight.rows(), y.cols)?;
+    check_row_scale(op, row_scale, weight)?;
+    if let Some(Branch { h, b }) = branch {
+        check(op, "rows of h", x.rows, h.rows)?;
+        check(op, "rows of b", weight.rows(), b.rows)?;
+        check(op, "columns of b", h.cols, b.cols)?;
     }
-    quant_linear_forward(y.reborrow(), x, weight, row_scale, branch)?;
-    residual_backward(y, to)
+    if let Some(device) = x.cuda() {
+        return cuda::forward(op, device, &y, to, x, weight, row_scale, branch);
+    }
+    let row_scale = row_scale_slice(op, row_scale)?;
+    let branch = match branch {
+        None => None,
+        Some(Branch { h, b }) => Some((h.mat(op)?, b.mat(op)?)),
+    };
+    let to = to.map(|to| to.mat(op)).transpose()?;
+    forward_fast(y.mat(op)?, to, x.mat(op)?, weight, row_scale, branch);
+    Ok(())
 }
 
 /// Backward of [`quant_linear_forward`] to its input: `dx = dy diag(g) W`.
@@ -104,12 +119,7 @@ pub fn quant_linear_backward(
 ) -> Result<()> {
     const OP: &str = "quant_linear_backward";
     check_backward(OP, &dx, dy, weight, row_scale)?;
-    if let Some(device) = dy.cuda() {
-        return cuda::backward(OP, device, &dx, dy, weight, row_scale, accumulate);
-    }
-    let row_scale = row_scale_slice(OP, row_scale)?;
-    backward_fast(dx.mat(OP)?, dy.mat(OP)?, weight, row_scale, accumulate);
-    Ok(())
+    backward(OP, dx, dy, weight, row_scale, accumulate)
 }
 
 /// [`quant_linear_backward`] together with the gradient that reaches x through the branch: `dx = dy diag(g) W + dh a`.
@@ -140,8 +150,25 @@ pub fn quant_linear_backward_with_branch(
     {
         return Ok(());
     }
-    quant_linear_backward(dx.reborrow(), dy, weight, row_scale, accumulate)?;
+    backward(OP, dx.reborrow(), dy, weight, row_scale, accumulate)?;
     low_rank_input_gradient(dx, dh, a)
+}
+
+/// [`quant_linear_backward`] of operands that were checked.
+fn backward(
+    op: &'static str,
+    dx: ViewMut<'_>,
+    dy: View<'_>,
+    weight: &BaseWeight,
+    row_scale: Option<View<'_>>,
+    accumulate: bool,
+) -> Result<()> {
+    if let Some(device) = dy.cuda() {
+        return cuda::backward(op, device, &dx, dy, weight, row_scale, accumulate);
+    }
+    let row_scale = row_scale_slice(op, row_scale)?;
+    backward_fast(dx.mat(op)?, dy.mat(op)?, weight, row_scale, accumulate);
+    Ok(())
 }
 
 fn check_backward(
@@ -155,24 +182,6 @@ fn check_backward(
     check(op, "rows of dx", dy.rows, dx.rows)?;
     check(op, "columns of dx", weight.cols(), dx.cols)?;
     check_row_scale(op, row_scale, weight)
-}
-
-fn check_forward(
-    op: &'static str,
-    y: &ViewMut<'_>,
-    x: View<'_>,
-    weight: &BaseWeight,
-    row_scale: Option<View<'_>>,
-    branch: Option<Branch<'_>>,
-) -> Result<()> {
-    check(op, "columns of x", weight.cols(), x.cols)?;
-    check(op, "rows of y", x.rows, y.rows)?;
-    check(op, "columns of y", weight.rows(), y.cols)?;
-    check_row_scale(op, row_scale, weight)?;
-    let Some(Branch { h, b }) = branch else { return Ok(()) };
-    check(op, "rows of h", x.rows, h.rows)?;
-    check(op, "rows of b", weight.rows(), b.rows)?;
-    check(op, "columns of b", h.cols, b.cols)
 }
 
 fn check_row_scale(op: &'static str, row_scale: Option<View<'_>>, weight: &BaseWeight) -> Result<()> {
@@ -244,6 +253,7 @@ fn backward_naive(dx: &mut [f64], dy: &[f64], w: &[f64], g: &[f64]) {
 
 fn forward_fast(
     y: MatMut<'_>,
+    to: Option<Mat<'_>>,
     x: Mat<'_>,
     weight: &BaseWeight,
     row_scale: Option<&[f32]>,
@@ -269,7 +279,13 @@ fn forward_fast(
                 gemm(tile.reborrow(), false, 1.0, x, w.transposed());
             }
             if let Some((h, b)) = branch {
-                gemm(tile, true, 1.0, h.row_range(tokens), b.row_range(rows).transposed());
+                let b = b.row_range(rows.clone());
+                gemm(tile.reborrow(), true, 1.0, h.row_range(tokens.clone()), b.transposed());
+            }
+            if let Some(to) = to {
+                for (i, t) in tokens.enumerate() {
+                    add(tile.row(i), &to.row(t)[rows.clone()]);
+                }
             }
         });
     });
@@ -299,6 +315,14 @@ fn backward_fast(
             });
         }
     });
+}
+
+by_isa! {
+    fn add(y: &mut [f32], x: &[f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y += x;
+        }
+    }
 }
 
 by_isa! {
@@ -361,6 +385,17 @@ mod tests {
             [&x, &g, &h, &b],
             close_scaled(k + r),
             |[y], [x, g, h, b]| quant_linear_forward(y, x, weight, Some(g), Some(Branch { h, b })),
+        );
+        let to = TestMat::random(8, t, n, 1.0);
+        y.iter_mut().zip(to.f64()).for_each(|(y, to)| *y += to);
+        check_fast(
+            what,
+            [(Out::Set(t, n), &y)],
+            [&to, &x, &g, &h, &b],
+            close_scaled(k + r + 1),
+            |[y], [to, x, g, h, b]| {
+                quant_linear_forward_onto(y, to, x, weight, Some(g), Some(Branch { h, b }))
+            },
         );
 
         let mut dx = vec![0.0; t * k];
