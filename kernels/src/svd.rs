@@ -21,7 +21,15 @@ use crate::rng::RngKey;
 use crate::tensor::View;
 use crate::weight::{BaseWeight, WeightType};
 
-pub(crate) static SOURCE: Source = Source::new("svd.cu", include_str!("svd/svd.cu"));
+pub(crate) static SOURCE: Source = Source::new(
+    "svd.cu",
+    concat!(
+        "#line 1 \"philox.cuh\"\n",
+        include_str!("cuda/philox.cuh"),
+        "\n#line 1 \"svd.cu\"\n",
+        include_str!("svd/svd.cu"),
+    ),
+);
 
 /// W ~ U diag(s) V: the R largest singular values and their vectors.
 #[derive(Debug, Clone, PartialEq)]

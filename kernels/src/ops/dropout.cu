@@ -3,40 +3,20 @@
 
 constexpr int THREADS = 256;
 
-struct Block {
-    u32 w[4];
-};
-
-__device__ __forceinline__ Block philox(u64 block, u64 stream, u64 seed) {
-    u32 c0 = (u32)block, c1 = (u32)(block >> 32), c2 = (u32)stream, c3 = (u32)(stream >> 32);
-    u32 k0 = (u32)seed, k1 = (u32)(seed >> 32);
-#pragma unroll
-    for (int round = 0; round < 10; round++) {
-        const u64 a = (u64)0xD2511F53u * c0, b = (u64)0xCD9E8D57u * c2;
-        c0 = (u32)(b >> 32) ^ c1 ^ k0;
-        c1 = (u32)b;
-        c2 = (u32)(a >> 32) ^ c3 ^ k1;
-        c3 = (u32)a;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    return {{c0, c1, c2, c3}};
-}
-
 // What the N elements from index `first` on are multiplied by: 0 below the threshold, else `scale`.
 template <int N>
 __device__ __forceinline__ f32xn<N> factors(u64 first, u64 seed, u64 stream, u32 threshold, float scale) {
     f32xn<N> f;
     if constexpr (N == 8) {
         // A row of whole spans starts at a multiple of eight.
-        const Block a = philox(first / 4, stream, seed), b = philox(first / 4 + 1, stream, seed);
+        const RandomWords a = philox(first / 4, stream, seed), b = philox(first / 4 + 1, stream, seed);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             f.v[i] = a.w[i] < threshold ? 0.0f : scale;
             f.v[i + 4] = b.w[i] < threshold ? 0.0f : scale;
         }
     } else {
-        const Block a = philox(first / 4, stream, seed);
+        const RandomWords a = philox(first / 4, stream, seed);
         const u32 lane = (u32)first % 4;
         const u32 word = lane == 0 ? a.w[0] : lane == 1 ? a.w[1] : lane == 2 ? a.w[2] : a.w[3];
         f.v[0] = word < threshold ? 0.0f : scale;

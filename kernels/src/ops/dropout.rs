@@ -81,7 +81,15 @@ impl Mask {
 
 // ----------------------------------------------------------------------------------------- CUDA
 
-pub(crate) static SOURCE: Source = Source::new("dropout.cu", include_str!("dropout.cu"));
+pub(crate) static SOURCE: Source = Source::new(
+    "dropout.cu",
+    concat!(
+        "#line 1 \"philox.cuh\"\n",
+        include_str!("../cuda/philox.cuh"),
+        "\n#line 1 \"dropout.cu\"\n",
+        include_str!("dropout.cu"),
+    ),
+);
 
 /// The kernels have the names of the ops.
 fn masked_cuda(op: &'static str, cuda: &Cuda, y: &ViewMut, x: View, mask: Mask) -> Result<()> {

@@ -2,36 +2,18 @@
 
 constexpr int THREADS = 256;
 
-// Philox4x32-10 as rng.rs has it.
-__device__ __forceinline__ uint4 philox(u64 block, u64 stream, u64 seed) {
-    u32 c0 = (u32)block, c1 = (u32)(block >> 32), c2 = (u32)stream, c3 = (u32)(stream >> 32);
-    u32 k0 = (u32)seed, k1 = (u32)(seed >> 32);
-#pragma unroll
-    for (int round = 0; round < 10; round++) {
-        const u64 a = (u64)0xD2511F53u * c0, b = (u64)0xCD9E8D57u * c2;
-        c0 = (u32)(b >> 32) ^ c1 ^ k0;
-        c1 = (u32)b;
-        c2 = (u32)(a >> 32) ^ c3 ^ k1;
-        c3 = (u32)a;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    return make_uint4(c0, c1, c2, c3);
-}
-
 // The normal numbers of rng.rs at indices 0 .. count, rounded; a thread makes the four of a block.
 extern "C" __global__ void __launch_bounds__(THREADS) svd_start(bf16* x, i64 count, u64 seed, u64 stream) {
     const i64 block = (i64)blockIdx.x * THREADS + threadIdx.x;
     if (block * 4 >= count) return;
-    const uint4 words = philox((u64)block, stream, seed);
-    const u32 w[4] = {words.x, words.y, words.z, words.w};
+    const RandomWords words = philox((u64)block, stream, seed);
 #pragma unroll
     for (int pair = 0; pair < 2; pair++) {
         // In (0, 1], so that the logarithm is finite.
-        const double u = ((double)w[2 * pair] + 1.0) / 4294967296.0;
+        const double u = ((double)words.w[2 * pair] + 1.0) / 4294967296.0;
         const double radius = sqrt(-2.0 * log(u));
         double sine, cosine;
-        sincospi(2.0 * ((double)w[2 * pair + 1] / 4294967296.0), &sine, &cosine);
+        sincospi(2.0 * ((double)words.w[2 * pair + 1] / 4294967296.0), &sine, &cosine);
         const i64 i = block * 4 + 2 * pair;
         if (i < count) x[i] = to_bf16((float)(radius * cosine));
         if (i + 1 < count) x[i + 1] = to_bf16((float)(radius * sine));
