@@ -159,7 +159,15 @@ pub fn low_rank_branch_gradients(
 
 // ----------------------------------------------------------------------------------------- CUDA
 
-pub(crate) static SOURCE: Source = Source::new("low_rank.cu", include_str!("low_rank.cu"));
+pub(crate) static SOURCE: Source = Source::new(
+    "low_rank.cu",
+    concat!(
+        "#line 1 \"mma.cuh\"\n",
+        include_str!("../cuda/mma.cuh"),
+        "\n#line 1 \"low_rank.cu\"\n",
+        include_str!("low_rank.cu"),
+    ),
+);
 
 // ------------------------------------------------------------------------------------------ CPU
 

@@ -1,6 +1,6 @@
 // Attention over packed sequences with mma.sync (sm_80 and newer): what forward and backward share.
 //
-// Compiled once per head dimension: `attention_d128.cu` and its siblings define it and the tile sizes;
+// Compiled once per head dimension: `attention_d128.cu` and its siblings define it and the tile sizes; `mma.cuh`,
 // `attention_common.cuh`, this file, `attention_forward.cuh` and `attention_backward.cuh` follow. A block is four
 // warps; each warp owns 16 or 32 rows of the block's tile and keeps their sums in registers, while tiles of the other
 // side stream through two stages of shared memory. There are no atomics: in the backward some blocks walk over queries and sum dK and dV (of all
@@ -14,31 +14,6 @@ constexpr bool SWIZZLED = CHUNKS % 8 == 0;
 constexpr int PITCH = (SWIZZLED ? CHUNKS : CHUNKS + 1) * 16;
 
 // ------------------------------------------------------------------------------------ instructions
-
-// Copies `bytes`, all or none, and fills the rest with zeros; with none, `from` is not read.
-__device__ __forceinline__ void copy16(u32 to, const void* from, u32 bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void copy4(u32 to, const void* from, u32 bytes) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-__device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-__device__ __forceinline__ void load_matrices_transposed(u32 (&x)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(address)
-                 : "memory");
-}
 
 __device__ __forceinline__ uint4 load_shared16(u32 address) {
     uint4 x;
@@ -56,14 +31,6 @@ __device__ __forceinline__ void store_shared16(u32 address, uint4 x) {
 
 __device__ __forceinline__ void store_shared4(u32 address, u32 x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
-}
-
-// c (16 x 8, f32) += a (16 x 16) b (16 x 8).
-__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ float reciprocal(float x) {

@@ -37,6 +37,8 @@ macro_rules! kernels {
                 $file,
                 concat!(
                     include_str!($file),
+                    "\n#line 1 \"mma.cuh\"\n",
+                    include_str!("../../cuda/mma.cuh"),
                     "\n#line 1 \"attention_common.cuh\"\n",
                     include_str!("attention_common.cuh"),
                     "\n#line 1 \"attention.cuh\"\n",
