@@ -139,11 +139,9 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Error::Device { .. } | Error::NoKernel { .. } => Some("run with `--device cpu`".to_owned()),
-            Error::OutOfMemory { .. } => Some(
-                "lower `--batch-size` or `--max-seq-length`, set `--gradient-checkpointing`, or stop what else \
-                 uses the device; a `--memory-limit` below what is free leaves room for it"
-                    .to_owned(),
-            ),
+            Error::OutOfMemory { .. } => {
+                Some("stop what else uses the device, or run with `--device cpu`".to_owned())
+            }
             Error::CudaLibrary { hint, .. } => Some(format!("{hint}, or run with `--device cpu`")),
             Error::DriverTooOld { .. } => {
                 Some("install a newer NVIDIA driver, or run with `--device cpu`".to_owned())

@@ -281,6 +281,22 @@ mod tests {
     }
 
     #[test]
+    fn out_of_memory_hints_at_what_the_command_can_do() {
+        let full = || qpeft_kernels::Error::OutOfMemory {
+            device: "cuda:0".into(),
+            wanted: 300,
+            free: 200,
+            total: 1000,
+            held: 700,
+            cause: "out of memory".into(),
+        };
+        let merge = rendered(&anyhow::Error::new(crate::Error::from(full())));
+        assert!(merge.contains("`--device cpu`") && !merge.contains("--batch-size"), "{merge}");
+        let train = rendered(&anyhow::Error::new(train::Error::from(full())));
+        assert!(train.contains("hint: lower `--batch-size`"), "{train}");
+    }
+
+    #[test]
     fn a_closed_pipe_is_success() {
         let closed = Err(anyhow::Error::new(std::io::Error::from(IoKind::BrokenPipe)).context("print"));
         assert_eq!(finish(&closed, &Printer::plain()), ExitCode::SUCCESS);

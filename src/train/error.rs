@@ -215,6 +215,12 @@ impl Error {
                 })
             }
             Error::Data(e) => e.hint(),
+            // What a run can give up for memory, other commands do not have.
+            Error::Pipeline(crate::Error::Kernel(qpeft_kernels::Error::OutOfMemory { .. })) => Some(
+                "lower `--batch-size` or `--max-seq-length`, set `--gradient-checkpointing`, or stop what else \
+                 uses the device; a `--memory-limit` below what is free leaves room for it"
+                    .to_owned(),
+            ),
             Error::Pipeline(e) => e.hint(),
             Error::Format(e) => e.hint(),
         }
