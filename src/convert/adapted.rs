@@ -3,6 +3,7 @@
 //! On a device one weight at a time is there, packed, dense and packed again; only packed bytes cross the bus. Which types
 //! it packs is a matter of the kernels: the others, and what is not finite and has to be named, are left to the CPU.
 
+use std::ops::Range;
 use std::sync::mpsc;
 
 use qpeft_kernels::ops::dequantize::dequantize_rows;
@@ -111,35 +112,61 @@ impl Merger {
             packed => packed?,
         };
         if linear.adapter.is_some() {
-            let parts = merged.par_chunks(ROWS_PER_TASK * cols).enumerate().map(|(chunk, merged)| {
-                let start = chunk * ROWS_PER_TASK;
-                let rows = start..start + merged.len() / cols;
-                let (mut before, mut stored) = (vec![0.0; merged.len()], vec![0.0; merged.len()]);
-                linear.weight.dequantize_rows(rows.clone(), &mut before);
-                packed.dequantize_rows(rows.clone(), &mut stored);
-                let view = |values| View::from_slice(values, rows.len(), cols);
-                Ok(packing_loss(view(&before), view(merged), view(&stored))?)
-            });
-            for part in parts.collect::<Result<Vec<PackingLoss>>>()? {
-                *loss += part;
-            }
+            add_loss(loss, linear.weight.rows(), cols, |rows, [base, adapted, stored]| {
+                linear.weight.dequantize_rows(rows.clone(), base);
+                adapted.copy_from_slice(&merged[rows.start * cols..rows.end * cols]);
+                packed.dequantize_rows(rows, stored);
+                Ok(())
+            })?;
         }
         Ok(packed)
     }
 
     /// The weight in f32 with its adapter, if it has one.
     fn merged(&self, linear: &Linear) -> Result<Vec<f32>> {
-        let cols = linear.weight.cols();
-        let mut merged = linear.weight.dequantize();
-        if let Some(adapter) = &linear.adapter {
-            let values = View::from_slice(&self.values, 1, self.values.len());
-            merged.par_chunks_mut(ROWS_PER_TASK * cols).enumerate().try_for_each(|(chunk, w)| {
-                let (start, rows) = (chunk * ROWS_PER_TASK, w.len() / cols);
-                adapter.merge(start..start + rows, ViewMut::from_slice(w, rows, cols), values)
-            })?;
-        }
+        let (rows, cols) = (linear.weight.rows(), linear.weight.cols());
+        let mut merged = vec![0.0; rows * cols];
+        merged.par_chunks_mut(ROWS_PER_TASK * cols).enumerate().try_for_each(|(chunk, out)| {
+            let start = chunk * ROWS_PER_TASK;
+            merged_rows(linear, &self.values, start..start + out.len() / cols, out)
+        })?;
         Ok(merged)
     }
+}
+
+/// Rows of a linear in f32 with its adapter, if it has one; `values` are those of all adapters.
+///
+/// # Errors
+/// An op refuses.
+pub fn merged_rows(linear: &Linear, values: &[f32], rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+    linear.weight.dequantize_rows(rows.clone(), out);
+    let Some(adapter) = &linear.adapter else { return Ok(()) };
+    let out = ViewMut::from_slice(out, rows.len(), linear.weight.cols());
+    adapter.merge(rows, out, View::from_slice(values, 1, values.len()))
+}
+
+/// Adds to `loss` what storing took from the change of a weight, of which `fill` gives some rows: of the base, merged, and as
+/// stored.
+///
+/// # Errors
+/// That of `fill`, or an op refuses.
+pub fn add_loss(
+    loss: &mut PackingLoss,
+    rows: usize,
+    cols: usize,
+    fill: impl Fn(Range<usize>, [&mut [f32]; 3]) -> Result<()> + Sync,
+) -> Result<()> {
+    let parts = (0..rows.div_ceil(ROWS_PER_TASK)).into_par_iter().map(|task| {
+        let range = task * ROWS_PER_TASK..rows.min((task + 1) * ROWS_PER_TASK);
+        let mut values = [(); 3].map(|()| vec![0.0; range.len() * cols]);
+        fill(range.clone(), values.each_mut().map(Vec::as_mut_slice))?;
+        let [base, merged, stored] = values.each_ref().map(|rows| View::from_slice(rows, range.len(), cols));
+        Ok(packing_loss(base, merged, stored)?)
+    });
+    for part in parts.collect::<Result<Vec<PackingLoss>>>()? {
+        *loss += part;
+    }
+    Ok(())
 }
 
 impl There {

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use super::adapted::{Merger, one_ahead};
 use crate::error::{Error, Result};
 use crate::model::layer::Slot;
-use crate::model::save::{Replacement, pack_rows, repack, slot_of, write_gguf};
+use crate::model::save::{Replacement, linear_of, pack_rows, repack, write_gguf};
 use crate::model::{Base, Decoder, Linear, Parameters};
 
 /// What a merge did.
@@ -115,9 +115,7 @@ pub fn merge_to_gguf(
     }
     let dtype_of = |info: &TensorInfo| chosen.get(&info.name).copied().unwrap_or(info.dtype);
     let adapted = |hf: Option<&str>| -> Option<(&Linear, Slot)> {
-        let (layer, slot) = hf.and_then(slot_of)?;
-        let linear = &decoder.layers.get(layer)?.linears[slot as usize];
-        linear.adapter.is_some().then_some((linear, slot))
+        linear_of(decoder, hf?).filter(|(linear, _)| linear.adapter.is_some())
     };
     let jobs = file.tensors().iter().filter_map(|info| {
         let hf = names::hf_tensor(&info.name);

@@ -18,7 +18,7 @@ use super::merge::MergeReport;
 use crate::error::{Error, Result};
 use crate::model::base::{dense_type, folder_matrix};
 use crate::model::residual::config_as;
-use crate::model::save::slot_of;
+use crate::model::save::linear_of;
 use crate::model::save_folder::{weights, write_folder};
 use crate::model::{Base, BaseWeight, Decoder, Linear, Parameters};
 
@@ -68,10 +68,7 @@ pub fn merge_to_folder(
     };
     let mut merger = Merger::new(decoder, params, device)?;
     let mut report = MergeReport::default();
-    let linear_of = |name: &str| -> Option<&Linear> {
-        let (layer, slot) = slot_of(name)?;
-        Some(&decoder.layers.get(layer)?.linears[slot as usize])
-    };
+    let linear_of = |name: &str| linear_of(decoder, name).map(|(linear, _)| linear);
     let is_packed = |linear: &Linear| linear.adapter.is_some() || linear.weight.weight_type() != to;
     let weights = weights(folder);
     let jobs = weights.keys().filter_map(|name| {

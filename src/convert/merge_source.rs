@@ -13,24 +13,20 @@ use qpeft_formats::GgmlType;
 use qpeft_formats::file::Bytes;
 use qpeft_formats::gguf::{GgufFile, Metadata, names};
 use qpeft_formats::mixture::{FileType, Mixture};
-use qpeft_kernels::ops::packing_loss::{PackingLoss, packing_loss};
+use qpeft_kernels::Device;
+use qpeft_kernels::ops::packing_loss::PackingLoss;
 use qpeft_kernels::ops::quantize::is_packed_on_device;
 use qpeft_kernels::weight::WeightType;
-use qpeft_kernels::{Device, View, ViewMut};
-use rayon::prelude::*;
 
-use super::adapted::Merger;
+use super::adapted::{Merger, add_loss, merged_rows};
 use super::gguf::GgufSource;
 use super::hf::HfSource;
 use super::merge::{MergeOptions, MergeReport};
 use super::quantize::Plan;
 use super::source::{Source, SourceTensor};
 use crate::error::{Error, Result};
-use crate::model::save::{repack, slot_of};
+use crate::model::save::{linear_of, repack};
 use crate::model::{BaseWeight, Decoder, Linear, Parameters};
-
-/// Rows that one task compares.
-const ROWS_PER_TASK: usize = 64;
 
 /// A folder whose matrices are those of a decoder, with its adapters.
 struct MergedSource<'a> {
@@ -62,8 +58,7 @@ impl<'a> MergedSource<'a> {
         packer: Option<Packer>,
     ) -> MergedSource<'a> {
         let linear = |tensor: usize| {
-            let (layer, slot) = slot_of(&inner.hf_name(tensor)?)?;
-            let linear = &decoder.layers.get(layer)?.linears[slot as usize];
+            let (linear, slot) = linear_of(decoder, &inner.hf_name(tensor)?)?;
             Some((linear, slot.permuted_heads(&decoder.config)))
         };
         let linears = (0..inner.tensors().len()).map(linear).collect();
@@ -74,15 +69,12 @@ impl<'a> MergedSource<'a> {
     fn linear_rows(&self, tensor: usize, rows: Range<usize>, adapted: bool, out: &mut [f32]) -> Result<()> {
         let (linear, heads) = self.linears[tensor].expect("callers ask for linears only");
         let cols = linear.weight.cols();
-        let values = View::from_slice(self.values, 1, self.values.len());
         let fill = |rows: Range<usize>, out: &mut [f32]| {
-            linear.weight.dequantize_rows(rows.clone(), out);
-            match linear.adapter.as_ref().filter(|_| adapted) {
-                Some(adapter) => {
-                    adapter.merge(rows.clone(), ViewMut::from_slice(out, rows.len(), cols), values)
-                }
-                None => Ok(()),
+            if adapted {
+                return merged_rows(linear, self.values, rows, out);
             }
+            linear.weight.dequantize_rows(rows, out);
+            Ok(())
         };
         let Some(heads) = heads else { return fill(rows, out) };
         let head_dim = linear.weight.rows() / heads;
@@ -209,35 +201,18 @@ pub fn merge_folder_to_gguf(
             report.loss += loss;
             continue;
         }
-        let stored = written.tensors().iter().position(|t| t.name == described.name);
-        measure(&mut report, &source, tensor, &written, stored.expect("every planned tensor was written"))?;
+        let stored_at = written.tensors().iter().position(|t| t.name == described.name);
+        let stored_at = stored_at.expect("every planned tensor was written");
+        add_loss(
+            &mut report.loss,
+            described.n_rows(),
+            described.row_len(),
+            |rows, [base, merged, stored]| {
+                source.linear_rows(tensor, rows.clone(), false, base)?;
+                source.linear_rows(tensor, rows.clone(), true, merged)?;
+                written.rows(stored_at, rows, stored)
+            },
+        )?;
     }
     Ok(report)
-}
-
-/// Adds what became of the change of one tensor to the report.
-fn measure(
-    report: &mut MergeReport,
-    source: &MergedSource<'_>,
-    tensor: usize,
-    written: &GgufSource,
-    stored_at: usize,
-) -> Result<()> {
-    let (rows, cols) = (source.tensors()[tensor].n_rows(), source.tensors()[tensor].row_len());
-    let sums = (0..rows.div_ceil(ROWS_PER_TASK))
-        .into_par_iter()
-        .map(|task| {
-            let range = task * ROWS_PER_TASK..rows.min((task + 1) * ROWS_PER_TASK);
-            let [mut base, mut merged, mut stored] = [(); 3].map(|()| vec![0.0; range.len() * cols]);
-            source.linear_rows(tensor, range.clone(), false, &mut base)?;
-            source.linear_rows(tensor, range.clone(), true, &mut merged)?;
-            written.rows(stored_at, range.clone(), &mut stored)?;
-            let view = |values| View::from_slice(values, range.len(), cols);
-            Ok(packing_loss(view(&base), view(&merged), view(&stored))?)
-        })
-        .collect::<Result<Vec<PackingLoss>>>()?;
-    for part in sums {
-        report.loss += part;
-    }
-    Ok(())
 }

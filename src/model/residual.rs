@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::base::Base;
 use super::decoder::Decoder;
 use super::linear::{BaseWeight, Linear};
-use super::save::{permuted_heads, repack, slot_of, write_gguf};
+use super::save::{linear_of, permuted_heads, repack, slot_of, write_gguf};
 use super::save_folder::write_folder;
 use crate::error::{Error, Result};
 
@@ -93,10 +93,7 @@ pub fn write<'d>(
     // Tensors say how they are stored; what is said of all is said of what the targets leave, if they leave any.
     let all_are_split = || decoder.linears().all(|linear| targets.contains(&linear.module));
     let common = residual.filter(|_| all_are_split());
-    let linear = |name: &str| -> Option<&'d Linear> {
-        let (layer, slot) = slot_of(name)?;
-        Some(&decoder.layers.get(layer)?.linears[slot as usize])
-    };
+    let linear = |name: &str| linear_of(decoder, name).map(|(linear, _)| linear);
     let target = |name: &str| linear(name).filter(|linear| targets.contains(&linear.module));
     let tensors = |linear: &Linear, name: &str| -> Result<Vec<TensorView>> {
         linear.weight.tensors(name).ok_or_else(|| {

@@ -13,8 +13,9 @@ use qpeft_kernels::cpu::quantize::quantize_rows;
 
 use super::base::Base;
 use super::config::Config;
+use super::decoder::Decoder;
 use super::layer::Slot;
-use super::linear::BaseWeight;
+use super::linear::{BaseWeight, Linear};
 use crate::error::{Error, Result};
 
 /// A matrix in the layout of its base file.
@@ -96,6 +97,12 @@ pub fn slot_of(name: &str) -> Option<(usize, Slot)> {
     let module = module.strip_suffix(".weight")?;
     let slot = Slot::ALL.into_iter().find(|slot| slot.module() == module)?;
     Some((layer.parse().ok()?, slot))
+}
+
+/// The linear whose weight has this Hugging Face name, and its slot.
+pub fn linear_of<'d>(decoder: &'d Decoder, name: &str) -> Option<(&'d Linear, Slot)> {
+    let (layer, slot) = slot_of(name)?;
+    Some((&decoder.layers.get(layer)?.linears[slot as usize], slot))
 }
 
 /// Heads whose rows the base's file permutes in this tensor.
