@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use qpeft_kernels::ops::dequantize::row_norms_squared;
 use qpeft_kernels::ops::merge::merge_row_lengths;
+use qpeft_kernels::ops::quant_linear::scale_copy_anew;
 use qpeft_kernels::ops::row_norm::{row_norm_fold, row_norm_packed};
 use qpeft_kernels::ops::row_scale::row_scale_backward;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
@@ -110,7 +111,6 @@ impl Adapter for Dora {
 
     fn refresh(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
         let Pass { params, factors, .. } = params.pass(None);
-        self.lora.refresh_below(factors, weight)?;
         let Lora { a, b, scaling, folded, .. } = &mut self.lora;
         row_norm_fold(
             self.norm.view_mut(),
@@ -123,6 +123,7 @@ impl Adapter for Dora {
             *scaling,
             weight,
         )?;
+        scale_copy_anew(weight, self.factor.view(), folded.view(), a.view(factors))?;
         weight.set_refreshed(self.rank());
         Ok(())
     }

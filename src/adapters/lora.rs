@@ -133,17 +133,6 @@ impl Lora {
         Ok(())
     }
 
-    /// Puts A below the weight's copy on a device, if it has one.
-    ///
-    /// # Errors
-    /// An op refuses.
-    pub fn refresh_below(&self, factors: View<'_>, weight: &BaseWeight) -> Result<()> {
-        let Some(below) = weight.rows_below_copy(self.rank()) else { return Ok(()) };
-        convert(below, self.a.view(factors))?;
-        weight.set_filled();
-        Ok(())
-    }
-
     fn dropout_key(&self, pass: &Pass<'_>) -> Option<RngKey> {
         let key = pass.dropout.filter(|_| self.dropout > 0.0)?;
         Some(RngKey { seed: key.seed, stream: key.stream << 20 | self.id })
@@ -195,7 +184,9 @@ impl Adapter for Lora {
 
     fn refresh(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
         let Pass { params, factors, .. } = params.pass(None);
-        self.refresh_below(factors, weight)?;
+        if let Some(below) = weight.rows_below_copy(self.rank()) {
+            convert(below, self.a.view(factors))?;
+        }
         let (b, twin) = (self.b.view(params), weight.branch_in_copy(self.rank()));
         fold_branch_beside(self.folded.view_mut(), twin, b, self.scaling, None)?;
         weight.set_refreshed(self.rank());

@@ -160,12 +160,16 @@ impl Decoder {
     }
 
     fn refresh_each(&mut self, params: &Parameters) -> Result<()> {
-        for linear in self.linears_mut() {
-            if let Some(adapter) = &mut linear.adapter {
-                adapter.refresh(params, &linear.weight)?;
-            }
+        let device = self.device.clone();
+        let by_scratch = self.linears().any(Linear::refreshes_by_scratch);
+        let refresh = |linear: &mut Linear| match &mut linear.adapter {
+            Some(adapter) => adapter.refresh(params, &linear.weight),
+            None => Ok(()),
+        };
+        match device.cuda().filter(|_| !by_scratch) {
+            Some(cuda) => cuda.side_by_side(self.linears_mut(), refresh),
+            None => self.linears_mut().try_for_each(refresh),
         }
-        Ok(())
     }
 
     /// Runs all layers on the batch whose indices are set and leaves the normalized output in

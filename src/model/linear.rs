@@ -310,6 +310,11 @@ impl Linear {
         self.adapter.as_ref()?.output_scale()
     }
 
+    /// Whether [`Adapter::refresh`] dequantizes the weight into scratch, which all linears share.
+    pub fn refreshes_by_scratch(&self) -> bool {
+        self.output_scale().is_some() && !self.weight.has_scaled_copy()
+    }
+
     /// y (T, out) = the linear of x (T, in), plus `onto` (T, out) if it is given.
     ///
     /// # Errors

@@ -24,8 +24,8 @@ use crate::error::{Error, Result};
 /// What can be traded for memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// Every linear has a bf16 copy, so that products need not dequantize.
-    pub copies: bool,
+    /// The linears of so many of the lowest layers have a bf16 copy, so that products need not dequantize.
+    pub copied: usize,
     /// silu(gate) * up of every layer is made again in the backward pass.
     pub remakes_act: bool,
     /// So many of the lowest layers are computed again in the backward pass.
@@ -48,11 +48,10 @@ impl Settings {
 
 impl std::fmt::Display for Settings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(if self.copies {
-            "bf16 copies of the linears"
-        } else {
-            "linears dequantized in every pass"
-        })?;
+        match self.copied {
+            0 => f.write_str("linears dequantized in every pass")?,
+            layers => write!(f, "bf16 copies of the linears of {layers} layers")?,
+        }
         if self.recomputed > 0 {
             write!(f, ", {} layers computed again", self.recomputed)?;
         }
@@ -159,14 +158,16 @@ impl DryRun<'_> {
         let capacity = settings.batch * self.length;
         let (activations, _) =
             self.count(|decoder| Buffers::placed(decoder, capacity, keep, settings.streams_on_host))?;
-        let copies = if settings.copies { self.count(Decoder::keep_copies)?.0 } else { 0 };
+        let (copies, ()) = self.count(|decoder| decoder.keep_copies(settings.copied))?;
         let embedding = if settings.embedding_on_host { self.decoder.embedding.device_bytes() } else { 0 };
-        let of = |l: &Linear| {
+        let of = |layer: usize, l: &Linear| {
             // The norms of rows are made of the weight alone, and before there are copies.
             let norms = if l.output_scale().is_some() { weight_scratch(&l.weight, 0, 0, false) } else { 0 };
-            norms.max(weight_scratch(&l.weight, pads(l), l.rank(), settings.copies))
+            norms.max(weight_scratch(&l.weight, pads(l), l.rank(), layer < settings.copied))
         };
-        let weight = self.decoder.linears().map(of).max().unwrap_or(0);
+        let layers = self.decoder.layers.iter().enumerate();
+        let weight = layers.flat_map(|(i, layer)| layer.linears.iter().map(move |l| of(i, l)));
+        let weight = weight.max().unwrap_or(0);
         let gradients = |l: &Linear| branch_gradients_scratch(capacity, l.weight.rows(), l.rank());
         let gradients = self.decoder.linears().map(gradients).max().unwrap_or(0);
         // The gradients of magnitudes are sums over the tokens.
@@ -195,6 +196,21 @@ impl DryRun<'_> {
         Ok((self.meter.bytes() - before, built))
     }
 
+    /// These settings, which fit, with as many copies as what is left has room for.
+    fn with_copies(&mut self, (settings, need): (Settings, Need), limit: usize) -> Result<(Settings, Need)> {
+        let (mut found, mut beyond) = ((settings, need), self.decoder.layers.len() + 1);
+        while found.0.copied + 1 < beyond {
+            let candidate = Settings { copied: usize::midpoint(found.0.copied, beyond), ..settings };
+            let need = self.need(candidate)?;
+            if need.total() <= limit {
+                found = (candidate, need);
+            } else {
+                beyond = candidate.copied;
+            }
+        }
+        Ok(found)
+    }
+
     /// The fastest settings that fit into `limit` bytes.
     ///
     /// # Errors
@@ -203,7 +219,7 @@ impl DryRun<'_> {
         let layers = self.decoder.layers.len();
         let (lowest, highest) = (*self.recomputed.start().min(&layers), *self.recomputed.end().min(&layers));
         let mut settings = Settings {
-            copies: true,
+            copied: layers,
             remakes_act: false,
             recomputed: lowest,
             embedding_on_host: false,
@@ -211,17 +227,18 @@ impl DryRun<'_> {
             batch,
         };
         let mut smallest;
-        // What it costs to make the products again is a tenth of what it costs to dequantize again.
-        for (copies, remakes_act) in [(true, false), (true, true), (false, false), (false, true)] {
+        // For a byte, making the products again costs a quarter of dequantizing again.
+        for remakes_act in [false, true] {
             if remakes_act && lowest == layers {
                 continue;
             }
-            settings = Settings { copies, remakes_act, ..settings };
+            settings.remakes_act = remakes_act;
             let need = self.need(settings)?;
             if need.total() <= limit {
                 return Ok((settings, need));
             }
         }
+        settings.copied = 0;
         // A tied table is the output head, too, which every token reads whole.
         settings.embedding_on_host = self.decoder.head.is_some();
         loop {
@@ -241,7 +258,7 @@ impl DryRun<'_> {
                 }
             }
             if let Some(found) = fits {
-                return Ok(found);
+                return self.with_copies(found, limit);
             }
             smallest = self.need(Settings { recomputed: highest, ..settings })?;
             if !settings.streams_on_host {
@@ -279,14 +296,14 @@ fn pads(linear: &Linear) -> usize {
 }
 
 impl Decoder {
-    /// Gives every linear room for a bf16 copy; see [`BaseWeight::keep_copy`](super::BaseWeight::keep_copy).
+    /// Gives the linears of so many of the lowest layers, which are the first to be computed again, room for a bf16 copy; see [`BaseWeight::keep_copy`](super::BaseWeight::keep_copy).
     ///
     /// # Errors
     /// The device is out of memory.
-    pub fn keep_copies(&mut self) -> Result<()> {
+    pub fn keep_copies(&mut self, layers: usize) -> Result<()> {
         let ranks: [usize; super::layer::SLOTS] = self.largest_ranks();
         let device = self.device.clone();
-        for layer in &mut self.layers {
+        for layer in self.layers.iter_mut().take(layers) {
             for (slot, linear) in Slot::ALL.into_iter().zip(&mut layer.linears) {
                 let widths: Vec<usize> = slot.siblings().iter().map(|&s| ranks[s as usize]).collect();
                 let padding = padding(linear.weight.cols(), &widths);

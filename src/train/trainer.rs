@@ -187,9 +187,7 @@ impl<'a> Run<'a> {
         let mut decoder = decoder;
         let (batch_size, keep, on_host) = match &fit {
             Some(Fit { settings, .. }) => {
-                if settings.copies {
-                    decoder.keep_copies()?;
-                }
+                decoder.keep_copies(settings.copied)?;
                 (settings.batch, settings.keep(decoder.layers.len()), settings.streams_on_host)
             }
             None if config.gradient_checkpointing => (config.batch_size, Keep::LAYER_INPUTS, false),

@@ -246,11 +246,16 @@ fn cuda_takes_the_memory_that_was_predicted() {
             };
             let hyper = AdamW { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
             let (batch, length) = (4, 256);
-            for (copies, all, remakes_act) in
-                [(false, false, false), (false, true, false), (true, false, false), (false, false, true)]
-            {
+            let every = usize::MAX;
+            for (copied, all, remakes_act) in [
+                (0, false, false),
+                (0, true, false),
+                (every, false, false),
+                (0, false, true),
+                (1, false, true),
+            ] {
                 let what = format!(
-                    "synthetic {synthetic}, dora {use_dora}, copies {copies}, recomputed {all}, act {remakes_act}"
+                    "synthetic {synthetic}, dora {use_dora}, copied {copied}, recomputed {all}, act {remakes_act}"
                 );
                 let (counter, meter) = meta();
                 let mut decoder = build(&counter);
@@ -263,7 +268,7 @@ fn cuda_takes_the_memory_that_was_predicted() {
                 let mut dry =
                     DryRun { decoder, meter: &meter, adapter_bytes, length, recomputed: 0..=recomputed };
                 let settings = Settings {
-                    copies,
+                    copied,
                     remakes_act,
                     recomputed,
                     embedding_on_host: false,
@@ -277,9 +282,7 @@ fn cuda_takes_the_memory_that_was_predicted() {
                 let mut decoder = build(&device);
                 let params = adapters::attach(&mut decoder, &config).unwrap();
                 let mut optimizer = Optimizer::new(&device, params.count(), hyper, 1.0).unwrap();
-                if copies {
-                    decoder.keep_copies().unwrap();
-                }
+                decoder.keep_copies(copied).unwrap();
                 let keep = settings.keep(decoder.layers.len());
                 let buffers = Buffers::new(&decoder, batch * length, keep).unwrap();
                 decoder.refresh(&params).unwrap();

@@ -80,9 +80,7 @@ impl Run {
         }
         let mut params = adapters::attach(&mut decoder, &init.config).unwrap();
         adapters::load(&mut params, &init).unwrap();
-        if copies {
-            decoder.keep_copies().unwrap();
-        }
+        decoder.keep_copies(if copies { usize::MAX } else { 0 }).unwrap();
         decoder.refresh(&params).unwrap();
         let batch = batch(&SafetensorsFile::open(&file("golden.safetensors")).unwrap());
         let buffers = Buffers::new(&decoder, batch.len(), keep).unwrap();

@@ -183,7 +183,11 @@ impl Cuda {
     ///
     /// # Errors
     /// The device has not so much memory left.
+    ///
+    /// # Panics
+    /// Work [side by side](Cuda::side_by_side) asks for it.
     pub fn scratch(&self, purpose: Scratch, bytes: usize) -> Result<u64> {
+        assert!(!Cuda::is_side_by_side(), "scratch is not for work side by side");
         let mut all = self.memory.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(buffer) = all.get(&purpose)
             && buffer.bytes >= bytes

@@ -2,11 +2,13 @@
 //!
 //! Libraries are found at run time ([`library`]), kernels are compiled by NVRTC for the device at hand and kept
 //! on disk ([`compile`]), started by one function ([`launch`]), matrix products go to cuBLASLt ([`gemm`]).
-//! Everything is enqueued on one stream; nothing here waits for the device unless it says so.
+//! Everything is enqueued on one stream, but for work that is said to be [side by side](Cuda::side_by_side); nothing here
+//! waits for the device unless it says so.
 
 pub mod compile;
 pub mod gemm;
 pub mod graph;
+mod lanes;
 pub mod launch;
 pub mod library;
 pub mod memory;
@@ -34,6 +36,7 @@ use crate::error::{Error, Result};
 pub struct Cuda {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    lanes: lanes::Lanes,
     arch: Arch,
     sms: usize,
     modules: Mutex<Modules>,
@@ -90,10 +93,12 @@ impl Cuda {
         let attribute = sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let sms = context.attribute(attribute).map_err(ask)? as usize;
         let stream = context.new_stream().map_err(ask)?;
+        let lanes = lanes::Lanes::new(&context).map_err(ask)?;
         let gemm = Mutex::new(gemm::Plans::new().map_err(|e| refuse(e.to_string()))?);
         Ok(Arc::new(Cuda {
             context,
             stream,
+            lanes,
             arch,
             sms,
             modules: Mutex::default(),
@@ -158,10 +163,6 @@ impl Cuda {
     /// Makes the context that of this thread.
     fn bind(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|e| self.error("binding the context", e))
-    }
-
-    fn stream(&self) -> sys::CUstream {
-        self.stream.cu_stream()
     }
 
     fn error(&self, what: &str, e: impl std::fmt::Display) -> Error {

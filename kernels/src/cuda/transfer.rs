@@ -2,26 +2,11 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaStream, result, sys};
+use cudarc::driver::{CudaStream, result};
 
+use super::lanes::Mark;
 use super::{Buffer, Cuda};
 use crate::error::Result;
-
-/// A point in the work of one of the two streams, to wait for in the other.
-#[derive(Debug)]
-struct Mark(sys::CUevent);
-
-// SAFETY: an event may be recorded and waited for from any thread.
-unsafe impl Send for Mark {}
-// SAFETY: as above.
-unsafe impl Sync for Mark {}
-
-impl Drop for Mark {
-    fn drop(&mut self) {
-        // SAFETY: created by `Lane::mark`, owned; the driver keeps what is still waited for.
-        let _ = unsafe { result::event::destroy(self.0) };
-    }
-}
 
 /// A stream for copies, and what its slots wait for.
 #[derive(Debug)]
@@ -42,8 +27,7 @@ impl Lane {
     pub fn new(cuda: &Arc<Cuda>, slots: usize) -> Result<Lane> {
         cuda.bind()?;
         let refuse = |e: result::DriverError| cuda.error("opening a stream for copies", e);
-        let mark =
-            || result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map(Mark).map_err(refuse);
+        let mark = || Mark::new().map_err(refuse);
         Ok(Lane {
             stream: cuda.context.new_stream().map_err(refuse)?,
             copied: (0..slots).map(|_| mark()).collect::<Result<_>>()?,
@@ -71,15 +55,14 @@ impl Lane {
     fn copy(&self, slot: usize, to: u64, from: u64, bytes: usize) -> Result<()> {
         self.cuda.bind()?;
         let copies = self.stream.cu_stream();
-        // SAFETY: events and streams are alive; both ranges belong to buffers that the caller keeps, and pinned
-        // memory has the same address on the device.
-        unsafe {
-            result::event::record(self.computed.0, self.cuda.stream())
-                .and_then(|()| wait(copies, self.computed.0))
-                .and_then(|()| result::memcpy_dtod_async(to, from, bytes, copies))
-                .and_then(|()| result::event::record(self.copied[slot].0, copies))
-        }
-        .map_err(|e| self.cuda.error("copying beside the computation", e))
+        let copy = || {
+            self.computed.order(self.cuda.stream(), copies)?;
+            // SAFETY: the stream is alive; both ranges belong to buffers that the caller keeps, and pinned memory has
+            // the same address on the device.
+            unsafe { result::memcpy_dtod_async(to, from, bytes, copies) }?;
+            self.copied[slot].record(copies)
+        };
+        copy().map_err(|e| self.cuda.error("copying beside the computation", e))
     }
 
     /// What is enqueued from now on waits for the last copy of this slot.
@@ -88,15 +71,7 @@ impl Lane {
     /// The device refuses.
     pub fn wait_for(&self, slot: usize) -> Result<()> {
         self.cuda.bind()?;
-        // SAFETY: the event and the stream are alive; an event that was never recorded counts as reached.
-        unsafe { wait(self.cuda.stream(), self.copied[slot].0) }
-            .map_err(|e| self.cuda.error("waiting for a copy", e))
+        let waited = self.copied[slot].wait(self.cuda.stream());
+        waited.map_err(|e| self.cuda.error("waiting for a copy", e))
     }
-}
-
-/// # Safety
-/// Stream and event are alive.
-unsafe fn wait(stream: sys::CUstream, event: sys::CUevent) -> Result<(), result::DriverError> {
-    // SAFETY: the caller's.
-    unsafe { result::stream::wait_event(stream, event, sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT) }
 }

@@ -79,32 +79,65 @@ pub fn dequantize_rows<'a>(
     row_scale: Option<View<'_>>,
     columns: Option<Columns<'_>>,
 ) -> Result<()> {
-    const OP: &str = "dequantize_rows";
-    let weight = weight.into();
+    rows_of("dequantize_rows", out, weight.into(), rows, row_scale, columns, None)
+}
+
+/// [`dequantize_rows`] with the rows of an adapter's other factor below them.
+///
+/// `out_i = [g_n · (factor · w_n) | 0 | b_n | 0]`, and below them `[a_r | .]`, of which only the K columns are written.
+///
+/// - `Shapes`: out (rows + R, K + P); below (R, K), of the type of out on CUDA; the others as [`dequantize_rows`].
+/// - `Accumulates`: `out =`.
+/// - `Precision`: as [`dequantize_rows`].
+/// - `Errors`: as [`dequantize_rows`].
+/// - `Source`: see [`dequantize_rows`]; `dy diag(g) W + dh A = [dy dh] [diag(g) W; A]`.
+pub fn dequantize_rows_above<'a>(
+    out: ViewMut<'_>,
+    weight: impl Into<Packed<'a>>,
+    rows: Range<usize>,
+    row_scale: Option<View<'_>>,
+    columns: Option<Columns<'_>>,
+    below: View<'_>,
+) -> Result<()> {
+    rows_of("dequantize_rows_above", out, weight.into(), rows, row_scale, columns, Some(below))
+}
+
+fn rows_of(
+    op: &'static str,
+    out: ViewMut<'_>,
+    weight: Packed<'_>,
+    rows: Range<usize>,
+    row_scale: Option<View<'_>>,
+    columns: Option<Columns<'_>>,
+    below: Option<View<'_>>,
+) -> Result<()> {
     let (n, k) = weight.shape();
     if rows.start > rows.end || rows.end > n {
         let index = rows.start.max(rows.end);
-        return Err(Error::IndexOutOfRange { op: OP, what: "end of rows", index, limit: n + 1 });
+        return Err(Error::IndexOutOfRange { op, what: "end of rows", index, limit: n + 1 });
     }
-    check(OP, "rows of out", rows.len(), out.rows)?;
+    check(op, "rows of out", rows.len() + below.map_or(0, |below| below.rows), out.rows)?;
+    if let Some(below) = below {
+        check(op, "columns of below", k, below.cols)?;
+    }
     if out.cols < k {
-        check(OP, "columns of out", k, out.cols)?;
+        check(op, "columns of out", k, out.cols)?;
     }
     if let Some(row_scale) = &row_scale {
-        check(OP, "rows of row_scale", 1, row_scale.rows)?;
-        check(OP, "columns of row_scale", n, row_scale.cols)?;
+        check(op, "rows of row_scale", 1, row_scale.rows)?;
+        check(op, "columns of row_scale", n, row_scale.cols)?;
     }
     if let Some(Columns { b, offset }) = &columns {
-        check(OP, "rows of b", n, b.rows)?;
+        check(op, "rows of b", n, b.rows)?;
         let end = offset.saturating_add(b.cols);
         if end > out.cols - k {
             let (what, limit) = ("end of b behind the weight", out.cols - k + 1);
-            return Err(Error::IndexOutOfRange { op: OP, what, index: end, limit });
+            return Err(Error::IndexOutOfRange { op, what, index: end, limit });
         }
     }
     match weight {
-        Packed::Host(weight) => rows_cpu(OP, out, weight, rows, row_scale, columns),
-        Packed::Device(weight) => rows_cuda(OP, &out, weight, rows, row_scale, columns),
+        Packed::Host(weight) => rows_cpu(op, out, weight, rows, row_scale, columns, below),
+        Packed::Device(weight) => rows_cuda(op, &out, weight, rows, row_scale, columns, below),
     }
 }
 
@@ -156,6 +189,7 @@ fn rows_cpu(
     rows: Range<usize>,
     row_scale: Option<View<'_>>,
     columns: Option<Columns<'_>>,
+    below: Option<View<'_>>,
 ) -> Result<()> {
     let (k, cols, stride) = (weight.cols(), out.cols, out.stride.max(1));
     let g = row_scale.map(|g| g.cpu(op)).transpose()?;
@@ -163,7 +197,15 @@ fn rows_cpu(
         Some(Columns { b, offset }) => Some((b.cpu(op)?, b.stride, k + offset..k + offset + b.cols)),
         None => None,
     };
-    out.cpu(op)?.par_chunks_mut(stride).zip(rows).for_each(|(out, n)| {
+    let out = out.cpu(op)?;
+    let (out, rest) = out.split_at_mut((rows.len() * stride).min(out.len()));
+    if let Some(below) = below {
+        let a = below.cpu(op)?;
+        for (out, a) in rest.chunks_mut(stride).zip(a.chunks(below.stride.max(1))) {
+            out[..k].copy_from_slice(&a[..k]);
+        }
+    }
+    out.par_chunks_mut(stride).zip(rows).for_each(|(out, n)| {
         let (values, padding) = out[..cols].split_at_mut(k);
         weight.dequantize_rows(n..n + 1, values);
         if let Some(g) = g {
@@ -331,6 +373,7 @@ fn rows_cuda(
     rows: Range<usize>,
     row_scale: Option<View<'_>>,
     columns: Option<Columns<'_>>,
+    below: Option<View<'_>>,
 ) -> Result<()> {
     same_device(op, weight, &out.as_view())?;
     let groups = rows.len().saturating_mul(out.cols.div_ceil(GROUP));
@@ -352,6 +395,10 @@ fn rows_cuda(
         Some(Columns { b, offset }) => (b.bf16(op)?, b.stride, b.cols, offset),
         None => (0, 0, 0, 0),
     };
+    let (a, a_stride, a_rows) = match below {
+        Some(a) => (a.bf16(op)?, a.stride, a.rows),
+        None => (0, 0, 0),
+    };
     let (mul, shift) = divisor(weight.cols() / GROUP);
     let mut args = vec![Arg::Ptr(matrix.ptr), Arg::I64(matrix.stride as i64)];
     args.extend(packed_args(weight));
@@ -367,6 +414,9 @@ fn rows_cuda(
         Arg::I64(b_stride as i64),
         Arg::size(rank),
         Arg::size(at),
+        Arg::Ptr(a),
+        Arg::I64(a_stride as i64),
+        Arg::size(a_rows),
     ]);
     let blocks = groups.div_ceil(THREADS * GROUPS_PER_THREAD).min(weight.cuda().sms() * BLOCKS_PER_SM);
     weight.cuda().launch(kernels.source, kernel, Grid::of(blocks, THREADS), &args)

@@ -103,6 +103,28 @@ fn forward(
     Ok(())
 }
 
+/// The bf16 copy of a weight on a device with the row scale and the adapter of now, where a product wrote one with a row
+/// scale before, so that the next product finds it; nothing elsewhere.
+///
+/// `copy = [diag(g) W | b]`, and below it `a` where there is room.
+///
+/// - `Shapes`: row_scale (1, N), b (N, R), a (R, K), weight (N, K).
+/// - `Accumulates`: nothing, the copy is overwritten.
+/// - `Precision`: that of [`dequantize_rows`](super::dequantize::dequantize_rows).
+/// - `Errors`: shapes that do not belong together.
+/// - `Source`: see [`quant_linear_forward`].
+pub fn scale_copy_anew(weight: &BaseWeight, row_scale: View<'_>, b: View<'_>, a: View<'_>) -> Result<()> {
+    const OP: &str = "scale_copy_anew";
+    check(OP, "columns of row_scale", weight.rows(), row_scale.cols)?;
+    check(OP, "rows of b", weight.rows(), b.rows)?;
+    check(OP, "columns of a", weight.cols(), a.cols)?;
+    check(OP, "rows of a", b.cols, a.rows)?;
+    match row_scale.cuda() {
+        Some(cuda) => cuda::scale_copy_anew(cuda, weight, row_scale, b, a),
+        None => Ok(()),
+    }
+}
+
 /// Backward of [`quant_linear_forward`] to its input: `dx = dy diag(g) W`.
 ///
 /// - `Shapes`: dx (T, K), dy (T, N), weight (N, K), row_scale (1, N).

@@ -126,6 +126,18 @@ impl Copy {
         Some((self.buffer.ptr(), cols + place.map_or(0, |place| place.padding)))
     }
 
+    /// The address of the rows, and where the branch lies behind them, if they were written with a row scale before.
+    pub(super) fn to_scale_anew(&self) -> Option<(u64, Option<Place>)> {
+        let contents = (*self.contents.lock().unwrap_or_else(PoisonError::into_inner))?;
+        contents.scaled.then(|| (self.buffer.ptr(), contents.place))
+    }
+
+    /// Whether all that an adapter changes was made anew with it.
+    pub(super) fn was_refreshed(&self) -> bool {
+        let contents = *self.contents.lock().unwrap_or_else(PoisonError::into_inner);
+        contents.is_some_and(|contents| contents.scaled || contents.place.is_some())
+    }
+
     /// The address and stride of the columns behind the rows where the branch lies, if only that changes with a step.
     pub(super) fn branch(&self, cols: usize) -> Option<(u64, usize)> {
         let contents = *self.contents.lock().unwrap_or_else(PoisonError::into_inner);

@@ -100,6 +100,11 @@ impl BaseWeight {
         self.copy()?.with_room(self.rows, self.cols, scaled, below)
     }
 
+    /// Whether there is a bf16 copy of the rows, scaled by the row scale of now.
+    pub fn has_scaled_copy(&self) -> bool {
+        self.scaled_copy().is_some()
+    }
+
     /// The address and stride of the bf16 copy, where its rows are scaled by the row scale of now.
     pub(crate) fn scaled_copy(&self) -> Option<(u64, usize)> {
         self.copy()?.scaled(self.cols)
@@ -123,25 +128,25 @@ impl BaseWeight {
     }
 
     /// Rows below those of the bf16 copy on a device for the first factor of an adapter of this rank, where the copy was
-    /// in use before: whoever changes the factor writes it there, too, and says so ([`BaseWeight::set_filled`]).
+    /// in use before: whoever changes the factor writes it there, too.
     pub fn rows_below_copy(&self, rank: usize) -> Option<ViewMut<'_>> {
         let (ptr, stride) = self.copy()?.below(self.rows, self.cols, rank)?;
         let matrix = Matrix { ptr, rows: rank, cols: self.cols, stride, dtype: Dtype::Bf16 };
         Some(ViewMut::on_cuda(self.on_device.as_ref()?.packed.cuda(), matrix))
     }
 
-    /// Says that the factor of now lies in [`BaseWeight::rows_below_copy`].
-    pub fn set_filled(&self) {
-        if let Some(copy) = self.copy() {
-            copy.set_filled(true);
-        }
+    /// Where a bf16 copy on a device is to be written with the row scale of now, and where the branch lies behind its
+    /// rows, if a product wrote it with a row scale before.
+    pub(crate) fn copy_to_scale_anew(&self) -> Option<(u64, Option<Place>)> {
+        self.copy()?.to_scale_anew()
     }
 
-    /// Says that the adapter's parts of the copy were made anew, where they are in [`BaseWeight::branch_in_copy`] and
-    /// [`BaseWeight::rows_below_copy`]; otherwise that they have to be.
+    /// Says that the adapter's parts of the copy were made anew, where it was in use before
+    /// ([`BaseWeight::branch_in_copy`], [`BaseWeight::rows_below_copy`],
+    /// [`scale_copy_anew`](crate::ops::quant_linear::scale_copy_anew)); otherwise that they have to be.
     pub fn set_refreshed(&self, rank: usize) {
         let Some(copy) = self.copy() else { return };
-        copy.set_fresh(copy.branch(self.cols).is_some());
+        copy.set_fresh(copy.was_refreshed());
         copy.set_filled(copy.below(self.rows, self.cols, rank).is_some());
     }
 

@@ -174,9 +174,7 @@ impl Subject {
         let layers = decoder.layers.len();
         let (batch_size, keep, on_host) = match &fit {
             Some(Fit { settings, .. }) => {
-                if settings.copies {
-                    decoder.keep_copies()?;
-                }
+                decoder.keep_copies(settings.copied)?;
                 (settings.batch, settings.keep(layers), settings.streams_on_host)
             }
             None => (args.batch_size, Keep::Layers(layers - (*recomputed.start()).min(layers)), false),

@@ -35,6 +35,13 @@ struct Branch {
     u32 rank, at;
 };
 
+// What stands in the rows below the weight: those of a, or none.
+struct Below {
+    const bf16* a;
+    i64 stride;
+    u32 rank;
+};
+
 // Quotients by a divisor that the host knows: n / d = (n * mul) >> (32 + shift) for n < 2^31.
 struct Divisor {
     u32 by, mul, shift;
@@ -160,12 +167,31 @@ __device__ __forceinline__ f32x8 branch_values(const Branch& branch, u32 row, i3
     return x;
 }
 
-// out[i, k] = g[first + i] * (factor * w[first + i, k]) for k < K, then zeros and b up to `width` columns.
+// out[i, k] = a[i, k] for the K columns of a, a group per thread: a few rows.
+template <typename Out> __device__ __forceinline__ void copy_below(Out* out, i64 stride, const Below& below, u32 cols) {
+    const u32 groups = (cols + 7) / 8;
+    const bool wide = aligned16(out, stride) && aligned16(below.a, below.stride);
+    for (u32 i = blockIdx.x * THREADS + threadIdx.x; i < below.rank * groups; i += gridDim.x * THREADS) {
+        const u32 row = i / groups, col = i % groups * 8;
+        Out* to = out + row * stride + col;
+        const bf16* a = below.a + row * below.stride + col;
+        if (wide && col + 8 <= cols) {
+            store8(to, load8(a));
+        } else {
+            for (u32 j = 0; j < 8 && col + j < cols; j++) to[j] = from_f32<Out>(to_f32(a[j]));
+        }
+    }
+}
+
+// out[i, k] = g[first + i] * (factor * w[first + i, k]) for k < K, then zeros and b up to `width` columns. Below them the
+// rows of a, of K columns.
 //
 // Whole groups first, where rows are aligned; then what is left.
 template <class D, typename Out>
 __device__ __forceinline__ void dequantize(Out* out, i64 stride, const Packed& p, u32 first_row, u32 rows, u32 width,
-                                           const Divisor& whole_groups, const Scaling& scaling, const Branch& branch) {
+                                           const Divisor& whole_groups, const Scaling& scaling, const Branch& branch,
+                                           const Below& below) {
+    copy_below(out + rows * stride, stride, below, p.cols);
     // Rows in f32 are no part of a step.
     constexpr int N = sizeof(Out) == 2 ? D::IN_FLIGHT : 1;
     __shared__ u32 table[D::TABLE > 0 ? D::TABLE : 1];
@@ -280,10 +306,11 @@ template <int LOADS, int TABLE_WORDS = 0> struct Decoder {
 #define DEQUANTIZE(name, D, Out)                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                          \
         name(Out* out, i64 stride, PACKED_PARAMETERS, i32 first_row, i32 rows, i32 width, i32 mul,      \
-             i32 quotient_shift, float factor, const float* g, const bf16* b, i64 b_stride, i32 rank, i32 at) {     \
+             i32 quotient_shift, float factor, const float* g, const bf16* b, i64 b_stride, i32 rank, i32 at,       \
+             const bf16* a, i64 a_stride, i32 below) {                                                             \
         dequantize<D, Out>(out, stride, PACKED, first_row, rows, width,                                            \
                            {(u32)cols / 8, (u32)mul, (u32)quotient_shift}, {factor, g},                              \
-                           {b, b_stride, (u32)rank, (u32)at});                                                     \
+                           {b, b_stride, (u32)rank, (u32)at}, {a, a_stride, (u32)below});                          \
     }
 
 // The kernels of a type: to bf16, to f32, chosen rows to bf16, and the squared lengths of the rows.

@@ -234,6 +234,46 @@ fn cuda_row_ranges_row_scales_and_adapter_columns_have_the_bits_of_the_cpu() {
 }
 
 #[test]
+fn rows_below_the_weight_are_those_of_the_adapter_also_on_cuda() {
+    for (name, weight) in weights() {
+        let (n, k, pad) = (weight.rows(), weight.cols(), 6);
+        for r in [1, 8] {
+            let (a, b, g) = (Mat::random(1, r, k, 1.0), Mat::random(2, n, r, 1.0), Mat::random(3, 1, n, 1.0));
+            let (a, b) = (a.rounded(), b.rounded());
+            let mut above = Mat::poisoned(n, k + pad + 8);
+            let columns = Columns { b: b.view(), offset: 0 };
+            dequantize_rows(above.view_mut(), &weight, 0..n, Some(g.view()), Some(columns)).unwrap();
+            // Behind the rows of the factor nothing is written.
+            let rows_below = a.values();
+            let rows_below = rows_below.chunks(k).flat_map(|row| row.iter().copied().chain([f32::NAN; 14]));
+            let expected: Vec<f32> = above.values().into_iter().chain(rows_below).collect();
+            let mut out = Mat::poisoned(n + r, k + pad + 8);
+            dequantize_rows_above(out.view_mut(), &weight, 0..n, Some(g.view()), Some(columns), a.view())
+                .unwrap();
+            let bits = |values: &[f32]| {
+                values.iter().map(|x| if x.is_nan() { 1 } else { x.to_bits() }).collect::<Vec<_>>()
+            };
+            assert_eq!(bits(&out.values()), bits(&expected), "{name}, rank {r}");
+
+            let Some(cuda) = device() else { continue };
+            let place = Device::Cuda(Arc::clone(cuda));
+            let there = |mat: &Mat, mut tensor: Tensor| {
+                tensor.write(&mat.values()).unwrap();
+                tensor
+            };
+            let [a, b] = [&a, &b].map(|m| there(m, Tensor::activations(&place, m.rows, m.cols).unwrap()));
+            let g = there(&g, Tensor::zeros(&place, 1, n).unwrap());
+            let on_device = DeviceWeight::upload(cuda, &weight).unwrap();
+            let mut out = poisoned(cuda, Dtype::Bf16, n + r, k + pad + 8);
+            let columns = Columns { b: b.view(), offset: 0 };
+            dequantize_rows_above(out.view_mut(), &on_device, 0..n, Some(g.view()), Some(columns), a.view())
+                .unwrap();
+            assert_eq!(bits(&out.read().unwrap()), bits(&to_bf16(&expected)), "{name} on cuda, rank {r}");
+        }
+    }
+}
+
+#[test]
 fn cuda_rows_longer_than_a_sweep_of_the_grid_are_all_written() {
     let Some(cuda) = device() else { return };
     for weight in [

@@ -16,7 +16,7 @@ use crate::cuda::gemm::{Matrix, transposed};
 use crate::cuda::{Cuda, Scratch};
 use crate::error::Result;
 use crate::ops::convert::convert;
-use crate::ops::dequantize::{Columns, dequantize_rows};
+use crate::ops::dequantize::{Columns, dequantize_rows, dequantize_rows_above};
 use crate::tensor::{Dtype, View, ViewMut};
 use crate::weight::{BaseWeight, Missing, Place, Room, WeightType};
 
@@ -113,8 +113,9 @@ pub(super) fn backward_with_branch(
         room
     } else {
         let ptr = cuda.scratch(Scratch::Weight, (rows + rank) * cols * Dtype::Bf16.size())?;
-        dequantize_rows(ViewMut::on_cuda(cuda, of(ptr, rows, cols)), weight, 0..rows, row_scale, None)?;
-        Room { ptr, stride: cols, is_filled: false }
+        let to = ViewMut::on_cuda(cuda, of(ptr, rows + rank, cols));
+        dequantize_rows_above(to, weight, 0..rows, row_scale, None, a)?;
+        Room { ptr, stride: cols, is_filled: true }
     };
     if !is_filled {
         let below = ptr + (rows * stride * Dtype::Bf16.size()) as u64;
@@ -157,6 +158,26 @@ pub(crate) fn for_each_tile(
         visit(rows, ViewMut::on_cuda(cuda, w).as_view())?;
     }
     Ok(())
+}
+
+/// The copy of a weight with a row scale and an adapter, where a product wrote it before.
+pub(super) fn scale_copy_anew(
+    cuda: &Arc<Cuda>,
+    weight: &BaseWeight,
+    row_scale: View<'_>,
+    b: View<'_>,
+    a: View<'_>,
+) -> Result<()> {
+    let Some((ptr, place)) = weight.copy_to_scale_anew() else { return Ok(()) };
+    let stride = weight.cols() + place.map_or(0, |place| place.padding);
+    let of = |rows| Matrix { ptr, rows, cols: stride, stride, dtype: Dtype::Bf16 };
+    let (rows, columns) = (weight.rows(), place.map(|place| Columns { b, offset: place.offset }));
+    if weight.rows_below_copy(a.rows).is_some() {
+        let to = ViewMut::on_cuda(cuda, of(rows + a.rows));
+        dequantize_rows_above(to, weight, 0..rows, Some(row_scale), columns, a)
+    } else {
+        dequantize_rows(ViewMut::on_cuda(cuda, of(rows)), weight, 0..rows, Some(row_scale), columns)
+    }
 }
 
 fn columns(matrix: Matrix, range: Range<usize>) -> Matrix {
@@ -210,7 +231,7 @@ mod tests {
 
     use crate::ops::quant_linear::{
         Branch, quant_linear_backward, quant_linear_backward_with_branch, quant_linear_forward,
-        quant_linear_forward_onto,
+        quant_linear_forward_onto, scale_copy_anew,
     };
     use crate::testing::{Mat, Tolerance, assert_close, cuda, tolerance};
     use crate::weight::{BaseWeight, WeightType};
@@ -340,6 +361,58 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Both products by a copy that was written with other row scales and another adapter have the bits of one that never
+    /// was.
+    #[test]
+    fn a_cuda_copy_that_is_scaled_anew_is_that_of_a_new_weight() {
+        let Some(device) = cuda::device() else { return };
+        let (n, k, t, r) = (96, 256, 33, 16);
+        let f32 = BaseWeight::from_f32(n, k, &Mat::random(9, n, k, 1.0).values()).unwrap();
+        let weight = f32.quantized_from(WeightType::Ggml(GgmlType::Q8_0), Element::F32).unwrap();
+        let there = |m: Mat, mut tensor: Tensor| {
+            put(&mut tensor, &m);
+            tensor
+        };
+        let activations = |seed, rows, cols| {
+            there(random(seed, rows, cols), Tensor::activations(&device, rows, cols).unwrap())
+        };
+        // Row scale, second and first factor, before a step and after it.
+        let [before, after] = [20, 30].map(|seed| {
+            let g = there(Mat::random(seed, 1, n, 1.0), Tensor::zeros(&device, 1, n).unwrap());
+            (g, activations(seed + 1, n, r), activations(seed + 2, r, k))
+        });
+        let (mut x, mut h) = Tensor::with_padding(&device, t, k, &[r]).unwrap();
+        let (mut dy, mut dh) = Tensor::with_padding(&device, t, n, &[r]).unwrap();
+        for (seed, tensor) in [&mut x, &mut h[0], &mut dy, &mut dh[0]].into_iter().enumerate() {
+            put(tensor, &random(seed as u64, t, tensor.cols()));
+        }
+        let products = |weight: &BaseWeight, (g, b, a): &(Tensor, Tensor, Tensor)| {
+            let (mut y, mut dx) = (activations(7, t, n), activations(8, t, k));
+            let branch = Some(Branch { h: h[0].view(), b: b.view() });
+            let (to, dh, dy, g) = (dx.view_mut(), dh[0].view(), dy.view(), Some(g.view()));
+            quant_linear_forward(y.view_mut(), x.view(), weight, g, branch).unwrap();
+            quant_linear_backward_with_branch(to, dh, dy, weight, g, a.view(), false).unwrap();
+            [y.read().unwrap(), dx.read().unwrap()]
+        };
+        let with_copy = || {
+            let mut weight = weight.clone().to_device(&device).unwrap();
+            weight.keep_copy(&device, crate::tensor::padding(k, &[r]), r, true).unwrap();
+            weight
+        };
+        let used = with_copy();
+        let (g, b, a) = &after;
+        // Nothing is there to scale before a product wrote it.
+        scale_copy_anew(&used, g.view(), b.view(), a.view()).unwrap();
+        assert!(!used.has_scaled_copy());
+        let old = products(&used, &before);
+        scale_copy_anew(&used, g.view(), b.view(), a.view()).unwrap();
+        used.set_refreshed(r);
+        assert!(used.has_scaled_copy());
+        let found = products(&used, &after);
+        assert_eq!(found, products(&with_copy(), &after));
+        assert_ne!(found, old);
     }
 
     /// Products that are large enough to look for their fastest algorithm, which must not show in the result, nor in

@@ -139,7 +139,7 @@ fn what_is_folded_with_a_norm_follows_from_it_also_on_cuda() {
         ];
         let inputs = [(&w_squared, F32), (&a, Bf16), (&b, F32), (&m, F32)];
         // B has 2^-18 of rounding there, and one column may cancel by chance.
-        let close = if k == 1 { tolerance(1e-3, 0.0) } else { close };
+        let close = if k == 1 { tolerance(2e-4, 0.0) } else { close };
         check_cuda(device, &what, outputs, inputs, close, |[norm, g, folded], [w_squared, a, b, m]| {
             row_norm_fold(norm, g, folded, w_squared, a, b, m, s, &weight)
         });
