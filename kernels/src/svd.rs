@@ -2,7 +2,7 @@
 //!
 //! [`randomized_svd`] is the one to use: block Krylov iteration reads W a few times with matrix products
 //! and decomposes only the small projection. [`exact_svd`] decomposes W itself and is the reference.
-//! [`weight_svd`] and [`subtract`] take a packed weight and run where it is: in host memory (`svd/cpu.rs`) or on its
+//! [`weight_svd`] and [`subtract()`] take a packed weight and run where it is: in host memory (`svd/cpu.rs`) or on its
 //! device (`svd/cuda.rs`, `svd/subtract.rs`). All are deterministic: counter-based random numbers, sums that do not depend
 //! on the number of threads, and in each left vector the component of largest magnitude is positive. Devices differ from
 //! each other in the last bits.

@@ -5,28 +5,23 @@ use std::ops::Range;
 
 use qpeft_formats::GgmlType;
 use qpeft_formats::file::Bytes;
-use qpeft_formats::gguf::{GgufFile, Metadata};
+use qpeft_formats::gguf::{GgufFile, Metadata, TensorDecl, TensorInfo};
 use qpeft_kernels::weight::dequantize_blocks;
 
-use super::source::{Source, SourceTensor};
+use super::source::Source;
 use crate::error::{Error, Result};
 
 /// An open GGUF. Rows are read through the file and not through its map, so that memory stays bounded.
 #[derive(Debug)]
 pub struct GgufSource {
     file: GgufFile,
-    tensors: Vec<SourceTensor>,
+    tensors: Vec<TensorDecl>,
 }
 
 impl GgufSource {
     /// All tensors of a file, in its order.
     pub fn new(file: GgufFile) -> GgufSource {
-        let describe = |info: &qpeft_formats::gguf::TensorInfo| SourceTensor {
-            name: info.name.clone(),
-            shape: info.shape.clone(),
-            dtype: info.dtype,
-        };
-        GgufSource { tensors: file.tensors().iter().map(describe).collect(), file }
+        GgufSource { tensors: file.tensors().iter().map(TensorInfo::decl).collect(), file }
     }
 
     /// The file.
@@ -40,7 +35,7 @@ impl Source for GgufSource {
         self.file.metadata()
     }
 
-    fn tensors(&self) -> &[SourceTensor] {
+    fn tensors(&self) -> &[TensorDecl] {
         &self.tensors
     }
 

@@ -12,7 +12,7 @@ use std::sync::Mutex;
 use qpeft_formats::bitsandbytes::weight_of;
 use qpeft_formats::error::{Error as FormatError, Kind, Place};
 use qpeft_formats::file::Bytes;
-use qpeft_formats::gguf::{Metadata, Value, names};
+use qpeft_formats::gguf::{Metadata, TensorDecl, Value, names};
 use qpeft_formats::safetensors::{Checkpoint, Dtype, TensorView};
 use qpeft_formats::{GgmlType, blocks};
 
@@ -22,7 +22,7 @@ use super::families::{Change, Dims, Family, HEAD, Key, numbered};
 use super::gguf::read_packed;
 use super::merge_folder::dense_type_of;
 use super::settings::Settings;
-use super::source::{Source, SourceTensor};
+use super::source::Source;
 use super::vocab;
 use crate::error::{Error, Result};
 use crate::model::BaseWeight;
@@ -34,7 +34,7 @@ pub struct HfSource {
     folder: Checkpoint,
     family: &'static Family,
     metadata: Metadata,
-    tensors: Vec<SourceTensor>,
+    tensors: Vec<TensorDecl>,
     origins: Vec<Origin>,
     notes: Vec<String>,
     /// The packed weight that was read last: pieces of a tensor are asked for one after another.
@@ -99,10 +99,7 @@ impl HfSource {
             let (first, values): (Vec<_>, Vec<_>) = made
                 .map(|(name, values)| {
                     let shape = vec![values.len() as u64];
-                    (
-                        SourceTensor { name: name.to_owned(), shape, dtype: GgmlType::F32 },
-                        Origin::Made(values),
-                    )
+                    (TensorDecl { name: name.to_owned(), shape, dtype: GgmlType::F32 }, Origin::Made(values))
                 })
                 .unzip();
             tensors.splice(0..0, first);
@@ -166,7 +163,7 @@ impl Source for HfSource {
         &self.metadata
     }
 
-    fn tensors(&self) -> &[SourceTensor] {
+    fn tensors(&self) -> &[TensorDecl] {
         &self.tensors
     }
 
@@ -291,7 +288,7 @@ fn stored(
     dims: &Dims,
     config: &Settings,
     notes: &mut Vec<String>,
-) -> Result<(Vec<SourceTensor>, Vec<Origin>)> {
+) -> Result<(Vec<TensorDecl>, Vec<Origin>)> {
     let (mut tensors, mut origins) = (Vec::new(), Vec::new());
     let mut found = HashSet::new();
     let mut left_out = 0;
@@ -356,7 +353,7 @@ fn stored(
             Change::PermuteQ => dims.heads,
             _ => dims.kv_heads,
         };
-        tensors.push(SourceTensor { name: gguf, shape, dtype });
+        tensors.push(TensorDecl { name: gguf, shape, dtype });
         let (change, heads) = (row.change, heads as usize);
         origins.push(if is_dense {
             Origin::Stored { view, change, heads }

@@ -11,7 +11,7 @@ use qpeft_kernels::cpu::quantize::quantize_rows;
 use rayon::prelude::*;
 
 use super::hf::stays_f32;
-use super::source::{Source, SourceTensor};
+use super::source::Source;
 use crate::error::{Error, Result};
 
 /// The type of the matrices.
@@ -41,7 +41,7 @@ const CHUNK: usize = 1 << 22;
 
 impl OutType {
     /// The type of most matrices of a source.
-    pub fn resolve(self, tensors: &[SourceTensor]) -> GgmlType {
+    pub fn resolve(self, tensors: &[TensorDecl]) -> GgmlType {
         match self {
             OutType::Type(dtype) => dtype,
             OutType::Auto => tensors
@@ -82,7 +82,7 @@ pub fn write_gguf(
             GgmlType::F16
         };
         written.bytes += dtype.row_bytes(tensor.row_len())? as u64 * tensor.n_rows() as u64;
-        declared.push(TensorDecl { name: tensor.name.clone(), shape: tensor.shape.clone(), dtype });
+        declared.push(TensorDecl { dtype, ..tensor.clone() });
     }
     let mut writer = GgufWriter::create(path, &metadata, &declared)?;
     for (index, decl) in declared.iter().enumerate() {

@@ -100,11 +100,7 @@ pub fn merge_to_gguf(
     let mut chosen = HashMap::new();
     if let Some(mixture) = &options.mixture {
         metadata.insert("general.file_type", Value::U32(mixture.file_type.id()));
-        let decls: Vec<TensorDecl> = file
-            .tensors()
-            .iter()
-            .map(|t| TensorDecl { name: t.name.clone(), shape: t.shape.clone(), dtype: t.dtype })
-            .collect();
+        let decls: Vec<TensorDecl> = file.tensors().iter().map(TensorInfo::decl).collect();
         let choices = mixture.choose(&ModelFacts::read(&metadata)?, &decls, false)?;
         for (decl, choice) in decls.into_iter().zip(choices) {
             if choice.dtype != choice.wanted {

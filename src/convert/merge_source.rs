@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 
 use qpeft_formats::GgmlType;
 use qpeft_formats::file::Bytes;
-use qpeft_formats::gguf::{GgufFile, Metadata, names};
+use qpeft_formats::gguf::{GgufFile, Metadata, TensorDecl, names};
 use qpeft_formats::mixture::{FileType, Mixture};
 use qpeft_kernels::Device;
 use qpeft_kernels::ops::packing_loss::PackingLoss;
@@ -23,7 +23,7 @@ use super::gguf::GgufSource;
 use super::hf::HfSource;
 use super::merge::{MergeOptions, MergeReport};
 use super::quantize::Plan;
-use super::source::{Source, SourceTensor};
+use super::source::Source;
 use crate::error::{Error, Result};
 use crate::model::save::{linear_of, repack};
 use crate::model::{BaseWeight, Decoder, Linear, Parameters};
@@ -90,7 +90,7 @@ impl Source for MergedSource<'_> {
         self.inner.metadata()
     }
 
-    fn tensors(&self) -> &[SourceTensor] {
+    fn tensors(&self) -> &[TensorDecl] {
         self.inner.tensors()
     }
 

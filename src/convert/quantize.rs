@@ -80,20 +80,16 @@ impl<'a> Plan<'a> {
         imatrix: Option<&'a Imatrix>,
         split: Option<SplitLimit>,
     ) -> Result<Plan<'a>> {
-        let decls: Vec<TensorDecl> = source
-            .tensors()
-            .iter()
-            .map(|t| TensorDecl { name: t.name.clone(), shape: t.shape.clone(), dtype: t.dtype })
-            .collect();
+        let decls = source.tensors();
         let choices = match mixture {
             Some(mixture) => {
                 let facts = ModelFacts::read(source.metadata())?;
-                Some(mixture.choose(&facts, &decls, imatrix.is_some())?)
+                Some(mixture.choose(&facts, decls, imatrix.is_some())?)
             }
             None => None,
         };
         let (mut tensors, mut lacking) = (Vec::with_capacity(decls.len()), None);
-        for i in file_order(&decls) {
+        for i in file_order(decls) {
             let mut decl = decls[i].clone();
             let from = decl.dtype;
             let choice = choices.as_ref().map(|choices| choices[i]);
@@ -315,18 +311,15 @@ struct Piece {
 /// and only a head that shares it has importance.
 fn importance<'a>(imatrix: Option<&'a Imatrix>, decl: &TensorDecl) -> Result<Option<&'a [f32]>> {
     let Some(imatrix) = imatrix else { return Ok(None) };
-    let row_len = decl.shape.first().map_or(1, |&len| len as usize);
     let matrices = decl.shape.iter().skip(2).product::<u64>() as usize;
-    match imatrix.of(&decl.name, row_len, matrices) {
+    match imatrix.of(&decl.name, decl.row_len(), matrices) {
         Err(_) if decl.name.ends_with("token_embd.weight") => Ok(None),
         other => Ok(other?),
     }
 }
 
 fn tensor_bytes(decl: &TensorDecl) -> Result<u64> {
-    let row_len = decl.shape.first().map_or(1, |&len| len as usize);
-    let rows = decl.shape.iter().skip(1).product::<u64>();
-    Ok(decl.dtype.row_bytes(row_len)? as u64 * rows)
+    Ok(decl.dtype.row_bytes(decl.row_len())? as u64 * decl.n_rows() as u64)
 }
 
 /// The source's metadata with what was done, in llama-quantize's order.

@@ -4,40 +4,18 @@ use std::ops::Range;
 
 use qpeft_formats::GgmlType;
 use qpeft_formats::file::Bytes;
-use qpeft_formats::gguf::Metadata;
+use qpeft_formats::gguf::{Metadata, TensorDecl};
 
 use crate::error::Result;
-
-/// One tensor under its GGUF name.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SourceTensor {
-    /// `blk.0.attn_q.weight`.
-    pub name: String,
-    /// Its size, row length first.
-    pub shape: Vec<u64>,
-    /// The type in which it is stored, or that comes closest to it.
-    pub dtype: GgmlType,
-}
-
-impl SourceTensor {
-    /// Elements in a row; 1 for a scalar.
-    pub fn row_len(&self) -> usize {
-        self.shape.first().map_or(1, |&len| len as usize)
-    }
-
-    /// Rows, over all further dimensions; 1 for a vector.
-    pub fn n_rows(&self) -> usize {
-        self.shape.iter().skip(1).product::<u64>() as usize
-    }
-}
 
 /// A model that can be read tensor by tensor, with GGUF names, shapes, row order and metadata.
 pub trait Source: Sync {
     /// Keys and values that a GGUF of this model has.
     fn metadata(&self) -> &Metadata;
 
-    /// The tensors, in the order in which they are written.
-    fn tensors(&self) -> &[SourceTensor];
+    /// The tensors under their GGUF names, in the order in which they are written, each with the type in which it is stored, or
+    /// that comes closest to it.
+    fn tensors(&self) -> &[TensorDecl];
 
     /// The rows of a tensor as f32, one after another, on the calling thread.
     ///

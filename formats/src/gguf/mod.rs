@@ -63,13 +63,26 @@ pub struct TensorInfo {
 impl TensorInfo {
     /// Elements in a row; 1 for a scalar.
     pub fn row_len(&self) -> usize {
-        self.shape.first().map_or(1, |&len| len as usize)
+        row_len(&self.shape)
     }
 
     /// Rows, over all further dimensions; 1 for a vector.
     pub fn n_rows(&self) -> usize {
-        self.shape.iter().skip(1).product::<u64>() as usize
+        n_rows(&self.shape)
     }
+
+    /// The same tensor, to be written.
+    pub fn decl(&self) -> TensorDecl {
+        TensorDecl { name: self.name.clone(), shape: self.shape.clone(), dtype: self.dtype }
+    }
+}
+
+fn row_len(shape: &[u64]) -> usize {
+    shape.first().map_or(1, |&len| len as usize)
+}
+
+fn n_rows(shape: &[u64]) -> usize {
+    shape.iter().skip(1).product::<u64>() as usize
 }
 
 /// An open GGUF model: mapped, and checked from the first byte of the header to the end of the data. A

@@ -23,6 +23,18 @@ pub struct TensorDecl {
     pub dtype: GgmlType,
 }
 
+impl TensorDecl {
+    /// Elements in a row; 1 for a scalar.
+    pub fn row_len(&self) -> usize {
+        super::row_len(&self.shape)
+    }
+
+    /// Rows, over all further dimensions; 1 for a vector.
+    pub fn n_rows(&self) -> usize {
+        super::n_rows(&self.shape)
+    }
+}
+
 /// Writes one GGUF model, in one file or several; what it writes appears under its names only when
 /// [`GgufWriter::finish`] has succeeded.
 #[derive(Debug)]

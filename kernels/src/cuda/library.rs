@@ -339,7 +339,7 @@ pub fn nvrtc() -> Result<()> {
 /// The version of NVRTC.
 ///
 /// # Errors
-/// As [`nvrtc`].
+/// As [`nvrtc()`].
 pub(crate) fn version_of_nvrtc() -> Result<(u32, u32)> {
     nvrtc()?;
     nvrtc_version()

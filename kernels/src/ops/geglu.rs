@@ -2,13 +2,9 @@
 //!
 //! Its CUDA kernels are the second instance of the templates in `swiglu.cu`.
 
-use rayon::prelude::*;
-
-use super::row_scale::{Output, row_scale_backward};
-use super::swiglu::{backward_cuda, check_gradients, forward_cuda, scaled_cuda};
-use crate::cpu::rows::{pieces, rows_per_task};
+use super::gated;
 use crate::cpu::{by_isa, math};
-use crate::error::{Result, check};
+use crate::error::Result;
 use crate::tensor::{View, ViewMut};
 
 const FORWARD: &str = "geglu_forward";
@@ -28,14 +24,11 @@ const SCALED: &str = "geglu_backward_scaled";
 ///
 /// Source: Shazeer, arXiv 2002.05202, equation 6 (GEGLU); `gelu_pytorch_tanh` of transformers for the form.
 pub fn geglu_forward(y: ViewMut, gate: View, up: View) -> Result<()> {
-    check(FORWARD, "rows of y", gate.rows, y.rows)?;
-    check(FORWARD, "columns of y", gate.cols, y.cols)?;
-    check(FORWARD, "rows of up", gate.rows, up.rows)?;
-    check(FORWARD, "columns of up", gate.cols, up.cols)?;
+    gated::check_forward(FORWARD, &y, gate, up)?;
     if let Some(cuda) = y.cuda() {
-        return forward_cuda(FORWARD, &cuda, &y, gate, up);
+        return gated::forward_cuda(FORWARD, &cuda, &y, gate, up);
     }
-    forward_fast(y, gate, up)
+    gated::forward_fast(FORWARD, y, gate, up, forward_piece)
 }
 
 /// The gradients of [`geglu_forward`].
@@ -52,11 +45,11 @@ pub fn geglu_forward(y: ViewMut, gate: View, up: View) -> Result<()> {
 ///
 /// Source: derived from the formula above.
 pub fn geglu_backward(dgate: ViewMut, dup: ViewMut, dy: View, gate: View, up: View) -> Result<()> {
-    check_gradients(BACKWARD, [&dgate, &dup], [dy, gate, up])?;
+    gated::check_gradients(BACKWARD, [&dgate, &dup], [dy, gate, up])?;
     if let Some(cuda) = dy.cuda() {
-        return backward_cuda(BACKWARD, BACKWARD, cuda, [&dgate, &dup], None, [dy, gate, up]);
+        return gated::backward_cuda(BACKWARD, BACKWARD, cuda, [&dgate, &dup], None, [dy, gate, up]);
     }
-    backward_fast(dgate, dup, dy, gate, up)
+    gated::backward_fast(BACKWARD, [dgate, dup], [dy, gate, up], backward_piece)
 }
 
 /// [`geglu_backward`], and the gradients of the factors of both inputs' columns; see
@@ -64,7 +57,7 @@ pub fn geglu_backward(dgate: ViewMut, dup: ViewMut, dy: View, gate: View, up: Vi
 ///
 /// Shapes: `dgate`, `dup`, `dy`, `gate`, `up` (T, C); `dscales`, `scales` (1, C) each.
 /// Accumulates: `dscales` are added to; `dgate` and `dup` are overwritten.
-/// Precision: as [`geglu_backward`] and [`row_scale_backward`].
+/// Precision: as [`geglu_backward`] and [`row_scale_backward`](super::row_scale::row_scale_backward).
 ///
 /// # Errors
 /// Shapes that do not belong together, or no kernel for the device.
@@ -79,21 +72,14 @@ pub fn geglu_backward_scaled(
     up: View,
     scales: [View; 2],
 ) -> Result<()> {
-    check_gradients(SCALED, [&dgate, &dup], [dy, gate, up])?;
-    for (dscale, scale) in dscales.iter().zip(scales) {
-        check(SCALED, "rows of dscales", 1, dscale.rows)?;
-        check(SCALED, "columns of dscales", gate.cols, dscale.cols)?;
-        check(SCALED, "rows of scales", 1, scale.rows)?;
-        check(SCALED, "columns of scales", gate.cols, scale.cols)?;
-    }
+    gated::check_gradients(SCALED, [&dgate, &dup], [dy, gate, up])?;
+    gated::check_scales(SCALED, &dscales, scales, gate)?;
     if let Some(cuda) = dy.cuda() {
         let (gradients, inputs, kernel) = ([&dgate, &dup], [dy, gate, up], "geglu_backward_columns");
-        return scaled_cuda(SCALED, kernel, cuda, gradients, None, dscales.each_ref(), inputs, scales);
+        return gated::scaled_cuda(SCALED, kernel, cuda, gradients, None, dscales.each_ref(), inputs, scales);
     }
-    backward_fast(dgate.reborrow(), dup.reborrow(), dy, gate, up)?;
-    let [dgate_scale, dup_scale] = dscales;
-    row_scale_backward(dgate_scale, dgate.as_view(), Output::Kept(gate), scales[0])?;
-    row_scale_backward(dup_scale, dup.as_view(), Output::Kept(up), scales[1])
+    geglu_backward(dgate.reborrow(), dup.reborrow(), dy, gate, up)?;
+    gated::scale_gradients(dscales, [dgate.as_view(), dup.as_view()], [gate, up], scales)
 }
 
 // ------------------------------------------------------------------------------------------ CPU
@@ -131,21 +117,6 @@ fn backward_naive(dgate: &mut [f64], dup: &mut [f64], dy: &[f64], gate: &[f64], 
     }
 }
 
-fn forward_fast(y: ViewMut, gate: View, up: View) -> Result<()> {
-    let (cols, strides) = (gate.cols, [y.stride, gate.stride, up.stride]);
-    let (y, gate, up) = (y.cpu(FORWARD)?, gate.cpu(FORWARD)?, up.cpu(FORWARD)?);
-    if cols == 0 {
-        return Ok(());
-    }
-    let walk = pieces(cols, strides);
-    let [y_stride, gate_stride, up_stride] = walk.strides;
-    y.par_chunks_mut(y_stride).enumerate().with_min_len(rows_per_task(walk.cols)).for_each(|(i, y)| {
-        let n = y.len().min(walk.cols);
-        forward_piece(&mut y[..n], &gate[i * gate_stride..][..n], &up[i * up_stride..][..n]);
-    });
-    Ok(())
-}
-
 by_isa! {
     fn forward_piece(y: &mut [f32], gate: &[f32], up: &[f32]) {
         for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
@@ -153,29 +124,6 @@ by_isa! {
             *y = gate * math::sigmoid(TWICE_ROOT * (g + CUBE * g * g * g)) * up;
         }
     }
-}
-
-fn backward_fast(dgate: ViewMut, dup: ViewMut, dy: View, gate: View, up: View) -> Result<()> {
-    let (cols, strides) = (gate.cols, [dgate.stride, dup.stride, dy.stride, gate.stride, up.stride]);
-    let (dgate, dup, dy) = (dgate.cpu(BACKWARD)?, dup.cpu(BACKWARD)?, dy.cpu(BACKWARD)?);
-    let (gate, up) = (gate.cpu(BACKWARD)?, up.cpu(BACKWARD)?);
-    if cols == 0 {
-        return Ok(());
-    }
-    let walk = pieces(cols, strides);
-    let [dgate_stride, dup_stride, dy_stride, gate_stride, up_stride] = walk.strides;
-    dgate
-        .par_chunks_mut(dgate_stride)
-        .zip(dup.par_chunks_mut(dup_stride))
-        .enumerate()
-        .with_min_len(rows_per_task(walk.cols))
-        .for_each(|(i, (dgate, dup))| {
-            let n = dgate.len().min(walk.cols);
-            let dy = &dy[i * dy_stride..][..n];
-            let (gate, up) = (&gate[i * gate_stride..][..n], &up[i * up_stride..][..n]);
-            backward_piece(&mut dgate[..n], &mut dup[..n], dy, gate, up);
-        });
-    Ok(())
 }
 
 by_isa! {

@@ -15,6 +15,7 @@ pub mod dequantize;
 pub mod dropout;
 pub mod embedding;
 pub mod fold;
+mod gated;
 pub mod gather;
 pub mod geglu;
 pub mod global_norm;

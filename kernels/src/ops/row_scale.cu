@@ -1,23 +1,8 @@
-// A factor per column, and its gradient: a sum over the tokens in two stages, so that it has the same bits every time.
+// The gradient of a factor per column: a sum over the tokens in two stages, so that it has the same bits every time.
 
 constexpr int THREADS = 256;
 // Rows that a warp of the backward pass has in flight.
 constexpr int ROWS = 4;
-
-// y = scale x; `y` may be `x`.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    row_scale_forward(bf16* y, i32 y_stride, const bf16* x, i32 x_stride, const float* scale, i32 rows, i32 cols) {
-    const bool wide = aligned16(y, y_stride) && aligned16(x, x_stride) && aligned16(scale, 0) && cols % 8 == 0;
-    for_spans<THREADS, 1>(wide, [&](auto width, u32 first) {
-        constexpr int N = decltype(width)::N;
-        const Span s = span_of_matrix(first, rows, cols, width);
-        auto v = load_span(x, x_stride, s, width);
-        const auto f = load_span(scale, 0, Span{0, s.col, s.present}, width);
-#pragma unroll
-        for (int i = 0; i < N; i++) v.v[i] *= f.v[i];
-        store_span(y, y_stride, s, width, v);
-    });
-}
 
 // The sums of columns col .. + 32 N over the rows of chunk blockIdx.y, a warp every eighth row.
 template <typename Width>

@@ -1,18 +1,17 @@
 //! A learned factor per output column: the magnitude of DoRA, the vectors of IA3.
 //!
-//! Where the factor is folded into the rows of the weight ([`quant_linear`](super::quant_linear)), only
-//! the backward pass of this op runs, on the output that the linear wrote.
+//! The forward pass has no op: the factor is folded into the rows of the weight ([`quant_linear`](super::quant_linear)).
+//! The backward pass works on the output that the linear wrote.
 
 use rayon::prelude::*;
 
 use crate::cpu::by_isa;
-use crate::cpu::rows::{row, rows_per_task};
+use crate::cpu::rows::row;
 use crate::cuda::spans::{self, Chunks};
 use crate::cuda::{Arg, Cuda, Grid, Scratch, Source};
 use crate::error::{Error, Result, check};
 use crate::tensor::{View, ViewMut};
 
-const FORWARD: &str = "row_scale_forward";
 const BACKWARD: &str = "row_scale_backward";
 
 /// The output y of a linear with factors, as the backward pass finds it.
@@ -40,32 +39,9 @@ impl<'a> Output<'a> {
     }
 }
 
-/// Multiplies every channel by its factor.
+/// The gradient of y = x diag(scale) by the factors, from the output y instead of the input x.
 ///
-/// y_tn = scale_n * x_tn.
-///
-/// Shapes: `y`, `x` (T, N); `scale` (1, N).
-/// Accumulates: nothing, `y` is overwritten.
-/// Precision: f32, one rounding.
-///
-/// # Errors
-/// Shapes that do not belong together, or no kernel for the device.
-///
-/// Source: Liu et al. (IA3), arXiv 2205.05638, section 3.3; Liu et al. (DoRA), arXiv 2402.09353, equation 5.
-pub fn row_scale_forward(y: ViewMut, x: View, scale: View) -> Result<()> {
-    check(FORWARD, "rows of y", x.rows, y.rows)?;
-    check(FORWARD, "columns of y", x.cols, y.cols)?;
-    check(FORWARD, "rows of scale", 1, scale.rows)?;
-    check(FORWARD, "columns of scale", x.cols, scale.cols)?;
-    if let Some(cuda) = y.cuda() {
-        return forward_cuda(&cuda, &y, x, scale);
-    }
-    forward_fast(y, x, scale)
-}
-
-/// The gradient of [`row_scale_forward`] by the factors, from the output y instead of the input x.
-///
-/// dscale_n += sum_t dy_tn * y_tn / scale_n. The input's gradient, dx = scale * dy, is a forward.
+/// dscale_n += sum_t dy_tn * y_tn / scale_n. The input's gradient, dx = scale * dy, is the linear's.
 ///
 /// The linear stores y and not x, so x_tn = y_tn / scale_n is recovered. A factor of exactly 0 has
 /// erased x and leaves y = 0: its sum is 0 / 0, and such a channel adds nothing. The factor then stays
@@ -102,23 +78,6 @@ pub fn row_scale_backward(dscale: ViewMut, dy: View, y: Output, scale: View) -> 
 // ----------------------------------------------------------------------------------------- CUDA
 
 pub(crate) static SOURCE: Source = Source::new("row_scale.cu", include_str!("row_scale.cu"));
-
-fn forward_cuda(cuda: &Cuda, y: &ViewMut, x: View, scale: View) -> Result<()> {
-    if x.cols == 0 {
-        return Ok(());
-    }
-    let grid = spans::grid(FORWARD, x.rows, x.cols, 1)?;
-    let args = [
-        Arg::Ptr(y.bf16(FORWARD)?),
-        Arg::size(y.stride),
-        Arg::Ptr(x.bf16(FORWARD)?),
-        Arg::size(x.stride),
-        Arg::Ptr(scale.f32(FORWARD)?),
-        Arg::size(x.rows),
-        Arg::size(x.cols),
-    ];
-    cuda.launch(&SOURCE, "row_scale_forward", grid, &args)
-}
 
 fn backward_cuda(
     cuda: &Cuda,
@@ -188,27 +147,6 @@ pub(super) const GROUP: usize = 8;
 fn forward_naive(y: &mut [f64], x: &[f64], scale: &[f64]) {
     for (i, y) in y.iter_mut().enumerate() {
         *y = scale[i % scale.len()] * x[i];
-    }
-}
-
-fn forward_fast(y: ViewMut, x: View, scale: View) -> Result<()> {
-    let (cols, y_stride, x_stride) = (x.cols, y.stride, x.stride);
-    let (y, x, scale) = (y.cpu(FORWARD)?, x.cpu(FORWARD)?, scale.cpu(FORWARD)?);
-    if cols == 0 {
-        return Ok(());
-    }
-    y.par_chunks_mut(y_stride)
-        .enumerate()
-        .with_min_len(rows_per_task(cols))
-        .for_each(|(t, y)| forward_row(&mut y[..cols], row(x, t, cols, x_stride), scale));
-    Ok(())
-}
-
-by_isa! {
-    fn forward_row(y: &mut [f32], x: &[f32], scale: &[f32]) {
-        for ((y, x), scale) in y.iter_mut().zip(x).zip(scale) {
-            *y = scale * x;
-        }
     }
 }
 
@@ -287,20 +225,13 @@ mod tests {
     const SHAPES: [(usize, usize); 6] = [(1, 1), (1, 127), (7, 129), (129, 7), (33, 576), (0, 8)];
 
     #[test]
-    fn fast_equals_naive_and_the_backward_adds() {
+    fn the_fast_backward_equals_the_naive_one_and_adds() {
         for (tokens, channels) in SHAPES {
             let what = format!("row_scale {tokens} x {channels}");
             let [x, dy] = [1, 2].map(|seed| Mat::random(seed, tokens, channels, 1.0));
             let [scale, start] = [3, 4].map(|seed| Mat::random(seed, 1, channels, 1.0));
             let mut y = vec![0.0; tokens * channels];
             forward_naive(&mut y, &x.f64(), &scale.f64());
-            check_fast(
-                &what,
-                [(Out::Set(tokens, channels), &y)],
-                [&x, &scale],
-                tolerance(1e-7, 0.0),
-                |[y], [x, scale]| row_scale_forward(y, x, scale),
-            );
             // The op only sees y and scale: give both in f32, so that naive and fast divide the same numbers.
             let y = Mat::new(tokens, channels, y.iter().map(|&y| y as f32).collect());
             let mut dscale = start.f64();
@@ -364,13 +295,6 @@ mod tests {
     #[test]
     fn operands_that_do_not_belong_together_are_refused() {
         let mat = |rows, cols| Mat::random(1, rows, cols, 1.0);
-        let forward = |mut y: Mat, scale: Mat| {
-            row_scale_forward(y.view_mut(), mat(2, 4).view(), scale.view()).unwrap_err().to_string()
-        };
-        assert_eq!(forward(mat(3, 4), mat(1, 4)), "row_scale_forward: rows of y is 3, expected 2");
-        assert_eq!(forward(mat(2, 3), mat(1, 4)), "row_scale_forward: columns of y is 3, expected 4");
-        assert_eq!(forward(mat(2, 4), mat(2, 4)), "row_scale_forward: rows of scale is 2, expected 1");
-        assert_eq!(forward(mat(2, 4), mat(1, 3)), "row_scale_forward: columns of scale is 3, expected 4");
         let backward = |mut dscale: Mat, dy: Mat, scale: Mat| {
             row_scale_backward(dscale.view_mut(), dy.view(), Output::Kept(mat(2, 4).view()), scale.view())
                 .unwrap_err()
@@ -392,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn the_cuda_twins_equal_the_naive_versions() {
+    fn the_cuda_backward_equals_the_naive_one() {
         let Some(device) = cuda::device() else { return };
         for (tokens, channels) in cuda::SHAPES {
             let what = format!("row_scale {tokens} x {channels}");
@@ -405,14 +329,8 @@ mod tests {
             }
             scale.iter_mut().skip(2).step_by(5).for_each(|x| *x = 0.0);
             let scale = Mat::new(1, channels, scale);
-            let (mut y, mut dscale) = (vec![0.0; tokens * channels], start.f64());
-            forward_naive(&mut y, &x.f64(), &scale.f64());
+            let mut dscale = start.f64();
             backward_naive(&mut dscale, &dy.f64(), &x.f64(), &scale.f64());
-            let (outputs, inputs) =
-                ([(Out::Set(tokens, channels), Bf16, &y[..])], [(&x, Bf16), (&scale, F32)]);
-            check_cuda(&device, &what, outputs, inputs, tolerance(0.0, 0.0), |[y], [x, scale]| {
-                row_scale_forward(y, x, scale)
-            });
             // Sums of a chunk in f32: some roundings of sums that grow with the root of the tokens.
             let close = tolerance(2e-6, 2e-6 * (tokens as f64).sqrt().max(1.0));
             let (outputs, inputs) =

@@ -2,14 +2,10 @@
 //!
 //! The backward pass recomputes the sigmoid: cheaper than to store it.
 
-use rayon::prelude::*;
-
-use crate::cpu::rows::{pieces, rows_per_task};
+use super::gated;
 use crate::cpu::{by_isa, math};
-use crate::cuda::spans::{self, Chunks};
-use crate::cuda::{Arg, Cuda, Scratch, Source};
+use crate::cuda::Source;
 use crate::error::{Result, check};
-use crate::ops::row_scale::{Output, add_partials_cuda, row_scale_backward};
 use crate::tensor::{View, ViewMut};
 
 const FORWARD: &str = "swiglu_forward";
@@ -29,14 +25,11 @@ const SCALED: &str = "swiglu_backward_scaled";
 ///
 /// Source: Shazeer, arXiv 2002.05202, equation 6 (the elementwise part, beta = 1).
 pub fn swiglu_forward(y: ViewMut, gate: View, up: View) -> Result<()> {
-    check(FORWARD, "rows of y", gate.rows, y.rows)?;
-    check(FORWARD, "columns of y", gate.cols, y.cols)?;
-    check(FORWARD, "rows of up", gate.rows, up.rows)?;
-    check(FORWARD, "columns of up", gate.cols, up.cols)?;
+    gated::check_forward(FORWARD, &y, gate, up)?;
     if let Some(cuda) = y.cuda() {
-        return forward_cuda(FORWARD, &cuda, &y, gate, up);
+        return gated::forward_cuda(FORWARD, &cuda, &y, gate, up);
     }
-    forward_fast(y, gate, up)
+    gated::forward_fast(FORWARD, y, gate, up, forward_piece)
 }
 
 /// The gradients of [`swiglu_forward`], and on the way its result once more, for who did not keep it.
@@ -59,21 +52,21 @@ pub fn swiglu_backward(
     gate: View,
     up: View,
 ) -> Result<()> {
-    check_gradients(BACKWARD, [&dgate, &dup], [dy, gate, up])?;
+    gated::check_gradients(BACKWARD, [&dgate, &dup], [dy, gate, up])?;
     check_output(BACKWARD, y.as_ref(), gate)?;
     if let Some(cuda) = dy.cuda() {
         let kernel = if y.is_none() { BACKWARD } else { "swiglu_backward_output" };
-        return backward_cuda(BACKWARD, kernel, cuda, [&dgate, &dup], y.as_ref(), [dy, gate, up]);
+        return gated::backward_cuda(BACKWARD, kernel, cuda, [&dgate, &dup], y.as_ref(), [dy, gate, up]);
     }
-    backward_fast(dgate, dup, dy, gate, up)?;
-    y.map_or(Ok(()), |y| forward_fast(y, gate, up))
+    gated::backward_fast(BACKWARD, [dgate, dup], [dy, gate, up], backward_piece)?;
+    y.map_or(Ok(()), |y| gated::forward_fast(BACKWARD, y, gate, up, forward_piece))
 }
 
 /// [`swiglu_backward`], and the gradients of the factors of both inputs' columns, without another pass over them:
 /// where gate and up come from linears with magnitudes (DoRA).
 ///
 /// dgate, dup, y as [`swiglu_backward`]; dscales\[0\]_n += sum_t dgate_tn gate_tn / scales\[0\]_n, dscales\[1\]_n += sum_t
-/// dup_tn up_tn / scales\[1\]_n, as [`row_scale_backward`], a factor of 0 included.
+/// dup_tn up_tn / scales\[1\]_n, as [`row_scale_backward`](super::row_scale::row_scale_backward), a factor of 0 included.
 ///
 /// Shapes: `dgate`, `dup`, `y`, `dy`, `gate`, `up` (T, C), places as there; `dscales`, `scales` (1, C) each.
 /// Accumulates: `dscales` are added to; `dgate`, `dup` and `y` are overwritten.
@@ -93,42 +86,25 @@ pub fn swiglu_backward_scaled(
     up: View,
     scales: [View; 2],
 ) -> Result<()> {
-    check_gradients(SCALED, [&dgate, &dup], [dy, gate, up])?;
+    gated::check_gradients(SCALED, [&dgate, &dup], [dy, gate, up])?;
     check_output(SCALED, y.as_ref(), gate)?;
-    for (dscale, scale) in dscales.iter().zip(scales) {
-        check(SCALED, "rows of dscales", 1, dscale.rows)?;
-        check(SCALED, "columns of dscales", gate.cols, dscale.cols)?;
-        check(SCALED, "rows of scales", 1, scale.rows)?;
-        check(SCALED, "columns of scales", gate.cols, scale.cols)?;
-    }
+    gated::check_scales(SCALED, &dscales, scales, gate)?;
     if let Some(cuda) = dy.cuda() {
         let (gradients, inputs) = ([&dgate, &dup], [dy, gate, up]);
         let kernel = if y.is_none() { "swiglu_backward_columns" } else { "swiglu_backward_columns_output" };
-        return scaled_cuda(SCALED, kernel, cuda, gradients, y.as_ref(), dscales.each_ref(), inputs, scales);
+        return gated::scaled_cuda(
+            SCALED,
+            kernel,
+            cuda,
+            gradients,
+            y.as_ref(),
+            dscales.each_ref(),
+            inputs,
+            scales,
+        );
     }
     swiglu_backward(dgate.reborrow(), dup.reborrow(), y, dy, gate, up)?;
-    let [dgate_scale, dup_scale] = dscales;
-    row_scale_backward(dgate_scale, dgate.as_view(), Output::Kept(gate), scales[0])?;
-    row_scale_backward(dup_scale, dup.as_view(), Output::Kept(up), scales[1])
-}
-
-/// All like `gate`: the gradients, then dy, gate, up.
-pub(super) fn check_gradients(
-    op: &'static str,
-    [dgate, dup]: [&ViewMut; 2],
-    [dy, gate, up]: [View; 3],
-) -> Result<()> {
-    let operands = [
-        ("rows of dgate", "columns of dgate", dgate.as_view()),
-        ("rows of dup", "columns of dup", dup.as_view()),
-        ("rows of dy", "columns of dy", dy),
-        ("rows of up", "columns of up", up),
-    ];
-    for (rows, columns, operand) in operands {
-        check(op, rows, gate.rows, operand.rows)?;
-        check(op, columns, gate.cols, operand.cols)?;
-    }
-    Ok(())
+    gated::scale_gradients(dscales, [dgate.as_view(), dup.as_view()], [gate, up], scales)
 }
 
 /// Like `gate`, if it is asked for.
@@ -142,98 +118,6 @@ fn check_output(op: &'static str, y: Option<&ViewMut>, gate: View) -> Result<()>
 
 pub(crate) static SOURCE: Source = Source::new("swiglu.cu", include_str!("swiglu.cu"));
 
-/// The kernels have the names of the ops; geglu has its kernels in the same file.
-pub(super) fn forward_cuda(op: &'static str, cuda: &Cuda, y: &ViewMut, gate: View, up: View) -> Result<()> {
-    let (rows, cols, strides) = spans::flat(gate.rows, gate.cols, [y.stride, gate.stride, up.stride]);
-    let grid = spans::grid(op, rows, cols, 2)?;
-    let args = [
-        Arg::Ptr(y.bf16(op)?),
-        Arg::size(strides[0]),
-        Arg::Ptr(gate.bf16(op)?),
-        Arg::size(strides[1]),
-        Arg::Ptr(up.bf16(op)?),
-        Arg::size(strides[2]),
-        Arg::size(rows),
-        Arg::size(cols),
-    ];
-    cuda.launch(&SOURCE, op, grid, &args)
-}
-
-/// With y the kernel is the form that leaves it.
-pub(super) fn backward_cuda(
-    op: &'static str,
-    kernel: &'static str,
-    cuda: &Cuda,
-    [dgate, dup]: [&ViewMut; 2],
-    y: Option<&ViewMut>,
-    [dy, gate, up]: [View; 3],
-) -> Result<()> {
-    let y_stride = y.map_or(dgate.stride, |y| y.stride);
-    let strides = [dgate.stride, dup.stride, dy.stride, gate.stride, up.stride, y_stride];
-    let (rows, cols, strides) = spans::flat(gate.rows, gate.cols, strides);
-    let grid = spans::grid(op, rows, cols, 2)?;
-    let mut args = vec![
-        Arg::Ptr(dgate.bf16(op)?),
-        Arg::size(strides[0]),
-        Arg::Ptr(dup.bf16(op)?),
-        Arg::size(strides[1]),
-        Arg::Ptr(dy.bf16(op)?),
-        Arg::size(strides[2]),
-        Arg::Ptr(gate.bf16(op)?),
-        Arg::size(strides[3]),
-        Arg::Ptr(up.bf16(op)?),
-        Arg::size(strides[4]),
-        Arg::size(rows),
-        Arg::size(cols),
-    ];
-    if let Some(y) = y {
-        args.extend([Arg::Ptr(y.bf16(op)?), Arg::size(strides[5])]);
-    }
-    cuda.launch(&SOURCE, kernel, grid, &args)
-}
-
-/// As [`backward_cuda`].
-pub(super) fn scaled_cuda(
-    op: &'static str,
-    kernel: &'static str,
-    cuda: &Cuda,
-    [dgate, dup]: [&ViewMut; 2],
-    y: Option<&ViewMut>,
-    dscales: [&ViewMut; 2],
-    [dy, gate, up]: [View; 3],
-    scales: [View; 2],
-) -> Result<()> {
-    let chunks = Chunks::of(gate.rows, gate.cols);
-    let bytes = chunks.count * gate.cols * size_of::<f32>();
-    let partials = cuda.scratch(Scratch::Partials, 2 * bytes)?;
-    let partials = [partials, partials + bytes as u64];
-    let mut args = vec![
-        Arg::Ptr(dgate.bf16(op)?),
-        Arg::size(dgate.stride),
-        Arg::Ptr(dup.bf16(op)?),
-        Arg::size(dup.stride),
-        Arg::Ptr(partials[0]),
-        Arg::Ptr(partials[1]),
-        Arg::Ptr(dy.bf16(op)?),
-        Arg::size(dy.stride),
-        Arg::Ptr(gate.bf16(op)?),
-        Arg::size(gate.stride),
-        Arg::Ptr(up.bf16(op)?),
-        Arg::size(up.stride),
-        Arg::size(gate.rows),
-        Arg::size(gate.cols),
-        Arg::size(chunks.rows),
-    ];
-    if let Some(y) = y {
-        args.extend([Arg::Ptr(y.bf16(op)?), Arg::size(y.stride)]);
-    }
-    cuda.launch(&SOURCE, kernel, chunks.grid(), &args)?;
-    for i in 0..2 {
-        add_partials_cuda(op, cuda, dscales[i], partials[i], chunks, scales[i])?;
-    }
-    Ok(())
-}
-
 // ------------------------------------------------------------------------------------------ CPU
 
 #[cfg(test)]
@@ -241,21 +125,6 @@ fn forward_naive(y: &mut [f64], gate: &[f64], up: &[f64]) {
     for i in 0..y.len() {
         y[i] = gate[i] / (1.0 + (-gate[i]).exp()) * up[i];
     }
-}
-
-fn forward_fast(y: ViewMut, gate: View, up: View) -> Result<()> {
-    let (cols, strides) = (gate.cols, [y.stride, gate.stride, up.stride]);
-    let (y, gate, up) = (y.cpu(FORWARD)?, gate.cpu(FORWARD)?, up.cpu(FORWARD)?);
-    if cols == 0 {
-        return Ok(());
-    }
-    let walk = pieces(cols, strides);
-    let [y_stride, gate_stride, up_stride] = walk.strides;
-    y.par_chunks_mut(y_stride).enumerate().with_min_len(rows_per_task(walk.cols)).for_each(|(i, y)| {
-        let n = y.len().min(walk.cols);
-        forward_piece(&mut y[..n], &gate[i * gate_stride..][..n], &up[i * up_stride..][..n]);
-    });
-    Ok(())
 }
 
 by_isa! {
@@ -276,29 +145,6 @@ fn backward_naive(dgate: &mut [f64], dup: &mut [f64], dy: &[f64], gate: &[f64], 
     }
 }
 
-fn backward_fast(dgate: ViewMut, dup: ViewMut, dy: View, gate: View, up: View) -> Result<()> {
-    let (cols, strides) = (gate.cols, [dgate.stride, dup.stride, dy.stride, gate.stride, up.stride]);
-    let (dgate, dup, dy) = (dgate.cpu(BACKWARD)?, dup.cpu(BACKWARD)?, dy.cpu(BACKWARD)?);
-    let (gate, up) = (gate.cpu(BACKWARD)?, up.cpu(BACKWARD)?);
-    if cols == 0 {
-        return Ok(());
-    }
-    let walk = pieces(cols, strides);
-    let [dgate_stride, dup_stride, dy_stride, gate_stride, up_stride] = walk.strides;
-    dgate
-        .par_chunks_mut(dgate_stride)
-        .zip(dup.par_chunks_mut(dup_stride))
-        .enumerate()
-        .with_min_len(rows_per_task(walk.cols))
-        .for_each(|(i, (dgate, dup))| {
-            let n = dgate.len().min(walk.cols);
-            let dy = &dy[i * dy_stride..][..n];
-            let (gate, up) = (&gate[i * gate_stride..][..n], &up[i * up_stride..][..n]);
-            backward_piece(&mut dgate[..n], &mut dup[..n], dy, gate, up);
-        });
-    Ok(())
-}
-
 by_isa! {
     fn backward_piece(dgate: &mut [f32], dup: &mut [f32], dy: &[f32], gate: &[f32], up: &[f32]) {
         let n = dgate.len();
@@ -314,6 +160,7 @@ by_isa! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::row_scale::{Output, row_scale_backward};
     use crate::tensor::{Dtype, Tensor};
     use crate::testing::cuda;
     use crate::testing::{

@@ -1,10 +1,11 @@
 // Attention over packed sequences on Hopper (sm_90a): what forward and backward share.
 //
 // Compiled once per head dimension: `attention_d128_hopper.cu` and its sibling define it; `mma.cuh`,
-// `attention_common.cuh`, this file, `attention_hopper_forward.cuh` and `attention_hopper_backward.cuh` follow. A block is three warpgroups or four.
-// One warp of the first keeps the copy engine busy: tiles of 64-column panels, 128 bytes a row, swizzled as the tensor
-// cores read them, arrive in stages of shared memory, each behind a barrier for `full` and one for `empty`. The
-// other warpgroups own 64 rows each of the block's tile and keep their sums in registers. No atomics.
+// `attention_common.cuh`, this file, `attention_hopper_forward.cuh` and `attention_hopper_backward.cuh` follow. A block
+// is three warpgroups or four. One warp of the first keeps the copy engine busy: tiles of 64-column panels, 128 bytes a
+// row, swizzled as the tensor cores read them, arrive in stages of shared memory, each behind a barrier for `full` and
+// one for `empty`. The other warpgroups own 64 rows each of the block's tile and keep their sums in registers. No
+// atomics.
 //
 // A tile's last rows may be those of the next sequence: their probabilities are 0, so they must be finite.
 
