@@ -3,12 +3,13 @@
 //!
 //! The row norms depend on A and B alone, so they are computed once per optimizer step, in factored
 //! form: `‖W + sBA‖² = ‖W‖² + 2s rowsum((W Aᵀ) ⊙ B) + s² rowsum((B A Aᵀ) ⊙ B)`, with `‖W‖²` known
-//! for ever. The row factor g = m / norm then rides on the dequantized rows and on B, and a token pays
-//! what it pays for LoRA. The norm is a constant in the backward pass (section 4.3 of the paper, PEFT).
+//! for ever. The row factor g = m / norm then rides on the dequantized rows and on B, or on what is made of the
+//! output, and a token pays what it pays for LoRA. The norm is a constant in the backward pass (section 4.3 of the paper, PEFT).
 
 use std::ops::Range;
 
 use qpeft_kernels::ops::dequantize::row_norms_squared;
+use qpeft_kernels::ops::fold::fold_row_factor;
 use qpeft_kernels::ops::merge::merge_row_lengths;
 use qpeft_kernels::ops::quant_linear::scale_copy_anew;
 use qpeft_kernels::ops::row_norm::{row_norm_fold, row_norm_packed};
@@ -33,6 +34,8 @@ pub struct Dora {
     norm: Tensor,
     /// (1, out): g.
     factor: Tensor,
+    /// Whether the caller multiplies by g, and not the rows of the weight and of B.
+    leaves_factor: bool,
 }
 
 impl Dora {
@@ -52,7 +55,12 @@ impl Dora {
         if !device.is_meta() {
             row_norms_squared(w_squared.view_mut(), weight)?;
         }
-        Ok(Dora { lora, magnitude, w_squared, norm: row()?, factor: row()? })
+        Ok(Dora { lora, magnitude, w_squared, norm: row()?, factor: row()?, leaves_factor: false })
+    }
+
+    /// g, where the rows of the weight are multiplied by it.
+    fn row_factor(&self) -> Option<View<'_>> {
+        (!self.leaves_factor).then(|| self.factor.view())
     }
 
     fn refresh_norm(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
@@ -90,6 +98,14 @@ impl Adapter for Dora {
         Some(&self.magnitude)
     }
 
+    fn leave_factor(&mut self) {
+        self.leaves_factor = true;
+    }
+
+    fn left(&self) -> Option<View<'_>> {
+        self.leaves_factor.then(|| self.factor.view())
+    }
+
     fn drops_out(&self) -> bool {
         self.lora.drops_out()
     }
@@ -110,6 +126,12 @@ impl Adapter for Dora {
     }
 
     fn refresh(&mut self, params: &Parameters, weight: &BaseWeight) -> Result<()> {
+        if self.leaves_factor {
+            self.refresh_norm(params, weight)?;
+            let m = self.magnitude.view(params.values.view());
+            fold_row_factor(self.factor.view_mut(), m, self.norm.view())?;
+            return self.lora.refresh(params, weight);
+        }
         let Pass { params, factors, .. } = params.pass(None);
         let Lora { a, b, scaling, folded, .. } = &mut self.lora;
         row_norm_fold(
@@ -142,7 +164,7 @@ impl Adapter for Dora {
         pass: &Pass<'_>,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        self.lora.forward_scaled(y, onto, h, x, weight, Some(self.factor.view()), pass, scratch)
+        self.lora.forward_scaled(y, onto, h, x, weight, self.row_factor(), pass, scratch)
     }
 
     fn backward(
@@ -161,7 +183,7 @@ impl Adapter for Dora {
             let dm = self.magnitude.view_mut(dparams.reborrow());
             row_scale_backward(dm, dy, y, self.magnitude.view(pass.params))?;
         }
-        let g = Some(self.factor.view());
+        let g = self.row_factor();
         self.lora.backward_scaled(dx, dh, dparams, dy, saved, weight, g, pass, scratch)
     }
 

@@ -6,7 +6,9 @@ use qpeft_kernels::ops::low_rank::{low_rank_forward, low_rank_projection_backwar
 use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_backward_scaled, rms_norm_forward};
 use qpeft_kernels::ops::rope::{rope_backward, rope_backward_scaled, rope_forward};
 use qpeft_kernels::ops::row_scale::Output;
-use qpeft_kernels::ops::swiglu::{swiglu_backward, swiglu_backward_scaled, swiglu_forward};
+use qpeft_kernels::ops::swiglu::{
+    swiglu_backward, swiglu_backward_scaled, swiglu_forward, swiglu_forward_scaled,
+};
 use qpeft_kernels::{Ids, Tensor, View, ViewMut};
 
 use super::buffers::{GradientBuffers, LayerBuffers, Shared};
@@ -213,6 +215,31 @@ impl Layer {
         both.iter().all(|linear| linear.output_scale().is_some()) || !both.iter().any(|l| l.needs_output())
     }
 
+    /// Takes the factors of gate's and up's outputs upon the activation, if both have them.
+    pub fn leave_gate_factors(&mut self) {
+        if [Slot::Gate, Slot::Up].iter().all(|&slot| self.output_scale(slot).is_some()) {
+            for slot in [Slot::Gate, Slot::Up] {
+                let adapter = &mut self.linears[slot as usize].adapter;
+                adapter.as_mut().expect("it has factors").leave_factor();
+            }
+        }
+    }
+
+    /// What the activation multiplies gate and up by, if it does.
+    fn gate_factors(&self) -> Option<[View<'_>; 2]> {
+        let left = |slot| self.linear(slot).adapter.as_ref()?.left();
+        Some([left(Slot::Gate)?, left(Slot::Up)?])
+    }
+
+    /// act = silu(gate) * up.
+    fn activate(&self, act: ViewMut<'_>, gate: View<'_>, up: View<'_>) -> Result<()> {
+        let done = match self.gate_factors() {
+            Some(factors) => swiglu_forward_scaled(act, gate, up, factors),
+            None => swiglu_forward(act, gate, up),
+        };
+        Ok(done?)
+    }
+
     /// The factors of the output of `slot`, if it has any.
     pub fn output_scale(&self, slot: Slot) -> Option<&Entry> {
         self.linear(slot).output_scale()
@@ -298,7 +325,7 @@ impl Layer {
         self.project(Slot::Up, s.up.top_mut(t), None, &mut s.h, norm, shared, scratch)?;
         let own = s.act.rows() > 0;
         let act = if own { &mut s.act } else { &mut common.act };
-        swiglu_forward(act.top_mut(t), s.gate.top(t), s.up.top(t))?;
+        self.activate(act.top_mut(t), s.gate.top(t), s.up.top(t))?;
         let (act, down) = (act.top(t), self.linear(Slot::Down));
         let kept = &mut s.h[Slot::Down as usize];
         let Some(y) = y else {
@@ -456,7 +483,7 @@ impl Layer {
         // The op that makes the gradients of gate and up leaves act on the way, so dA of down waits for it.
         let late = if remade { down.projection() } else { None };
         if remade && !self.remakes_act_late() {
-            swiglu_forward(common.act.top_mut(t), gate, up)?;
+            self.activate(common.act.top_mut(t), gate, up)?;
         }
         let act = if remade { common.act.top(t) } else { s.act.top(t) };
         let pass = Pass { late: late.is_some(), ..*to.pass };
@@ -479,7 +506,7 @@ impl Layer {
             Some((dgate, dup)) => (dgate, dup, &mut s.beside_gate_up),
             None => (&mut g.gate, &mut g.up, &mut g.beside_gate_up),
         };
-        if let Some((gate_scale, up_scale)) = scales {
+        if let Some(((gate_scale, up_scale), factors)) = scales.zip(self.gate_factors()) {
             // The up projection's parameters follow the gate's in the flat buffer.
             let (first, second) = to.dparams.reborrow().split_row(up_scale.offset);
             let dgate_scale = gate_scale.view_mut(first);
@@ -493,6 +520,7 @@ impl Layer {
                 g.act.top(t),
                 gate,
                 up,
+                factors,
                 [of(gate_scale), of(up_scale)],
             )?;
         } else {

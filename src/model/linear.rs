@@ -204,6 +204,16 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
         None
     }
 
+    /// From now on forward gives the output less the multiples of its channels that follow from
+    /// [`Adapter::output_scale`], backward takes the gradient of that, and the caller multiplies by [`Adapter::left`]: where
+    /// it has all elements in hand, that costs less than to have them in the rows of the weight.
+    fn leave_factor(&mut self) {}
+
+    /// (1, out): what the caller multiplies the output's channels by.
+    fn left(&self) -> Option<View<'_>> {
+        None
+    }
+
     /// Whether forward uses [`Scratch::dropped`].
     fn drops_out(&self) -> bool;
 
@@ -312,7 +322,7 @@ impl Linear {
 
     /// Whether [`Adapter::refresh`] dequantizes the weight into scratch, which all linears share.
     pub fn refreshes_by_scratch(&self) -> bool {
-        self.output_scale().is_some() && !self.weight.has_scaled_copy()
+        self.output_scale().is_some() && !self.weight.has_rows_in_copy()
     }
 
     /// y (T, out) = the linear of x (T, in), plus `onto` (T, out) if it is given.

@@ -8,7 +8,9 @@ use rayon::prelude::*;
 
 use super::row_scale::{Output, add_partials_cuda, row_scale_backward};
 use super::swiglu::SOURCE;
+use crate::cpu::by_isa;
 use crate::cpu::rows::{pieces, rows_per_task};
+use crate::cpu::scratch::with_scratch;
 use crate::cuda::spans::{self, Chunks};
 use crate::cuda::{Arg, Cuda, Scratch};
 use crate::error::{Result, check};
@@ -42,6 +44,15 @@ pub(super) fn check_gradients(
 }
 
 /// One factor per column of gate and of up.
+pub(super) fn check_factors(op: &'static str, factors: [View; 2], gate: View) -> Result<()> {
+    for factor in factors {
+        check(op, "rows of factors", 1, factor.rows)?;
+        check(op, "columns of factors", gate.cols, factor.cols)?;
+    }
+    Ok(())
+}
+
+/// One scale per column of gate and of up, and its gradient.
 pub(super) fn check_scales(
     op: &'static str,
     dscales: &[ViewMut; 2],
@@ -72,6 +83,30 @@ pub(super) fn forward_cuda(op: &'static str, cuda: &Cuda, y: &ViewMut, gate: Vie
         Arg::size(strides[2]),
         Arg::size(rows),
         Arg::size(cols),
+    ];
+    cuda.launch(&SOURCE, op, grid, &args)
+}
+
+/// As [`forward_cuda`].
+pub(super) fn forward_scaled_cuda(
+    op: &'static str,
+    cuda: &Cuda,
+    y: &ViewMut,
+    [gate, up]: [View; 2],
+    factors: [View; 2],
+) -> Result<()> {
+    let grid = spans::grid(op, gate.rows, gate.cols, 2)?;
+    let args = [
+        Arg::Ptr(y.bf16(op)?),
+        Arg::size(y.stride),
+        Arg::Ptr(gate.bf16(op)?),
+        Arg::size(gate.stride),
+        Arg::Ptr(up.bf16(op)?),
+        Arg::size(up.stride),
+        Arg::size(gate.rows),
+        Arg::size(gate.cols),
+        Arg::Ptr(factors[0].f32(op)?),
+        Arg::Ptr(factors[1].f32(op)?),
     ];
     cuda.launch(&SOURCE, op, grid, &args)
 }
@@ -118,6 +153,7 @@ pub(super) fn scaled_cuda(
     y: Option<&ViewMut>,
     dscales: [&ViewMut; 2],
     [dy, gate, up]: [View; 3],
+    factors: [View; 2],
     scales: [View; 2],
 ) -> Result<()> {
     let chunks = Chunks::of(gate.rows, gate.cols);
@@ -137,6 +173,8 @@ pub(super) fn scaled_cuda(
         Arg::size(gate.stride),
         Arg::Ptr(up.bf16(op)?),
         Arg::size(up.stride),
+        Arg::Ptr(factors[0].f32(op)?),
+        Arg::Ptr(factors[1].f32(op)?),
         Arg::size(gate.rows),
         Arg::size(gate.cols),
         Arg::size(chunks.rows),
@@ -179,6 +217,79 @@ pub(super) fn forward_fast(
         piece(&mut y[..n], &gate[i * gate_stride..][..n], &up[i * up_stride..][..n]);
     });
     Ok(())
+}
+
+/// Calls `piece` for a row at a time, of gate and up multiplied by their factors.
+pub(super) fn forward_scaled_fast(
+    op: &'static str,
+    y: ViewMut,
+    [gate, up]: [View; 2],
+    factors: [View; 2],
+    piece: ForwardPiece,
+) -> Result<()> {
+    let (cols, y_stride, gate_stride, up_stride) = (gate.cols, y.stride, gate.stride, up.stride);
+    let (y, gate, up) = (y.cpu(op)?, gate.cpu(op)?, up.cpu(op)?);
+    let factors = [factors[0].cpu(op)?, factors[1].cpu(op)?];
+    if cols == 0 {
+        return Ok(());
+    }
+    y.par_chunks_mut(y_stride).enumerate().with_min_len(rows_per_task(cols)).for_each(|(i, y)| {
+        let (gate, up) = (&gate[i * gate_stride..][..cols], &up[i * up_stride..][..cols]);
+        with_scaled([gate, up], factors, |gate, up| piece(&mut y[..cols], gate, up));
+    });
+    Ok(())
+}
+
+/// As [`forward_scaled_fast`]; the gradients are those of gate and up as they are given.
+pub(super) fn backward_scaled_fast(
+    op: &'static str,
+    [dgate, dup]: [ViewMut; 2],
+    [dy, gate, up]: [View; 3],
+    factors: [View; 2],
+    piece: BackwardPiece,
+) -> Result<()> {
+    let (cols, strides) = (gate.cols, [dgate.stride, dup.stride, dy.stride, gate.stride, up.stride]);
+    let (dgate, dup, dy) = (dgate.cpu(op)?, dup.cpu(op)?, dy.cpu(op)?);
+    let (gate, up, factors) = (gate.cpu(op)?, up.cpu(op)?, [factors[0].cpu(op)?, factors[1].cpu(op)?]);
+    if cols == 0 {
+        return Ok(());
+    }
+    let [dgate_stride, dup_stride, dy_stride, gate_stride, up_stride] = strides;
+    dgate
+        .par_chunks_mut(dgate_stride)
+        .zip(dup.par_chunks_mut(dup_stride))
+        .enumerate()
+        .with_min_len(rows_per_task(cols))
+        .for_each(|(i, (dgate, dup))| {
+            let (dgate, dup) = (&mut dgate[..cols], &mut dup[..cols]);
+            let (gate, up) = (&gate[i * gate_stride..][..cols], &up[i * up_stride..][..cols]);
+            let dy = &dy[i * dy_stride..][..cols];
+            with_scaled([gate, up], factors, |gate, up| piece(dgate, dup, dy, gate, up));
+            multiply(dgate, factors[0]);
+            multiply(dup, factors[1]);
+        });
+    Ok(())
+}
+
+/// Calls `visit` with rows of gate and up, multiplied by their factors.
+fn with_scaled(rows: [&[f32]; 2], factors: [&[f32]; 2], visit: impl FnOnce(&[f32], &[f32])) {
+    let cols = rows[0].len();
+    with_scratch(2 * cols, |scratch| {
+        let (gate, up) = scratch.split_at_mut(cols);
+        gate.copy_from_slice(rows[0]);
+        up.copy_from_slice(rows[1]);
+        multiply(gate, factors[0]);
+        multiply(up, factors[1]);
+        visit(gate, up);
+    });
+}
+
+by_isa! {
+    fn multiply(x: &mut [f32], by: &[f32]) {
+        for (x, by) in x.iter_mut().zip(by) {
+            *x *= by;
+        }
+    }
 }
 
 /// As [`forward_fast`].

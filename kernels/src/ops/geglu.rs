@@ -9,6 +9,7 @@ use crate::tensor::{View, ViewMut};
 
 const FORWARD: &str = "geglu_forward";
 const BACKWARD: &str = "geglu_backward";
+const FORWARD_SCALED: &str = "geglu_forward_scaled";
 const SCALED: &str = "geglu_backward_scaled";
 
 /// Multiplies `up` by the GELU of `gate`, in its tanh form.
@@ -29,6 +30,26 @@ pub fn geglu_forward(y: ViewMut, gate: View, up: View) -> Result<()> {
         return gated::forward_cuda(FORWARD, &cuda, &y, gate, up);
     }
     gated::forward_fast(FORWARD, y, gate, up, forward_piece)
+}
+
+/// [`geglu_forward`] of a gate and an up that have a factor per column yet to come; see
+/// [`swiglu_forward_scaled`](super::swiglu::swiglu_forward_scaled).
+///
+/// Shapes: `y`, `gate`, `up` (T, C); `factors` (1, C) each.
+/// Accumulates: nothing, `y` is overwritten.
+/// Precision: as [`geglu_forward`], of products in f32.
+///
+/// # Errors
+/// Shapes that differ, or no kernel for the device.
+///
+/// Source: see [`geglu_forward`].
+pub fn geglu_forward_scaled(y: ViewMut, gate: View, up: View, factors: [View; 2]) -> Result<()> {
+    gated::check_forward(FORWARD_SCALED, &y, gate, up)?;
+    gated::check_factors(FORWARD_SCALED, factors, gate)?;
+    if let Some(cuda) = y.cuda() {
+        return gated::forward_scaled_cuda(FORWARD_SCALED, &cuda, &y, [gate, up], factors);
+    }
+    gated::forward_scaled_fast(FORWARD_SCALED, y, [gate, up], factors, forward_piece)
 }
 
 /// The gradients of [`geglu_forward`].
@@ -52,10 +73,10 @@ pub fn geglu_backward(dgate: ViewMut, dup: ViewMut, dy: View, gate: View, up: Vi
     gated::backward_fast(BACKWARD, [dgate, dup], [dy, gate, up], backward_piece)
 }
 
-/// [`geglu_backward`], and the gradients of the factors of both inputs' columns; see
+/// The gradients of [`geglu_forward_scaled`] and of what its factors are multiples of; see
 /// [`swiglu_backward_scaled`](super::swiglu::swiglu_backward_scaled).
 ///
-/// Shapes: `dgate`, `dup`, `dy`, `gate`, `up` (T, C); `dscales`, `scales` (1, C) each.
+/// Shapes: `dgate`, `dup`, `dy`, `gate`, `up` (T, C); `factors`, `dscales`, `scales` (1, C) each.
 /// Accumulates: `dscales` are added to; `dgate` and `dup` are overwritten.
 /// Precision: as [`geglu_backward`] and [`row_scale_backward`](super::row_scale::row_scale_backward).
 ///
@@ -70,15 +91,19 @@ pub fn geglu_backward_scaled(
     dy: View,
     gate: View,
     up: View,
+    factors: [View; 2],
     scales: [View; 2],
 ) -> Result<()> {
     gated::check_gradients(SCALED, [&dgate, &dup], [dy, gate, up])?;
+    gated::check_factors(SCALED, factors, gate)?;
     gated::check_scales(SCALED, &dscales, scales, gate)?;
     if let Some(cuda) = dy.cuda() {
         let (gradients, inputs, kernel) = ([&dgate, &dup], [dy, gate, up], "geglu_backward_columns");
-        return gated::scaled_cuda(SCALED, kernel, cuda, gradients, None, dscales.each_ref(), inputs, scales);
+        let dscales = dscales.each_ref();
+        return gated::scaled_cuda(SCALED, kernel, cuda, gradients, None, dscales, inputs, factors, scales);
     }
-    geglu_backward(dgate.reborrow(), dup.reborrow(), dy, gate, up)?;
+    let gradients = [dgate.reborrow(), dup.reborrow()];
+    gated::backward_scaled_fast(SCALED, gradients, [dy, gate, up], factors, backward_piece)?;
     gated::scale_gradients(dscales, [dgate.as_view(), dup.as_view()], [gate, up], scales)
 }
 
@@ -202,21 +227,20 @@ mod tests {
     fn the_cuda_twins_equal_the_naive_versions() {
         let Some(device) = cuda::device() else { return };
         for (rows, cols) in cuda::SHAPES {
-            let n = rows * cols;
             let gate = Mat::random(1, rows, cols, 4.0).rounded();
             let [up, dy] = [2, 3].map(|seed| Mat::random(seed, rows, cols, 1.0).rounded());
-            let [mut y, mut dgate, mut dup] = [0; 3].map(|_| vec![0.0; n]);
-            forward_naive(&mut y, &gate.f64(), &up.f64());
-            backward_naive(&mut dgate, &mut dup, &dy.f64(), &gate.f64(), &up.f64());
             let gated = cuda::Gated {
                 name: "geglu",
+                forward_naive,
+                backward_naive,
                 forward: geglu_forward,
+                forward_scaled: geglu_forward_scaled,
                 backward: |[dgate, dup], [dy, gate, up]| geglu_backward(dgate, dup, dy, gate, up),
-                scaled: |[dgate, dup], dscales, [dy, gate, up], scales| {
-                    geglu_backward_scaled(dgate, dup, dscales, dy, gate, up, scales)
+                scaled: |[dgate, dup], dscales, [dy, gate, up], factors, scales| {
+                    geglu_backward_scaled(dgate, dup, dscales, dy, gate, up, factors, scales)
                 },
             };
-            cuda::check_gated(&device, [&gate, &up, &dy], [&y, &dgate, &dup], &gated);
+            cuda::check_gated(&device, [&gate, &up, &dy], &gated);
         }
     }
 

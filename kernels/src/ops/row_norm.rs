@@ -179,11 +179,11 @@ fn packed_cuda(
 ) -> Result<()> {
     let operands = Operands { w_squared, a, b, scaling };
     check_operands(norm, &operands, weight)?;
-    if let Some((ptr, stride)) = weight.scaled_copy() {
+    if let Some((ptr, stride, scaled)) = weight.rows_in_copy() {
         let (rows, cols) = (weight.rows(), weight.cols());
         check(FORWARD, "columns of folded", rows, folded.cols)?;
         let w = ViewMut::on_cuda(cuda, Matrix { ptr, rows, cols, stride, dtype: Dtype::Bf16 });
-        return forward_cuda(cuda, norm, operands, w.as_view(), Some(folded), fold);
+        return forward_cuda(cuda, norm, operands, w.as_view(), scaled.then_some(folded), fold);
     }
     for_each_tile(cuda, weight, |rows, w| {
         let (start, len) = (rows.start, rows.len());

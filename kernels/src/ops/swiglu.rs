@@ -10,6 +10,7 @@ use crate::tensor::{View, ViewMut};
 
 const FORWARD: &str = "swiglu_forward";
 const BACKWARD: &str = "swiglu_backward";
+const FORWARD_SCALED: &str = "swiglu_forward_scaled";
 const SCALED: &str = "swiglu_backward_scaled";
 
 /// Multiplies `up` by the SiLU of `gate`.
@@ -30,6 +31,27 @@ pub fn swiglu_forward(y: ViewMut, gate: View, up: View) -> Result<()> {
         return gated::forward_cuda(FORWARD, &cuda, &y, gate, up);
     }
     gated::forward_fast(FORWARD, y, gate, up, forward_piece)
+}
+
+/// [`swiglu_forward`] of a gate and an up that have a factor per column yet to come: those of DoRA's rows.
+///
+/// y = silu(diag(factors\[0\]) gate) * diag(factors\[1\]) up.
+///
+/// Shapes: `y`, `gate`, `up` (T, C); `factors` (1, C) each.
+/// Accumulates: nothing, `y` is overwritten.
+/// Precision: as [`swiglu_forward`], of products in f32.
+///
+/// # Errors
+/// Shapes that differ, or no kernel for the device.
+///
+/// Source: see [`swiglu_forward`].
+pub fn swiglu_forward_scaled(y: ViewMut, gate: View, up: View, factors: [View; 2]) -> Result<()> {
+    gated::check_forward(FORWARD_SCALED, &y, gate, up)?;
+    gated::check_factors(FORWARD_SCALED, factors, gate)?;
+    if let Some(cuda) = y.cuda() {
+        return gated::forward_scaled_cuda(FORWARD_SCALED, &cuda, &y, [gate, up], factors);
+    }
+    gated::forward_scaled_fast(FORWARD_SCALED, y, [gate, up], factors, forward_piece)
 }
 
 /// The gradients of [`swiglu_forward`], and on the way its result once more, for who did not keep it.
@@ -62,13 +84,15 @@ pub fn swiglu_backward(
     y.map_or(Ok(()), |y| gated::forward_fast(BACKWARD, y, gate, up, forward_piece))
 }
 
-/// [`swiglu_backward`], and the gradients of the factors of both inputs' columns, without another pass over them:
-/// where gate and up come from linears with magnitudes (DoRA).
+/// The gradients of [`swiglu_forward_scaled`], on the way its result once more, and the gradients of what the factors are
+/// multiples of, without another pass over both: where gate and up come from linears with magnitudes (DoRA), and a factor
+/// is the magnitude over a constant.
 ///
-/// dgate, dup, y as [`swiglu_backward`]; dscales\[0\]_n += sum_t dgate_tn gate_tn / scales\[0\]_n, dscales\[1\]_n += sum_t
-/// dup_tn up_tn / scales\[1\]_n, as [`row_scale_backward`](super::row_scale::row_scale_backward), a factor of 0 included.
+/// dgate, dup, y as [`swiglu_backward`] by the products with the factors, then dgate and dup by what they are products of;
+/// dscales\[0\]_n += sum_t dgate_tn gate_tn / scales\[0\]_n, dscales\[1\]_n += sum_t dup_tn up_tn / scales\[1\]_n, as
+/// [`row_scale_backward`](super::row_scale::row_scale_backward), a scale of 0 included.
 ///
-/// Shapes: `dgate`, `dup`, `y`, `dy`, `gate`, `up` (T, C), places as there; `dscales`, `scales` (1, C) each.
+/// Shapes: `dgate`, `dup`, `y`, `dy`, `gate`, `up` (T, C), places as there; `factors`, `dscales`, `scales` (1, C) each.
 /// Accumulates: `dscales` are added to; `dgate`, `dup` and `y` are overwritten.
 /// Precision: as the two ops; on CUDA the sums are of gradients before they are rounded to bf16.
 ///
@@ -84,10 +108,12 @@ pub fn swiglu_backward_scaled(
     dy: View,
     gate: View,
     up: View,
+    factors: [View; 2],
     scales: [View; 2],
 ) -> Result<()> {
     gated::check_gradients(SCALED, [&dgate, &dup], [dy, gate, up])?;
     check_output(SCALED, y.as_ref(), gate)?;
+    gated::check_factors(SCALED, factors, gate)?;
     gated::check_scales(SCALED, &dscales, scales, gate)?;
     if let Some(cuda) = dy.cuda() {
         let (gradients, inputs) = ([&dgate, &dup], [dy, gate, up]);
@@ -100,10 +126,15 @@ pub fn swiglu_backward_scaled(
             y.as_ref(),
             dscales.each_ref(),
             inputs,
+            factors,
             scales,
         );
     }
-    swiglu_backward(dgate.reborrow(), dup.reborrow(), y, dy, gate, up)?;
+    let gradients = [dgate.reborrow(), dup.reborrow()];
+    gated::backward_scaled_fast(SCALED, gradients, [dy, gate, up], factors, backward_piece)?;
+    if let Some(y) = y {
+        gated::forward_scaled_fast(SCALED, y, [gate, up], factors, forward_piece)?;
+    }
     gated::scale_gradients(dscales, [dgate.as_view(), dup.as_view()], [gate, up], scales)
 }
 
@@ -267,7 +298,9 @@ mod tests {
             ([0; 2].map(|_| mat(2, 4)), mat(2, 3), [0; 2].map(|_| mat(1, 4)));
         let [dgate, dup] = [&mut dgate, &mut dup].map(Mat::view_mut);
         let (output, sums) = (Some(y.view_mut()), sums.each_mut().map(Mat::view_mut));
-        let error = swiglu_backward_scaled(dgate, dup, output, sums, x, x, x, [one.view(); 2]).unwrap_err();
+        let error =
+            swiglu_backward_scaled(dgate, dup, output, sums, x, x, x, [one.view(); 2], [one.view(); 2])
+                .unwrap_err();
         assert_eq!(error.to_string(), "swiglu_backward_scaled: columns of y is 3, expected 4");
     }
 
@@ -289,31 +322,49 @@ mod tests {
         );
     }
 
+    /// `x` with its columns multiplied.
+    fn scaled(x: &Mat, factors: &Mat) -> Mat {
+        let (values, factors) = (x.values(), factors.values());
+        Mat::new(
+            x.rows,
+            x.cols,
+            values.iter().enumerate().map(|(i, x)| x * factors[i % factors.len()]).collect(),
+        )
+    }
+
     #[test]
-    fn the_magnitudes_gradients_are_those_of_row_scale() {
+    fn the_scaled_ops_are_those_of_products_and_of_row_scale() {
         for (rows, cols) in [(1, 1), (7, 129), (33, 576)] {
             let [gate, up, dy] = [1, 2, 3].map(|seed| Mat::random(seed, rows, cols, 1.0));
-            let [scale0, scale1, start0, start1] = [4, 5, 6, 7].map(|seed| Mat::random(seed, 1, cols, 1.0));
-            let [mut dgate, mut dup] = [0; 2].map(|_| Mat::poisoned(rows, cols));
-            swiglu_backward(dgate.view_mut(), dup.view_mut(), None, dy.view(), gate.view(), up.view())
-                .unwrap();
+            let [scale0, scale1, start0, start1, f0, f1] =
+                [4, 5, 6, 7, 8, 9].map(|seed| Mat::random(seed, 1, cols, 1.0));
+            let [mut dgate, mut dup, mut y] = [0; 3].map(|_| Mat::poisoned(rows, cols));
+            let (x, z) = (scaled(&gate, &f0), scaled(&up, &f1));
+            swiglu_forward(y.view_mut(), x.view(), z.view()).unwrap();
+            swiglu_backward(dgate.view_mut(), dup.view_mut(), None, dy.view(), x.view(), z.view()).unwrap();
+            let (dgate, dup) = (scaled(&dgate, &f0), scaled(&dup, &f1));
             let (mut d0, mut d1) = (start0.clone(), start1.clone());
             row_scale_backward(d0.view_mut(), dgate.view(), Output::Kept(gate.view()), scale0.view())
                 .unwrap();
             row_scale_backward(d1.view_mut(), dup.view(), Output::Kept(up.view()), scale1.view()).unwrap();
-            let mut y = Mat::poisoned(rows, cols);
-            swiglu_forward(y.view_mut(), gate.view(), up.view()).unwrap();
             let exact = Tolerance { rel: 0.0, abs: 0.0 };
-            let inputs = [&dy, &gate, &up, &scale0, &scale1];
-            let (dgate, dup, y, d0, d1) = (dgate.f64(), dup.f64(), y.f64(), d0.f64(), d1.f64());
             let set = || Out::Set(rows, cols);
+            let (dgate, dup, y, d0, d1) = (dgate.f64(), dup.f64(), y.f64(), d0.f64(), d1.f64());
+            check_fast(
+                "swiglu_forward_scaled",
+                [(set(), &y)],
+                [&gate, &up, &f0, &f1],
+                exact,
+                |[y], [gate, up, f0, f1]| swiglu_forward_scaled(y, gate, up, [f0, f1]),
+            );
+            let inputs = [&dy, &gate, &up, &f0, &f1, &scale0, &scale1];
             check_fast(
                 "swiglu_backward_scaled",
                 [(set(), &dgate), (set(), &dup), (Out::Add(&start0), &d0), (Out::Add(&start1), &d1)],
                 inputs,
                 exact,
-                |[dgate, dup, d0, d1], [dy, gate, up, scale0, scale1]| {
-                    swiglu_backward_scaled(dgate, dup, None, [d0, d1], dy, gate, up, [scale0, scale1])
+                |[dgate, dup, d0, d1], [dy, gate, up, f0, f1, s0, s1]| {
+                    swiglu_backward_scaled(dgate, dup, None, [d0, d1], dy, gate, up, [f0, f1], [s0, s1])
                 },
             );
             check_fast(
@@ -327,8 +378,8 @@ mod tests {
                 ],
                 inputs,
                 exact,
-                |[dgate, dup, y, d0, d1], [dy, gate, up, scale0, scale1]| {
-                    swiglu_backward_scaled(dgate, dup, Some(y), [d0, d1], dy, gate, up, [scale0, scale1])
+                |[dgate, dup, y, d0, d1], [dy, gate, up, f0, f1, s0, s1]| {
+                    swiglu_backward_scaled(dgate, dup, Some(y), [d0, d1], dy, gate, up, [f0, f1], [s0, s1])
                 },
             );
         }
@@ -338,21 +389,20 @@ mod tests {
     fn the_cuda_twins_equal_the_naive_versions() {
         let Some(device) = cuda::device() else { return };
         for (rows, cols) in cuda::SHAPES {
-            let n = rows * cols;
             let gate = Mat::random(1, rows, cols, 4.0).rounded();
             let [up, dy] = [2, 3].map(|seed| Mat::random(seed, rows, cols, 1.0).rounded());
-            let [mut y, mut dgate, mut dup] = [0; 3].map(|_| vec![0.0; n]);
-            forward_naive(&mut y, &gate.f64(), &up.f64());
-            backward_naive(&mut dgate, &mut dup, &dy.f64(), &gate.f64(), &up.f64());
             let gated = cuda::Gated {
                 name: "swiglu",
+                forward_naive,
+                backward_naive,
                 forward: swiglu_forward,
+                forward_scaled: swiglu_forward_scaled,
                 backward: |[dgate, dup], [dy, gate, up]| swiglu_backward(dgate, dup, None, dy, gate, up),
-                scaled: |[dgate, dup], dscales, [dy, gate, up], scales| {
-                    swiglu_backward_scaled(dgate, dup, None, dscales, dy, gate, up, scales)
+                scaled: |[dgate, dup], dscales, [dy, gate, up], factors, scales| {
+                    swiglu_backward_scaled(dgate, dup, None, dscales, dy, gate, up, factors, scales)
                 },
             };
-            cuda::check_gated(&device, [&gate, &up, &dy], [&y, &dgate, &dup], &gated);
+            cuda::check_gated(&device, [&gate, &up, &dy], &gated);
         }
     }
 
@@ -400,7 +450,7 @@ mod tests {
                 if scaled {
                     let sums = [gate_sums.view_mut(), up_sums.view_mut()];
                     let scales = scales.each_ref().map(Tensor::view);
-                    swiglu_backward_scaled(to, up_to, y, sums, dy, gate, up, scales).unwrap();
+                    swiglu_backward_scaled(to, up_to, y, sums, dy, gate, up, scales, scales).unwrap();
                 } else {
                     swiglu_backward(to, up_to, y, dy, gate, up).unwrap();
                 }

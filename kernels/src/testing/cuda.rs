@@ -157,46 +157,69 @@ fn assert_rounded(what: &str, found: &[f32], expected: &[f64], cols: usize) {
     }
 }
 
-/// The gradients of both inputs and of their factors, from (dy, gate, up) and the factors.
-type Scaled = fn([ViewMut<'_>; 2], [ViewMut<'_>; 2], [View<'_>; 3], [View<'_>; 2]) -> Result<()>;
+/// The gradients of gate and up, those of the scales; dy, gate and up, factors, scales.
+type Scaled =
+    fn([ViewMut<'_>; 2], [ViewMut<'_>; 2], [View<'_>; 3], [View<'_>; 2], [View<'_>; 2]) -> Result<()>;
 
-/// A gated activation: its name and its ops.
+/// dgate and dup, from dy, gate and up.
+type BackwardNaive = fn(&mut [f64], &mut [f64], &[f64], &[f64], &[f64]);
+
+/// A gated activation: its name, its definition and its ops.
 pub(crate) struct Gated {
     pub(crate) name: &'static str,
+    pub(crate) forward_naive: fn(&mut [f64], &[f64], &[f64]),
+    pub(crate) backward_naive: BackwardNaive,
     pub(crate) forward: fn(ViewMut<'_>, View<'_>, View<'_>) -> Result<()>,
+    pub(crate) forward_scaled: fn(ViewMut<'_>, View<'_>, View<'_>, [View<'_>; 2]) -> Result<()>,
     pub(crate) backward: fn([ViewMut<'_>; 2], [View<'_>; 3]) -> Result<()>,
     pub(crate) scaled: Scaled,
 }
 
-/// Checks all ops of a gated activation: inputs (gate, up, dy), expected (y, dgate, dup).
-pub(crate) fn check_gated(
-    device: &Device,
-    [gate, up, dy]: [&Mat; 3],
-    [y, dgate, dup]: [&[f64]; 3],
-    gated: &Gated,
-) {
+/// Checks all ops of a gated activation on gate, up and dy.
+pub(crate) fn check_gated(device: &Device, [gate, up, dy]: [&Mat; 3], gated: &Gated) {
     use Dtype::{Bf16, F32};
     let (rows, cols) = (gate.rows, gate.cols);
     let (what, set) = (format!("{} {rows} x {cols}", gated.name), || Out::Set(rows, cols));
     let none = Tolerance { rel: 0.0, abs: 0.0 };
+    let naive = |gate: &[f64], up: &[f64]| {
+        let [mut y, mut dgate, mut dup] = [0; 3].map(|_| vec![0.0; rows * cols]);
+        (gated.forward_naive)(&mut y, gate, up);
+        (gated.backward_naive)(&mut dgate, &mut dup, &dy.f64(), gate, up);
+        [y, dgate, dup]
+    };
+    let [y, dgate, dup] = naive(&gate.f64(), &up.f64());
     let inputs = [(gate, Bf16), (up, Bf16)];
-    check_cuda(device, &what, [(set(), Bf16, y)], inputs, none, |[y], [gate, up]| {
+    check_cuda(device, &what, [(set(), Bf16, &y)], inputs, none, |[y], [gate, up]| {
         (gated.forward)(y, gate, up)
     });
-    let outputs = [(set(), Bf16, dgate), (set(), Bf16, dup)];
+    let outputs = [(set(), Bf16, &dgate[..]), (set(), Bf16, &dup[..])];
     let inputs = [(dy, Bf16), (gate, Bf16), (up, Bf16)];
     check_cuda(device, &what, outputs, inputs, none, |gradients, inputs| (gated.backward)(gradients, inputs));
 
-    // Factors around 1, and 0, which adds nothing.
-    let factors = |seed| {
-        let mut values = Mat::random(seed, 1, cols, 0.1).values();
-        for x in &mut values {
-            *x += 1.0;
-        }
+    // Around 1; and scales of 0, which add nothing.
+    let around_one = |seed| {
+        let values = Mat::random(seed, 1, cols, 0.1).values();
+        Mat::new(1, cols, values.iter().map(|x| 1.0 + x).collect())
+    };
+    let factors = [15, 16].map(around_one);
+    let scales = [11, 12].map(|seed| {
+        let mut values = around_one(seed).values();
         values.iter_mut().skip(2).step_by(5).for_each(|x| *x = 0.0);
         Mat::new(1, cols, values)
+    });
+    let starts = [13, 14].map(|seed| Mat::random(seed, 1, cols, 1.0));
+    let times = |x: &[f64], by: &Mat| -> Vec<f64> {
+        let by = by.f64();
+        x.iter().enumerate().map(|(i, x)| x * by[i % cols]).collect()
     };
-    let (scales, starts) = ([11, 12].map(factors), [13, 14].map(|seed| Mat::random(seed, 1, cols, 1.0)));
+    let [y, dgate, dup] = naive(&times(&gate.f64(), &factors[0]), &times(&up.f64(), &factors[1]));
+    let (dgate, dup) = (times(&dgate, &factors[0]), times(&dup, &factors[1]));
+    let what = format!("{what}, scaled");
+    let [f0, f1] = [&factors[0], &factors[1]].map(|factor| (factor, F32));
+    let inputs = [(gate, Bf16), (up, Bf16), f0, f1];
+    check_cuda(device, &what, [(set(), Bf16, &y)], inputs, none, |[y], [gate, up, f0, f1]| {
+        (gated.forward_scaled)(y, gate, up, [f0, f1])
+    });
     let sums = |i: usize, gradient: &[f64], input: &Mat| {
         let (mut sums, scales, input) = (starts[i].f64(), scales[i].f64(), input.f64());
         for (j, (gradient, input)) in gradient.iter().zip(&input).enumerate() {
@@ -206,22 +229,22 @@ pub(crate) fn check_gated(
         }
         sums
     };
-    let (gate_sums, up_sums) = (sums(0, dgate, gate), sums(1, dup, up));
+    let (gate_sums, up_sums) = (sums(0, &dgate, gate), sums(1, &dup, up));
     // Terms of up to some hundred (a gate of deviation 4, squared), each with the error of fast exponentials.
     let close = Tolerance { rel: 4e-6, abs: 2e-5 * (rows as f64).sqrt().max(1.0) };
     check_cuda(
         device,
-        &format!("{what}, scaled"),
+        &what,
         [
-            (set(), Bf16, dgate),
-            (set(), Bf16, dup),
+            (set(), Bf16, &dgate),
+            (set(), Bf16, &dup),
             (Out::Add(&starts[0]), F32, &gate_sums),
             (Out::Add(&starts[1]), F32, &up_sums),
         ],
-        [(dy, Bf16), (gate, Bf16), (up, Bf16), (&scales[0], F32), (&scales[1], F32)],
+        [(dy, Bf16), (gate, Bf16), (up, Bf16), f0, f1, (&scales[0], F32), (&scales[1], F32)],
         close,
-        |[dgate, dup, a, b], [dy, gate, up, scale_a, scale_b]| {
-            (gated.scaled)([dgate, dup], [a, b], [dy, gate, up], [scale_a, scale_b])
+        |[dgate, dup, a, b], [dy, gate, up, f0, f1, scale_a, scale_b]| {
+            (gated.scaled)([dgate, dup], [a, b], [dy, gate, up], [f0, f1], [scale_a, scale_b])
         },
     );
 }

@@ -119,11 +119,12 @@ impl Copy {
             .then(|| (self.buffer.ptr() + (rows * stride * Dtype::Bf16.size()) as u64, stride))
     }
 
-    /// The address and stride of the rows, if they are there with the row scale of now.
-    pub(super) fn scaled(&self, cols: usize) -> Option<(u64, usize)> {
+    /// The address and stride of the rows, and whether they are scaled: if they are there as they are, or with the row
+    /// scale of now.
+    pub(super) fn rows(&self, cols: usize) -> Option<(u64, usize, bool)> {
         let contents = *self.contents.lock().unwrap_or_else(PoisonError::into_inner);
-        let Contents { place, .. } = contents.filter(|contents| contents.scaled && self.is_fresh())?;
-        Some((self.buffer.ptr(), cols + place.map_or(0, |place| place.padding)))
+        let Contents { place, scaled } = contents.filter(|contents| !contents.scaled || self.is_fresh())?;
+        Some((self.buffer.ptr(), cols + place.map_or(0, |place| place.padding), scaled))
     }
 
     /// The address of the rows, and where the branch lies behind them, if they were written with a row scale before.

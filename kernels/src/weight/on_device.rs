@@ -100,14 +100,14 @@ impl BaseWeight {
         self.copy()?.with_room(self.rows, self.cols, scaled, below)
     }
 
-    /// Whether there is a bf16 copy of the rows, scaled by the row scale of now.
-    pub fn has_scaled_copy(&self) -> bool {
-        self.scaled_copy().is_some()
+    /// Whether there is a bf16 copy of the rows, as they are or scaled by the row scale of now.
+    pub fn has_rows_in_copy(&self) -> bool {
+        self.rows_in_copy().is_some()
     }
 
-    /// The address and stride of the bf16 copy, where its rows are scaled by the row scale of now.
-    pub(crate) fn scaled_copy(&self) -> Option<(u64, usize)> {
-        self.copy()?.scaled(self.cols)
+    /// The address and stride of the rows in the bf16 copy, and whether they are scaled by the row scale of now.
+    pub(crate) fn rows_in_copy(&self) -> Option<(u64, usize, bool)> {
+        self.copy()?.rows(self.cols)
     }
 
     /// Address of the rows on the device, where they are bf16 already and nothing is multiplied in.

@@ -405,11 +405,11 @@ mod tests {
         let (g, b, a) = &after;
         // Nothing is there to scale before a product wrote it.
         scale_copy_anew(&used, g.view(), b.view(), a.view()).unwrap();
-        assert!(!used.has_scaled_copy());
+        assert!(!used.has_rows_in_copy());
         let old = products(&used, &before);
         scale_copy_anew(&used, g.view(), b.view(), a.view()).unwrap();
         used.set_refreshed(r);
-        assert!(used.has_scaled_copy());
+        assert!(used.has_rows_in_copy());
         let found = products(&used, &after);
         assert_eq!(found, products(&with_copy(), &after));
         assert_ne!(found, old);
