@@ -59,7 +59,7 @@ pub fn attach(decoder: &mut Decoder, config: &PeftConfig) -> Result<Parameters> 
                 linear.adapter = Some(adapter);
             }
         }
-        layer.leave_gate_factors();
+        layer.leave_factors();
     }
     entries.sort_by_key(|entry| entry.offset);
     Parameters::new(&device, entries)

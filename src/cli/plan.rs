@@ -54,7 +54,7 @@ pub fn run(args: &PlanArgs, printer: &Printer) -> anyhow::Result<()> {
             "limit_bytes": limit,
             "peak_bytes": fit.need.total(),
             "parts": bytes,
-            "copied_layers": fit.settings.copied,
+            "copied_linears": fit.settings.copied,
             "recomputed_layers": fit.settings.recomputed,
             "remakes_act": fit.settings.remakes_act,
             "embedding_on_host": fit.settings.embedding_on_host,

@@ -100,10 +100,8 @@ pub struct Shared {
 pub struct GradientBuffers {
     /// (T, C): gradient of the residual stream, from the loss down to the embedding.
     pub stream: Tensor,
-    /// (T, C): gradient of the normalized input of attention, and of the output's.
+    /// (T, C): gradient of the normalized input of attention, of the feed-forward, and of the output's.
     pub norm: Tensor,
-    /// (T, C): gradient of the normalized input of the feed-forward.
-    pub ffn_norm: Tensor,
     /// (T, H D).
     pub q: Tensor,
     /// (T, G D).
@@ -613,6 +611,10 @@ impl GradientBuffers {
             _ => padded(t, c.intermediate_size, down)?.0,
         };
         let (queries, keys) = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim);
+        // Neither are these two.
+        let norm = zeros(t, c.hidden_size)?;
+        let attn = norm.in_place().filter(|norm| norm.cols() == queries);
+        let attn = attn.map_or_else(|| zeros(t, queries), Ok)?;
         let (dq, beside_q) = padded(t, queries, q)?;
         let (dk, beside_k) = padded(t, keys, k)?;
         let (dv, beside_v) = padded(t, keys, v)?;
@@ -626,12 +628,11 @@ impl GradientBuffers {
         let h = h.collect::<Vec<_>>().try_into().expect("one per linear, in the order of the slots");
         Ok(GradientBuffers {
             stream,
-            norm: zeros(t, c.hidden_size)?,
-            ffn_norm: zeros(t, c.hidden_size)?,
+            norm,
             q: dq,
             k: dk,
             v: dv,
-            attn: zeros(t, queries)?,
+            attn,
             delta: Tensor::zeros(&model.device, c.n_heads, t)?,
             gate: dgate,
             up: dup,
@@ -646,7 +647,7 @@ impl GradientBuffers {
 
     fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         let attention = [&self.stream, &self.norm, &self.q, &self.k, &self.v, &self.attn, &self.delta];
-        let ffn = [&self.ffn_norm, &self.gate, &self.up, &self.act, &self.hidden];
+        let ffn = [&self.gate, &self.up, &self.act, &self.hidden];
         let beside = self.beside_qkv.iter().chain(&self.beside_gate_up).chain(&self.beside_stream);
         attention.into_iter().chain(ffn).chain(beside).chain(&self.h)
     }

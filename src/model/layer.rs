@@ -4,7 +4,7 @@ use qpeft_kernels::ops::attention::{AttentionShape, attention_backward, attentio
 use qpeft_kernels::ops::convert::convert;
 use qpeft_kernels::ops::low_rank::{low_rank_forward, low_rank_projection_backward};
 use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_backward_scaled, rms_norm_forward};
-use qpeft_kernels::ops::rope::{rope_backward, rope_backward_scaled, rope_forward};
+use qpeft_kernels::ops::rope::{rope_backward, rope_backward_scaled, rope_forward, rope_forward_scaled};
 use qpeft_kernels::ops::row_scale::Output;
 use qpeft_kernels::ops::swiglu::{
     swiglu_backward, swiglu_backward_scaled, swiglu_forward, swiglu_forward_scaled,
@@ -215,20 +215,37 @@ impl Layer {
         both.iter().all(|linear| linear.output_scale().is_some()) || !both.iter().any(|l| l.needs_output())
     }
 
-    /// Takes the factors of gate's and up's outputs upon the activation, if both have them.
-    pub fn leave_gate_factors(&mut self) {
-        if [Slot::Gate, Slot::Up].iter().all(|&slot| self.output_scale(slot).is_some()) {
-            for slot in [Slot::Gate, Slot::Up] {
-                let adapter = &mut self.linears[slot as usize].adapter;
-                adapter.as_mut().expect("it has factors").leave_factor();
+    /// Takes the factors of outputs upon what is made of them: the rotation those of q and of k, the activation those of
+    /// gate and up, if both have them.
+    pub fn leave_factors(&mut self) {
+        for together in [&[Slot::Q][..], &[Slot::K], &[Slot::Gate, Slot::Up]] {
+            if together.iter().all(|&slot| self.output_scale(slot).is_some()) {
+                for &slot in together {
+                    let adapter = &mut self.linears[slot as usize].adapter;
+                    adapter.as_mut().expect("it has factors").leave_factor();
+                }
             }
         }
     }
 
+    /// See [`Adapter::left`](super::linear::Adapter::left).
+    fn left(&self, slot: Slot) -> Option<View<'_>> {
+        self.linear(slot).adapter.as_ref()?.left()
+    }
+
+    /// The rotation of the output of `slot`.
+    fn rotate(&self, slot: Slot, x: ViewMut<'_>, place: &Place<'_>) -> Result<()> {
+        let (table, positions, d) = (place.rope, place.positions, place.config.head_dim);
+        let done = match self.left(slot) {
+            Some(factor) => rope_forward_scaled(x, table, positions, d, factor),
+            None => rope_forward(x, table, positions, d),
+        };
+        Ok(done?)
+    }
+
     /// What the activation multiplies gate and up by, if it does.
     fn gate_factors(&self) -> Option<[View<'_>; 2]> {
-        let left = |slot| self.linear(slot).adapter.as_ref()?.left();
-        Some([left(Slot::Gate)?, left(Slot::Up)?])
+        Some([self.left(Slot::Gate)?, self.left(Slot::Up)?])
     }
 
     /// act = silu(gate) * up.
@@ -276,7 +293,6 @@ impl Layer {
         scratch: &mut Scratch,
     ) -> Result<()> {
         let t = x.rows;
-        let d = place.config.head_dim;
         rms_norm_forward(
             s.attn_norm.top_mut(t),
             s.attn_rstd.view_mut().into_column_range(0, t),
@@ -296,8 +312,8 @@ impl Layer {
             let new = all.view_mut().into_row_range(cached, t);
             self.project(slot, new, None, &mut s.h, norm, shared, scratch)?;
         }
-        rope_forward(s.q.top_mut(t), place.rope, place.positions, d)?;
-        rope_forward(k_all.view_mut().into_row_range(cached, t), place.rope, place.positions, d)?;
+        self.rotate(Slot::Q, s.q.top_mut(t), place)?;
+        self.rotate(Slot::K, k_all.view_mut().into_row_range(cached, t), place)?;
         attention_forward(
             s.attn.top_mut(t),
             s.lse.view_mut().into_column_range(0, t),
@@ -445,9 +461,9 @@ impl Layer {
     ) -> Result<()> {
         let (linear, table, positions) = (self.linear(slot), place.rope, place.positions);
         let d = place.config.head_dim;
-        if let Some(scale) = linear.output_scale() {
+        if let Some((scale, factor)) = linear.output_scale().zip(self.left(slot)) {
             let (dscale, scale) = (scale.view_mut(to.dparams.reborrow()), scale.view(to.pass.params));
-            return Ok(rope_backward_scaled(dx, dscale, x.as_view(), table, positions, d, scale)?);
+            return Ok(rope_backward_scaled(dx, dscale, x.as_view(), table, positions, d, factor, scale)?);
         }
         rope_backward(dx, table, positions, d)?;
         if linear.needs_output() {
@@ -536,7 +552,7 @@ impl Layer {
         let both = &mut with_shared;
         self.project_backward(
             Slot::Up,
-            Some(overwrite(g.ffn_norm.top_mut(t))),
+            Some(overwrite(g.norm.top_mut(t))),
             beside_up,
             &mut g.h,
             dup.top(t),
@@ -547,7 +563,7 @@ impl Layer {
         )?;
         self.project_backward(
             Slot::Gate,
-            Some(accumulate(g.ffn_norm.top_mut(t))),
+            Some(accumulate(g.norm.top_mut(t))),
             beside_gate,
             &mut g.h,
             dgate.top(t),
@@ -559,7 +575,7 @@ impl Layer {
         self.project_down_backward(SIBLINGS[2], &mut g.h, s.ffn_norm.top(t), both)?;
         // middle = x + o(attention(rope(q(norm)), rope(k(norm)), v(norm)))
         let (rstd, middle) = (s.ffn_rstd.view().column_range(0, t), s.middle.top(t));
-        let (dmiddle, dnorm, weight) = (g.stream.top_mut(t), g.ffn_norm.top(t), self.ffn_norm.view());
+        let (dmiddle, dnorm, weight) = (g.stream.top_mut(t), g.norm.top(t), self.ffn_norm.view());
         let magnitude = self.output_scale(Slot::O);
         norm_backward(
             dmiddle,

@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 /// What can be traded for memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// The linears of so many of the lowest layers have a bf16 copy, so that products need not dequantize.
+    /// So many of the linears, from below, have a bf16 copy, so that products need not dequantize.
     pub copied: usize,
     /// silu(gate) * up of every layer is made again in the backward pass.
     pub remakes_act: bool,
@@ -50,7 +50,8 @@ impl std::fmt::Display for Settings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.copied {
             0 => f.write_str("linears dequantized in every pass")?,
-            layers => write!(f, "bf16 copies of the linears of {layers} layers")?,
+            1 => f.write_str("a bf16 copy of one linear")?,
+            linears => write!(f, "bf16 copies of {linears} linears")?,
         }
         if self.recomputed > 0 {
             write!(f, ", {} layers computed again", self.recomputed)?;
@@ -160,14 +161,12 @@ impl DryRun<'_> {
             self.count(|decoder| Buffers::placed(decoder, capacity, keep, settings.streams_on_host))?;
         let (copies, ()) = self.count(|decoder| decoder.keep_copies(settings.copied))?;
         let embedding = if settings.embedding_on_host { self.decoder.embedding.device_bytes() } else { 0 };
-        let of = |layer: usize, l: &Linear| {
+        let of = |(i, l): (usize, &Linear)| {
             // The norms of rows are made of the weight alone, and before there are copies.
             let norms = if l.output_scale().is_some() { weight_scratch(&l.weight, 0, 0, false) } else { 0 };
-            norms.max(weight_scratch(&l.weight, pads(l), l.rank(), layer < settings.copied))
+            norms.max(weight_scratch(&l.weight, pads(l), l.rank(), i < settings.copied))
         };
-        let layers = self.decoder.layers.iter().enumerate();
-        let weight = layers.flat_map(|(i, layer)| layer.linears.iter().map(move |l| of(i, l)));
-        let weight = weight.max().unwrap_or(0);
+        let weight = self.decoder.linears().enumerate().map(of).max().unwrap_or(0);
         let gradients = |l: &Linear| branch_gradients_scratch(capacity, l.weight.rows(), l.rank());
         let gradients = self.decoder.linears().map(gradients).max().unwrap_or(0);
         // The gradients of magnitudes are sums over the tokens.
@@ -198,7 +197,7 @@ impl DryRun<'_> {
 
     /// These settings, which fit, with as many copies as what is left has room for.
     fn with_copies(&mut self, (settings, need): (Settings, Need), limit: usize) -> Result<(Settings, Need)> {
-        let (mut found, mut beyond) = ((settings, need), self.decoder.layers.len() + 1);
+        let (mut found, mut beyond) = ((settings, need), self.decoder.linears().count() + 1);
         while found.0.copied + 1 < beyond {
             let candidate = Settings { copied: usize::midpoint(found.0.copied, beyond), ..settings };
             let need = self.need(candidate)?;
@@ -219,7 +218,7 @@ impl DryRun<'_> {
         let layers = self.decoder.layers.len();
         let (lowest, highest) = (*self.recomputed.start().min(&layers), *self.recomputed.end().min(&layers));
         let mut settings = Settings {
-            copied: layers,
+            copied: self.decoder.linears().count(),
             remakes_act: false,
             recomputed: lowest,
             embedding_on_host: false,
@@ -296,19 +295,18 @@ fn pads(linear: &Linear) -> usize {
 }
 
 impl Decoder {
-    /// Gives the linears of so many of the lowest layers, which are the first to be computed again, room for a bf16 copy; see [`BaseWeight::keep_copy`](super::BaseWeight::keep_copy).
+    /// Gives so many of the linears, from below, where layers are the first to be computed again, room for a bf16 copy; see [`BaseWeight::keep_copy`](super::BaseWeight::keep_copy).
     ///
     /// # Errors
     /// The device is out of memory.
-    pub fn keep_copies(&mut self, layers: usize) -> Result<()> {
+    pub fn keep_copies(&mut self, linears: usize) -> Result<()> {
         let ranks: [usize; super::layer::SLOTS] = self.largest_ranks();
         let device = self.device.clone();
-        for layer in self.layers.iter_mut().take(layers) {
-            for (slot, linear) in Slot::ALL.into_iter().zip(&mut layer.linears) {
-                let widths: Vec<usize> = slot.siblings().iter().map(|&s| ranks[s as usize]).collect();
-                let padding = padding(linear.weight.cols(), &widths);
-                linear.weight.keep_copy(&device, padding, linear.rank(), linear.adapter.is_some())?;
-            }
+        let slots = self.layers.iter_mut().flat_map(|layer| Slot::ALL.into_iter().zip(&mut layer.linears));
+        for (slot, linear) in slots.take(linears) {
+            let widths: Vec<usize> = slot.siblings().iter().map(|&s| ranks[s as usize]).collect();
+            let padding = padding(linear.weight.cols(), &widths);
+            linear.weight.keep_copy(&device, padding, linear.rank(), linear.adapter.is_some())?;
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 // A thread rotates neighbouring pairs of one head of one token: columns j .. of the lower half with those of the upper
-// half. The table's row is shared by all heads of a token and stays in the cache.
+// half. The table's row is shared by all heads of a token and stays in the cache. `factor`, where it is not null: what
+// columns are multiplied by before they are rotated, or gradients after they are rotated back.
 //
 // `rope_backward_columns` also rotates the kept output back, in registers alone, and adds up its products with the
 // gradient over the tokens: what the magnitudes of DoRA need, at one more reading of that output.
@@ -20,9 +21,20 @@ __device__ __forceinline__ void turn(f32xn<N>& a, f32xn<N>& b, const f32xn<N>& c
     }
 }
 
+// Columns from `col` on by their factors, if there are any.
+template <typename Width, int N>
+__device__ __forceinline__ void multiply(f32xn<N>& x, const float* factor, u32 col, bool present, Width width) {
+    if (factor == nullptr) return;
+    const f32xn<N> f = load_span(factor, 0, Span{0, col, present}, width);
+#pragma unroll
+    for (int i = 0; i < N; i++) x.v[i] *= f.v[i];
+}
+
 __device__ __forceinline__ void rotate(bf16* x, i64 x_stride, const float* table, i64 table_stride,
-                                       const u32* positions, u32 rows, u32 heads, u32 half, float direction) {
-    const bool wide = aligned16(x, x_stride) && aligned16(table, table_stride) && half % 8 == 0;
+                                       const u32* positions, const float* factor, u32 rows, u32 heads, u32 half,
+                                       float direction) {
+    const bool wide =
+        aligned16(x, x_stride) && aligned16(table, table_stride) && aligned16(factor, 0) && half % 8 == 0;
     for_spans<THREADS, 1>(wide, [&](auto width, u32 first) {
         // The matrix of all lower halves.
         const Span pairs = span_of_matrix(first, rows, heads * half, width);
@@ -33,6 +45,8 @@ __device__ __forceinline__ void rotate(bf16* x, i64 x_stride, const float* table
         auto a = load_span(x, x_stride, lower, width), b = load_span(x, x_stride, upper, width);
         const auto cos = load_span(table, table_stride, Span{position, j, pairs.present}, width);
         const auto sin = load_span(table, table_stride, Span{position, half + j, pairs.present}, width);
+        multiply(a, factor, lower.col, lower.present, width);
+        multiply(b, factor, upper.col, upper.present, width);
         turn(a, b, cos, sin, direction);
         store_span(x, x_stride, lower, width, a);
         store_span(x, x_stride, upper, width, b);
@@ -40,22 +54,23 @@ __device__ __forceinline__ void rotate(bf16* x, i64 x_stride, const float* table
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    rope_forward(bf16* x, i32 x_stride, const float* table, i32 table_stride, const u32* positions, i32 rows,
-                 i32 heads, i32 half) {
-    rotate(x, x_stride, table, table_stride, positions, rows, heads, half, 1.0f);
+    rope_forward(bf16* x, i32 x_stride, const float* table, i32 table_stride, const u32* positions,
+                 const float* factor, i32 rows, i32 heads, i32 half) {
+    rotate(x, x_stride, table, table_stride, positions, factor, rows, heads, half, 1.0f);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    rope_backward(bf16* dx, i32 dx_stride, const float* table, i32 table_stride, const u32* positions, i32 rows,
-                  i32 heads, i32 half) {
-    rotate(dx, dx_stride, table, table_stride, positions, rows, heads, half, -1.0f);
+    rope_backward(bf16* dx, i32 dx_stride, const float* table, i32 table_stride, const u32* positions,
+                  const float*, i32 rows, i32 heads, i32 half) {
+    rotate(dx, dx_stride, table, table_stride, positions, nullptr, rows, heads, half, -1.0f);
 }
 
 // Pairs pair .. + 32 N, counted over all heads, of the rows of chunk blockIdx.y, a warp every eighth row.
 template <typename Width>
 __device__ __forceinline__ void backward_strip(bf16* dx, i64 dx_stride, float* sums, const bf16* x, i64 x_stride,
-                                               const float* table, i64 table_stride, const u32* positions, u32 rows,
-                                               u32 heads, u32 half, u32 chunk, u32 pair, Width width) {
+                                               const float* table, i64 table_stride, const u32* positions,
+                                               const float* factor, u32 rows, u32 heads, u32 half, u32 chunk,
+                                               u32 pair, Width width) {
     constexpr int N = Width::N;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 end = min(rows, (blockIdx.y + 1) * chunk);
@@ -91,13 +106,15 @@ __device__ __forceinline__ void backward_strip(bf16* dx, i64 dx_stride, float* s
             const bool present = inside && r < end;
             turn(da[u], db[u], cos[u], sin[u], -1.0f);
             turn(a[u], b[u], cos[u], sin[u], -1.0f);
-            store_span(dx, dx_stride, Span{r, lower, present}, width, da[u]);
-            store_span(dx, dx_stride, Span{r, upper, present}, width, db[u]);
 #pragma unroll
             for (int i = 0; i < N; i++) {
                 lower_sum.v[i] += da[u].v[i] * a[u].v[i];
                 upper_sum.v[i] += db[u].v[i] * b[u].v[i];
             }
+            multiply(da[u], factor, lower, present, width);
+            multiply(db[u], factor, upper, present, width);
+            store_span(dx, dx_stride, Span{r, lower, present}, width, da[u]);
+            store_span(dx, dx_stride, Span{r, upper, present}, width, db[u]);
         }
     }
     sums += (i64)blockIdx.y * 2 * pairs;
@@ -108,15 +125,18 @@ __device__ __forceinline__ void backward_strip(bf16* dx, i64 dx_stride, float* s
 // Block (x, y): pairs 256 x .. + 256 of rows `chunk` y .. + chunk. sums: (gridDim.y, heads * 2 half).
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     rope_backward_columns(bf16* dx, i32 dx_stride, float* sums, const bf16* x, i32 x_stride, const float* table,
-                          i32 table_stride, const u32* positions, i32 rows, i32 heads, i32 half, i32 chunk) {
+                          i32 table_stride, const u32* positions, const float* factor, i32 rows, i32 heads, i32 half,
+                          i32 chunk) {
     const u32 pair = blockIdx.x * 256;
-    if (aligned16(dx, dx_stride) && aligned16(x, x_stride) && aligned16(table, table_stride) && half % 8 == 0) {
-        backward_strip(dx, dx_stride, sums, x, x_stride, table, table_stride, positions, rows, heads, half, chunk,
-                       pair, Wide{});
+    const bool wide = aligned16(dx, dx_stride) && aligned16(x, x_stride) && aligned16(table, table_stride) &&
+                      aligned16(factor, 0) && half % 8 == 0;
+    if (wide) {
+        backward_strip(dx, dx_stride, sums, x, x_stride, table, table_stride, positions, factor, rows, heads, half,
+                       chunk, pair, Wide{});
         return;
     }
 #pragma unroll 1
     for (u32 k = 0; k < 8; k++)
-        backward_strip(dx, dx_stride, sums, x, x_stride, table, table_stride, positions, rows, heads, half, chunk,
-                       pair + 32 * k, Narrow{});
+        backward_strip(dx, dx_stride, sums, x, x_stride, table, table_stride, positions, factor, rows, heads, half,
+                       chunk, pair + 32 * k, Narrow{});
 }

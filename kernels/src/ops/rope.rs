@@ -17,6 +17,7 @@ use crate::ids::Ids;
 use crate::tensor::{Tensor, View, ViewMut};
 
 const TABLE: &str = "rope_table";
+const FORWARD_SCALED: &str = "rope_forward_scaled";
 const FORWARD: &str = "rope_forward";
 const BACKWARD: &str = "rope_backward";
 
@@ -137,9 +138,38 @@ pub fn rope_forward<'a>(
     let positions = positions.into();
     check_operands(FORWARD, x.as_view(), table, positions, head_dim)?;
     if let Some(cuda) = x.cuda() {
-        return rotate_cuda(FORWARD, &cuda, &x, table, positions, head_dim);
+        return rotate_cuda(FORWARD, &cuda, &x, table, positions, head_dim, None);
     }
     rotate_fast(FORWARD, x, table, positions.host(), head_dim, false)
+}
+
+/// [`rope_forward`] of an x that has a factor per column yet to come: that of DoRA's rows.
+///
+/// x := rope_forward(diag(factor) x).
+///
+/// Shapes: as [`rope_forward`]; `factor` (1, heads * D).
+/// Precision: as [`rope_forward`], of products in f32.
+///
+/// # Errors
+/// As [`rope_forward`].
+///
+/// Source: see [`rope_forward`].
+pub fn rope_forward_scaled<'a>(
+    mut x: ViewMut,
+    table: View,
+    positions: impl Into<Ids<'a>>,
+    head_dim: usize,
+    factor: View,
+) -> Result<()> {
+    let positions = positions.into();
+    check_operands(FORWARD_SCALED, x.as_view(), table, positions, head_dim)?;
+    check(FORWARD_SCALED, "rows of factor", 1, factor.rows)?;
+    check(FORWARD_SCALED, "columns of factor", x.cols, factor.cols)?;
+    if let Some(cuda) = x.cuda() {
+        return rotate_cuda(FORWARD, &cuda, &x, table, positions, head_dim, Some(factor));
+    }
+    multiply_columns(FORWARD_SCALED, x.reborrow(), factor)?;
+    rotate_fast(FORWARD_SCALED, x, table, positions.host(), head_dim, false)
 }
 
 /// The gradient of [`rope_forward`]: the inverse rotation, in place. It also undoes a rotation.
@@ -159,7 +189,7 @@ pub fn rope_backward<'a>(
     let positions = positions.into();
     check_operands(BACKWARD, dx.as_view(), table, positions, head_dim)?;
     if let Some(cuda) = dx.cuda() {
-        return rotate_cuda(BACKWARD, &cuda, &dx, table, positions, head_dim);
+        return rotate_cuda(BACKWARD, &cuda, &dx, table, positions, head_dim, None);
     }
     rotate_fast(BACKWARD, dx, table, positions.host(), head_dim, true)
 }
@@ -190,6 +220,7 @@ fn rotate_cuda(
     table: View,
     positions: Ids,
     head_dim: usize,
+    factor: Option<View>,
 ) -> Result<()> {
     if x.rows == 0 || x.cols == 0 {
         return Ok(());
@@ -201,6 +232,7 @@ fn rotate_cuda(
         Arg::Ptr(table.f32(op)?),
         Arg::size(table.stride),
         Arg::Ptr(positions.device(op)?),
+        Arg::Ptr(factor.map_or(Ok(0), |factor| factor.f32(op))?),
         Arg::size(x.rows),
         Arg::size(x.cols / head_dim),
         Arg::size(head_dim / 2),
@@ -253,6 +285,17 @@ fn rotate_fast(
         let (cos, sin) = row(table, position as usize, head_dim, table_stride).split_at(head_dim / 2);
         rotate_row(&mut x[..cols], cos, sin, inverse);
     });
+    Ok(())
+}
+
+/// x := diag(factor) x, by columns.
+fn multiply_columns(op: &'static str, x: ViewMut, factor: View) -> Result<()> {
+    let (cols, stride) = (x.cols, x.stride);
+    let (x, factor) = (x.cpu(op)?, factor.cpu(op)?);
+    if cols > 0 {
+        let rows = x.par_chunks_mut(stride).with_min_len(rows_per_task(cols));
+        rows.for_each(|x| x[..cols].iter_mut().zip(factor).for_each(|(x, factor)| *x *= factor));
+    }
     Ok(())
 }
 

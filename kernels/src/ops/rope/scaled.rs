@@ -4,7 +4,7 @@
 
 use rayon::prelude::*;
 
-use super::{SOURCE, check_operands, rotate_fast, rotate_row};
+use super::{SOURCE, check_operands, multiply_columns, rotate_fast, rotate_row};
 use crate::cpu::rows::row;
 use crate::cuda::spans::Chunks;
 use crate::cuda::{Arg, Cuda, Scratch};
@@ -15,14 +15,15 @@ use crate::tensor::{View, ViewMut};
 
 const SCALED: &str = "rope_backward_scaled";
 
-/// [`rope_backward`](super::rope_backward), and the gradient of the factors of the columns, without another pass over
-/// the gradient: where x comes from a linear with magnitudes (DoRA).
+/// The gradient of [`rope_forward_scaled`](super::rope_forward_scaled), and that of what the factor is a multiple of,
+/// without another pass over the gradient: where x comes from a linear with magnitudes (DoRA), and the factor is the
+/// magnitude over a constant.
 ///
 /// dx as `rope_backward`; dscale_n += sum_t dx_tn u_tn / scale_n, dx and u both rotated back, u from the rotated `x`
-/// that [`rope_forward`](super::rope_forward) left and that stays as it is; a factor of 0 as in
-/// [`row_scale_backward`](crate::ops::row_scale::row_scale_backward).
+/// that `rope_forward_scaled` left and that stays as it is; a scale of 0 as in
+/// [`row_scale_backward`](crate::ops::row_scale::row_scale_backward); then dx := diag(factor) dx.
 ///
-/// Shapes: `dx`, `x` (T, heads * D); `dscale`, `scale` (1, heads * D); `table` and `positions` as `rope_forward`.
+/// Shapes: `dx`, `x` (T, heads * D); `dscale`, `factor`, `scale` (1, heads * D); `table` and `positions` as `rope_forward`.
 /// Accumulates: `dscale` is added to; `dx` is rotated in place.
 /// Precision: as the two ops; on CUDA the sums are of numbers before they are rounded to bf16.
 ///
@@ -37,6 +38,7 @@ pub fn rope_backward_scaled<'a>(
     table: View,
     positions: impl Into<Ids<'a>>,
     head_dim: usize,
+    factor: View,
     scale: View,
 ) -> Result<()> {
     let positions = positions.into();
@@ -45,16 +47,18 @@ pub fn rope_backward_scaled<'a>(
     check(SCALED, "columns of the rotated x", dx.cols, x.cols)?;
     for (rows, columns, row) in [
         ("rows of dscale", "columns of dscale", dscale.as_view()),
+        ("rows of factor", "columns of factor", factor),
         ("rows of scale", "columns of scale", scale),
     ] {
         check(SCALED, rows, 1, row.rows)?;
         check(SCALED, columns, dx.cols, row.cols)?;
     }
     if let Some(cuda) = dx.cuda() {
-        return scaled_cuda(&cuda, &dx, &dscale, x, table, positions, head_dim, scale);
+        return scaled_cuda(&cuda, &dx, &dscale, x, table, positions, head_dim, [factor, scale]);
     }
     rotate_fast(SCALED, dx.reborrow(), table, positions.host(), head_dim, true)?;
-    add_scale_gradients(dscale, dx.as_view(), x, table, positions.host(), head_dim, scale)
+    add_scale_gradients(dscale, dx.as_view(), x, table, positions.host(), head_dim, scale)?;
+    multiply_columns(SCALED, dx, factor)
 }
 
 // ----------------------------------------------------------------------------------------- CUDA
@@ -67,7 +71,7 @@ fn scaled_cuda(
     table: View,
     positions: Ids,
     head_dim: usize,
-    scale: View,
+    [factor, scale]: [View; 2],
 ) -> Result<()> {
     if x.cols == 0 {
         return Ok(());
@@ -84,6 +88,7 @@ fn scaled_cuda(
         Arg::Ptr(table.f32(SCALED)?),
         Arg::size(table.stride),
         Arg::Ptr(positions.device(SCALED)?),
+        Arg::Ptr(factor.f32(SCALED)?),
         Arg::size(x.rows),
         Arg::size(x.cols / head_dim),
         Arg::size(head_dim / 2),
@@ -106,6 +111,7 @@ fn scaled_naive(
     table: &[f64],
     positions: &[u32],
     head_dim: usize,
+    factor: &[f64],
     scale: &[f64],
 ) {
     if positions.is_empty() {
@@ -115,6 +121,7 @@ fn scaled_naive(
     super::backward_naive(dx, table, positions, head_dim);
     super::backward_naive(&mut unrotated, table, positions, head_dim);
     crate::ops::row_scale::backward_naive(dscale, dx, &unrotated, scale);
+    dx.iter_mut().enumerate().for_each(|(i, dx)| *dx *= factor[i % factor.len()]);
 }
 
 /// The sums have the bits of those of `row_scale_backward` for an x that was rotated back in place.
@@ -170,7 +177,7 @@ fn add_scale_gradients(
 #[cfg(test)]
 mod tests {
     use super::super::tests::{positions, table};
-    use super::super::{forward_naive, rope_backward};
+    use super::super::{forward_naive, rope_backward, rope_forward_scaled};
     use super::*;
     use crate::ops::row_scale::{Output, row_scale_backward};
     use crate::tensor::Dtype::{Bf16, F32};
@@ -194,15 +201,18 @@ mod tests {
             let cols = heads * head_dim;
             let [dy, x] = [1, 2].map(|seed| Mat::random(seed, tokens, cols, 1.0));
             let (scale, start) = (factors(cols), Mat::random(4, 1, cols, 1.0));
+            let factor = Mat::random(5, 1, cols, 1.0);
             let (table, positions) = (table(tokens.max(1), head_dim), positions(tokens));
             let (mut dx, mut dscale) = (dy.f64(), start.f64());
-            let operands = (x.f64(), table.f64(), scale.f64());
-            scaled_naive(&mut dx, &mut dscale, &operands.0, &operands.1, &positions, head_dim, &operands.2);
+            let (x64, table64) = (x.f64(), table.f64());
+            let by = (factor.f64(), scale.f64());
+            scaled_naive(&mut dx, &mut dscale, &x64, &table64, &positions, head_dim, &by.0, &by.1);
             let [mut once, mut unrotated, mut sums] = [&dy, &x, &start].map(Mat::clone);
             rope_backward(once.view_mut(), table.view(), &positions, head_dim).unwrap();
             rope_backward(unrotated.view_mut(), table.view(), &positions, head_dim).unwrap();
             row_scale_backward(sums.view_mut(), once.view(), Output::Kept(unrotated.view()), scale.view())
                 .unwrap();
+            multiply_columns(SCALED, once.view_mut(), factor.view()).unwrap();
             let what = format!("rope_backward_scaled {tokens} x {heads} x {head_dim}");
             for (dx, dscale, tolerance) in [
                 (&dx, &dscale, tolerance(1e-6, 2e-6 * (tokens as f64).sqrt().max(1.0))),
@@ -211,13 +221,32 @@ mod tests {
                 check_fast(
                     &what,
                     [(Out::Add(&dy), dx), (Out::Add(&start), dscale)],
-                    [&x, &table, &scale],
+                    [&x, &table, &factor, &scale],
                     tolerance,
-                    |[dx, dscale], [x, table, scale]| {
-                        rope_backward_scaled(dx, dscale, x, table, &positions, head_dim, scale)
+                    |[dx, dscale], [x, table, factor, scale]| {
+                        rope_backward_scaled(dx, dscale, x, table, &positions, head_dim, factor, scale)
                     },
                 );
             }
+        }
+    }
+
+    #[test]
+    fn the_scaled_rotation_is_that_of_the_products() {
+        for (tokens, heads, head_dim) in [(1, 1, 2), (7, 9, 64), (33, 4, 80), (0, 1, 64)] {
+            let cols = heads * head_dim;
+            let (x, factor) = (Mat::random(1, tokens, cols, 1.0), Mat::random(2, 1, cols, 1.0));
+            let (table, positions) = (table(tokens.max(1), head_dim), positions(tokens));
+            let by = factor.f64();
+            let mut y: Vec<f64> = x.f64().iter().enumerate().map(|(i, x)| x * by[i % cols]).collect();
+            if tokens > 0 {
+                forward_naive(&mut y, &table.f64(), &positions, head_dim);
+            }
+            let what = format!("rope_forward_scaled {tokens} x {heads} x {head_dim}");
+            let (outputs, inputs) = ([(Out::Add(&x), &y[..])], [&table, &factor]);
+            check_fast(&what, outputs, inputs, tolerance(1e-6, 1e-6), |[x], [table, factor]| {
+                rope_forward_scaled(x, table, &positions, head_dim, factor)
+            });
         }
     }
 
@@ -233,18 +262,23 @@ mod tests {
             y
         };
         let (mut dx, mut dscale) = (dy.clone(), vec![0.0; cols]);
-        scaled_naive(&mut dx, &mut dscale, &forward(&scale), &table, &positions, head_dim, &scale);
+        scaled_naive(&mut dx, &mut dscale, &forward(&scale), &table, &positions, head_dim, &scale, &scale);
         check_gradient("dscale", &scale, &dscale, |scale| inner(&forward(scale), &dy));
+        let forward_of = |x: &[f64]| {
+            let mut y: Vec<f64> = x.iter().enumerate().map(|(i, x)| scale[i % cols] * x).collect();
+            forward_naive(&mut y, &table, &positions, head_dim);
+            y
+        };
+        check_gradient("dx", &x, &dx, |x| inner(&forward_of(x), &dy));
     }
 
     #[test]
     fn operands_of_the_scaled_backward_that_do_not_belong_together_are_refused() {
         let (mat, table) = (|rows, cols| Mat::random(1, rows, cols, 1.0), table(4, 8));
         let scaled = |mut dscale: Mat, x: Mat, positions: &[u32], scale: Mat| {
-            let (mut dx, x, scale) = (mat(2, 16), x.view(), scale.view());
-            rope_backward_scaled(dx.view_mut(), dscale.view_mut(), x, table.view(), positions, 8, scale)
-                .unwrap_err()
-                .to_string()
+            let (mut dx, x, scale, factor) = (mat(2, 16), x.view(), scale.view(), mat(1, 16));
+            let (dx, dscale, table, factor) = (dx.view_mut(), dscale.view_mut(), table.view(), factor.view());
+            rope_backward_scaled(dx, dscale, x, table, positions, 8, factor, scale).unwrap_err().to_string()
         };
         let (one, two) = (|| mat(1, 16), || mat(2, 16));
         let cases = [
@@ -270,18 +304,30 @@ mod tests {
             let cols = heads * head_dim;
             let [dy, x] = [1, 2].map(|seed| Mat::random(seed, tokens, cols, 1.0).rounded());
             let (scale, start) = (factors(cols), Mat::random(4, 1, cols, 1.0));
+            let factor = Mat::random(5, 1, cols, 1.0);
             let (table, positions) = (table(tokens.max(1), head_dim), positions(tokens));
             let on_device = cuda::ids(&device, &positions);
             let (mut dx, mut dscale) = (dy.f64(), start.f64());
-            let operands = (x.f64(), table.f64(), scale.f64());
-            scaled_naive(&mut dx, &mut dscale, &operands.0, &operands.1, &positions, head_dim, &operands.2);
+            let (x64, table64) = (x.f64(), table.f64());
+            let by = (factor.f64(), scale.f64());
+            scaled_naive(&mut dx, &mut dscale, &x64, &table64, &positions, head_dim, &by.0, &by.1);
             let what = format!("rope_backward_scaled {tokens} x {heads} x {head_dim}");
             // As for the sums of row_scale, whose terms here bring the roundings of two rotations with them.
             let close = tolerance(4e-6, 4e-6 * (tokens as f64).sqrt().max(1.0));
             let outputs = [(Out::Add(&dy), Bf16, &dx[..]), (Out::Add(&start), F32, &dscale[..])];
-            let inputs = [(&x, Bf16), (&table, F32), (&scale, F32)];
-            check_cuda(&device, &what, outputs, inputs, close, |[dx, dscale], [x, table, scale]| {
-                rope_backward_scaled(dx, dscale, x, table, on_device.ids(), head_dim, scale)
+            let inputs = [(&x, Bf16), (&table, F32), (&factor, F32), (&scale, F32)];
+            check_cuda(&device, &what, outputs, inputs, close, |[dx, dscale], [x, table, factor, scale]| {
+                rope_backward_scaled(dx, dscale, x, table, on_device.ids(), head_dim, factor, scale)
+            });
+            let mut y = x64.clone();
+            y.iter_mut().enumerate().for_each(|(i, y)| *y *= by.0[i % cols]);
+            if tokens > 0 {
+                forward_naive(&mut y, &table64, &positions, head_dim);
+            }
+            let (what, outputs) = (format!("rope_forward_scaled of {what}"), [(Out::Add(&x), Bf16, &y[..])]);
+            let inputs = [(&table, F32), (&factor, F32)];
+            check_cuda(&device, &what, outputs, inputs, close, |[x], [table, factor]| {
+                rope_forward_scaled(x, table, on_device.ids(), head_dim, factor)
             });
         }
     }
