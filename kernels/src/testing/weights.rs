@@ -22,7 +22,7 @@ pub(crate) fn random_blocks(dtype: GgmlType, rows: usize, cols: usize) -> BaseWe
             bytes.extend(block);
         }
     }
-    BaseWeight::from_ggml(dtype, rows, cols, Bytes::from(bytes)).unwrap()
+    BaseWeight::from_ggml(dtype, rows, cols, Bytes::from(bytes)).expect("the bytes are as many as the shape says")
 }
 
 pub(crate) fn four_bit(

@@ -191,7 +191,6 @@ template <class D, typename Out>
 __device__ __forceinline__ void dequantize(Out* out, i64 stride, const Packed& p, u32 first_row, u32 rows, u32 width,
                                            const Divisor& whole_groups, const Scaling& scaling, const Branch& branch,
                                            const Below& below) {
-    copy_below(out + rows * stride, stride, below, p.cols);
     // Rows in f32 are no part of a step.
     constexpr int N = sizeof(Out) == 2 ? D::IN_FLIGHT : 1;
     __shared__ u32 table[D::TABLE > 0 ? D::TABLE : 1];
@@ -218,6 +217,7 @@ __device__ __forceinline__ void dequantize(Out* out, i64 stride, const Packed& p
             store8(out + row[n] * stride + 8 * group[n], x);
         }
     }
+    if (below.rank > 0) copy_below(out + rows * stride, stride, below, p.cols);
     const u32 first_group = wide ? whole_groups.by : 0, edge = (width + 7) / 8 - first_group;
     if (edge == 0) return;
     if (!filled) fill<D>(table, p);
