@@ -98,14 +98,35 @@ fn sources() -> Vec<Source> {
     sources
 }
 
+/// Whether cargo finds the file by itself.
+fn is_root(path: &str) -> bool {
+    let (folder, name) = path.rsplit_once('/').expect("sources lie in folders");
+    matches!(name, "lib.rs" | "main.rs")
+        || matches!(folder, "tests" | "formats/tests" | "formats/fuzz/targets")
+}
+
+/// Where the modules lie that a source declares.
+fn folder_of_modules(path: &str) -> &str {
+    match path.rsplit_once('/') {
+        Some((folder, name)) if name == "mod.rs" || is_root(path) => folder,
+        _ => path.trim_end_matches(".rs"),
+    }
+}
+
 /// The files that a source declares with `#[cfg(test)] mod name;`.
 fn test_modules(source: &Source) -> Vec<String> {
-    let folder = match source.path.rsplit_once('/') {
-        Some((folder, "mod.rs" | "lib.rs" | "main.rs")) => folder,
-        _ => source.path.trim_end_matches(".rs"),
-    };
+    let folder = folder_of_modules(&source.path);
     let declared = without_tests(&source.code).1;
     declared.iter().map(|name| format!("{folder}/{name}.rs")).collect()
+}
+
+/// The files that a source may mean with `mod name;`.
+fn modules(source: &Source) -> Vec<String> {
+    let folder = folder_of_modules(&source.path);
+    let declarations =
+        source.code.lines().filter_map(|line| line.trim().strip_suffix(';')?.split_once("mod "));
+    let names = declarations.filter(|(before, _)| before.is_empty() || before.starts_with("pub"));
+    names.flat_map(|(_, name)| [format!("{folder}/{name}.rs"), format!("{folder}/{name}/mod.rs")]).collect()
 }
 
 /// Code without the items under `#[cfg(test)]`, and the names of the modules among them that are files.
@@ -314,6 +335,25 @@ fn a_file_holds_one_idea() {
 fn a_file_opens_with_what_lives_in_it() {
     let bare = sources().into_iter().filter(|source| !source.text.starts_with("//! "));
     holds(&bare.map(|s| format!("{}: must start with a `//!` paragraph", s.path)).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_file_is_part_of_the_build() {
+    let sources = sources();
+    let declared = sources.iter().flat_map(modules).collect::<Vec<_>>();
+    let lost = sources.iter().filter(|source| !is_root(&source.path) && !declared.contains(&source.path));
+    let mut violations =
+        lost.map(|source| format!("{}: no `mod` declares it: remove it", source.path)).collect::<Vec<_>>();
+    for path in
+        files("kernels/src").into_iter().filter(|path| path.ends_with(".cu") || path.ends_with(".cuh"))
+    {
+        let name = path.rsplit('/').next().unwrap_or_default();
+        let quoted = [format!("\"{name}\""), format!("/{name}\"")];
+        if !sources.iter().any(|source| quoted.iter().any(|name| source.text.contains(name))) {
+            violations.push(format!("{path}: no source includes it: remove it"));
+        }
+    }
+    holds(&violations);
 }
 
 #[test]
