@@ -344,8 +344,9 @@ fn a_file_is_part_of_the_build() {
     let lost = sources.iter().filter(|source| !is_root(&source.path) && !declared.contains(&source.path));
     let mut violations =
         lost.map(|source| format!("{}: no `mod` declares it: remove it", source.path)).collect::<Vec<_>>();
+    let kernels = files("kernels/src").into_iter();
     for path in
-        files("kernels/src").into_iter().filter(|path| path.ends_with(".cu") || path.ends_with(".cuh"))
+        kernels.filter(|path| path.rsplit_once('.').is_some_and(|(_, end)| matches!(end, "cu" | "cuh")))
     {
         let name = path.rsplit('/').next().unwrap_or_default();
         let quoted = [format!("\"{name}\""), format!("/{name}\"")];

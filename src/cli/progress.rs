@@ -6,7 +6,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::printer::Printer;
 
-/// Seconds between plain lines; the last count is always printed.
+/// What takes no longer than this gets no plain line, unless there is more to say than the count.
+const SILENCE: Duration = Duration::from_secs(2);
+
+/// Time between plain lines; the last count is printed if any was.
 const CADENCE: Duration = Duration::from_secs(10);
 
 /// A running count.
@@ -55,11 +58,36 @@ impl Progress {
             bar.set_message(message.to_owned());
             return;
         }
-        let due = self.printed.is_none_or(|printed| printed.elapsed() >= CADENCE);
-        if due || done >= self.total {
+        let due = match self.printed {
+            Some(printed) => printed.elapsed() >= CADENCE,
+            None => self.started.elapsed() >= SILENCE,
+        };
+        let last = done >= self.total && (self.printed.is_some() || !message.is_empty());
+        if due || last {
             self.printed = Some(Instant::now());
             let line = plain_line(&self.what, self.begin, done, self.total, self.started.elapsed(), message);
             self.printer.note(&line);
+        }
+    }
+
+    /// Moves the count to `done`, with nothing to say.
+    pub fn advance(&mut self, done: u64) {
+        self.done = done;
+        if let Some(bar) = &self.bar {
+            bar.set_position(done);
+        }
+    }
+
+    /// Where the count stands.
+    pub fn done(&self) -> u64 {
+        self.done
+    }
+
+    /// Takes this moment for the start: what came before says nothing of the time that is left.
+    pub fn restart(&mut self) {
+        (self.begin, self.started) = (self.done, Instant::now());
+        if let Some(bar) = &self.bar {
+            bar.reset_eta();
         }
     }
 

@@ -60,30 +60,29 @@ fn refuse_mixing(args: &TrainArgs) -> anyhow::Result<()> {
 /// Prints what a run does.
 pub struct Terminal<'a> {
     printer: &'a Printer,
-    bar: Option<(String, Progress)>,
+    /// What goes on beside the steps, of how many, and how far it is.
+    phase: Option<(String, usize, Progress)>,
+    steps: Option<Progress>,
 }
 
 impl<'a> Terminal<'a> {
     /// Nothing printed yet.
     pub fn new(printer: &'a Printer) -> Terminal<'a> {
-        Terminal { printer, bar: None }
-    }
-
-    /// The bar of `what`, started at `done` if another was shown before.
-    fn bar(&mut self, what: &str, done: u64, total: u64) -> &mut Progress {
-        if self.bar.as_ref().is_none_or(|(name, _)| name != what) {
-            self.bar = None;
-            self.bar = Some((what.to_owned(), Progress::start(self.printer, what, done, total)));
-        }
-        &mut self.bar.as_mut().expect("set above").1
+        Terminal { printer, phase: None, steps: None }
     }
 }
 
 impl Observer for Terminal<'_> {
     fn phase(&mut self, what: &str, done: usize, total: usize) {
-        if total > 0 {
-            self.bar(what, done as u64, total as u64).update(done as u64, "");
+        if total == 0 {
+            return;
         }
+        if self.phase.as_ref().is_none_or(|(name, of, _)| name != what || *of != total) {
+            self.phase = None;
+            self.phase = Some((what.to_owned(), total, Progress::start(self.printer, what, 0, total as u64)));
+        }
+        let (_, _, progress) = self.phase.as_mut().expect("set above");
+        progress.update(done as u64, "");
     }
 
     fn warn(&mut self, text: &str) {
@@ -91,25 +90,36 @@ impl Observer for Terminal<'_> {
     }
 
     fn plan(&mut self, plan: &Plan) {
-        self.bar = None;
+        self.phase = None;
         for (name, value) in banner(plan) {
             self.printer.note(&format!("{} {value}", self.printer.bold(&format!("{name:>10}"))));
         }
+        let done = plan.resumed_at.map_or(0, |first| first - 1);
+        self.steps = Some(Progress::start(self.printer, "step", done, plan.total_steps));
     }
 
-    fn step(&mut self, record: &StepRecord, total_steps: u64) {
+    fn step(&mut self, record: &StepRecord, logged: bool) {
+        let Some(steps) = &mut self.steps else { return };
+        if !logged {
+            return steps.advance(record.step);
+        }
         let message = format!(
             "loss {:.4}  lr {:.2e}  norm {:.3}  {:.0} tok/s",
             record.loss, record.learning_rate, record.grad_norm, record.tokens_per_second
         );
-        self.bar("step", record.step - 1, total_steps).update(record.step, &message);
+        steps.update(record.step, &message);
     }
 
     fn eval(&mut self, record: &EvalRecord) {
+        self.phase = None;
         self.printer.note(&format!(
             "step {}  held-out loss {:.4}  perplexity {:.3}  ({} tokens)",
             record.step, record.loss, record.perplexity, record.tokens
         ));
+        // The evaluation before the first step is over.
+        if let Some(steps) = self.steps.as_mut().filter(|steps| steps.done() == 0) {
+            steps.restart();
+        }
     }
 
     fn saved(&mut self, path: &Path) {

@@ -17,7 +17,7 @@ use qpeft_kernels::tensor::padding;
 
 use super::buffers::{Buffers, Keep};
 use super::decoder::Decoder;
-use super::layer::Slot;
+use super::layer::{SLOTS, Slot};
 use super::linear::Linear;
 use crate::error::{Error, Result};
 
@@ -161,12 +161,15 @@ impl DryRun<'_> {
             self.count(|decoder| Buffers::placed(decoder, capacity, keep, settings.streams_on_host))?;
         let (copies, ()) = self.count(|decoder| decoder.keep_copies(settings.copied))?;
         let embedding = if settings.embedding_on_host { self.decoder.embedding.device_bytes() } else { 0 };
-        let of = |(i, l): (usize, &Linear)| {
-            // The norms of rows are made of the weight alone, and before there are copies.
+        let ranks = self.decoder.largest_ranks();
+        let of = |(i, (slot, l)): (usize, (Slot, &Linear))| {
+            // The norms of rows are made of the weight alone, before a product has filled its copy, too.
             let norms = if l.output_scale().is_some() { weight_scratch(&l.weight, 0, 0, false) } else { 0 };
-            norms.max(weight_scratch(&l.weight, pads(l), l.rank(), i < settings.copied))
+            let pads = if l.rank() == 0 { 0 } else { pads(slot, l, &ranks) };
+            norms.max(weight_scratch(&l.weight, pads, l.rank(), i < settings.copied))
         };
-        let weight = self.decoder.linears().enumerate().map(of).max().unwrap_or(0);
+        let slots = self.decoder.layers.iter().flat_map(|layer| Slot::ALL.into_iter().zip(&layer.linears));
+        let weight = slots.enumerate().map(of).max().unwrap_or(0);
         let gradients = |l: &Linear| branch_gradients_scratch(capacity, l.weight.rows(), l.rank());
         let gradients = self.decoder.linears().map(gradients).max().unwrap_or(0);
         // The gradients of magnitudes are sums over the tokens.
@@ -289,9 +292,11 @@ impl DryRun<'_> {
     }
 }
 
-/// Columns of padding behind the input of a linear, as its own branch needs them.
-fn pads(linear: &Linear) -> usize {
-    padding(linear.weight.cols(), &[linear.rank()])
+/// Columns of padding behind the input of a linear, for the branches of all that share it. `ranks`: the largest of each
+/// slot.
+fn pads(slot: Slot, linear: &Linear, ranks: &[usize; SLOTS]) -> usize {
+    let widths: Vec<usize> = slot.siblings().iter().map(|&slot| ranks[slot as usize]).collect();
+    padding(linear.weight.cols(), &widths)
 }
 
 impl Decoder {
@@ -300,19 +305,18 @@ impl Decoder {
     /// # Errors
     /// The device is out of memory.
     pub fn keep_copies(&mut self, linears: usize) -> Result<()> {
-        let ranks: [usize; super::layer::SLOTS] = self.largest_ranks();
+        let ranks = self.largest_ranks();
         let device = self.device.clone();
         let slots = self.layers.iter_mut().flat_map(|layer| Slot::ALL.into_iter().zip(&mut layer.linears));
         for (slot, linear) in slots.take(linears) {
-            let widths: Vec<usize> = slot.siblings().iter().map(|&s| ranks[s as usize]).collect();
-            let padding = padding(linear.weight.cols(), &widths);
+            let padding = pads(slot, linear, &ranks);
             linear.weight.keep_copy(&device, padding, linear.rank(), linear.adapter.is_some())?;
         }
         Ok(())
     }
 
     /// The largest rank that any layer has in each slot.
-    pub fn largest_ranks(&self) -> [usize; super::layer::SLOTS] {
+    pub fn largest_ranks(&self) -> [usize; SLOTS] {
         std::array::from_fn(|i| self.layers.iter().map(|l| l.linears[i].rank()).max().unwrap_or(0))
     }
 

@@ -47,7 +47,7 @@ pub struct Replays {
 }
 
 impl Replays {
-    /// Runs a pass. `records`: whether it may be recorded: it does the same every time, on one stream.
+    /// Runs a pass. `records`: whether it may be recorded: it does the same every time.
     ///
     /// # Errors
     /// `enqueue` fails, or the device refuses.

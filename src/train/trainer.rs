@@ -71,14 +71,14 @@ pub struct Plan {
 
 /// Somebody who watches a run.
 pub trait Observer {
-    /// A phase before the first step: what, done, total.
+    /// What is done beside steps, and how much of it: what, done, total.
     fn phase(&mut self, what: &str, done: usize, total: usize);
     /// Something to know that does not stop the run.
     fn warn(&mut self, text: &str);
     /// Everything is ready.
     fn plan(&mut self, plan: &Plan);
-    /// An optimizer step is done.
-    fn step(&mut self, record: &StepRecord, total_steps: u64);
+    /// An optimizer step is done; `logged`: as every `logging_steps`, or as the last.
+    fn step(&mut self, record: &StepRecord, logged: bool);
     /// An evaluation is done.
     fn eval(&mut self, record: &EvalRecord);
     /// A checkpoint is written.
@@ -293,9 +293,9 @@ impl<'a> Run<'a> {
             let record = self.step(&start)?;
             // The finite loss has proved the newest checkpoint, so older ones may go.
             self.prune()?;
-            if self.state.step.is_multiple_of(self.config.logging_steps) || self.state.step == total_steps {
-                observer.step(&record, total_steps);
-            }
+            let logged =
+                self.state.step.is_multiple_of(self.config.logging_steps) || self.state.step == total_steps;
+            observer.step(&record, logged);
             self.log.step(&record)?;
             let done = self.state.step;
             let due = |every: u64| every > 0 && done.is_multiple_of(every);
@@ -387,7 +387,8 @@ impl<'a> Run<'a> {
     fn evaluate(&mut self, start: &Instant, observer: &mut dyn Observer) -> Result<f64> {
         let data = self.eval_data.as_ref().expect("called only with evaluation data");
         let (buffers, batch_size) = (&mut self.buffers, self.batch_size);
-        let loss = dataset_loss(&self.decoder, buffers, &self.params, data, batch_size, &mut |_| {})?;
+        let mut progress = |done| observer.phase("evaluate", done, data.examples.len());
+        let loss = dataset_loss(&self.decoder, buffers, &self.params, data, batch_size, &mut progress)?;
         let record = EvalRecord {
             step: self.state.step,
             loss: loss.mean(),

@@ -1,6 +1,7 @@
 //! A learned factor per output column: the magnitude of DoRA, the vectors of IA3.
 //!
-//! The forward pass has no op: the factor is folded into the rows of the weight ([`quant_linear`](super::quant_linear)).
+//! The forward pass has no op here: the factor is folded into the rows of the weight ([`quant_linear`](super::quant_linear)),
+//! or multiplied in by what reads the output next ([`rope`](super::rope), [`swiglu`](super::swiglu)).
 //! The backward pass works on the output that the linear wrote.
 
 use rayon::prelude::*;

@@ -1,7 +1,7 @@
 //! Device memory for the time of a call, for work that comes back with the same sizes.
 //!
-//! What is given back is lent again without asking the driver, whose calls wait for the device. All work is enqueued on
-//! one stream, so the next borrower comes after the last one there, too.
+//! What is given back is lent again without asking the driver, whose calls wait for the device. Work that borrows is
+//! enqueued on one stream, so the next borrower comes after the last one there, too.
 
 use std::sync::PoisonError;
 
@@ -35,7 +35,11 @@ impl Cuda {
     ///
     /// # Errors
     /// The device has not so much memory left, not even when everything idle is given back.
+    ///
+    /// # Panics
+    /// Work [side by side](Cuda::side_by_side) asks for it.
     pub fn borrow(&self, bytes: usize) -> Result<Loan<'_>> {
+        assert!(!Cuda::is_side_by_side(), "borrowed memory is not for work side by side");
         let size = rounded(bytes);
         let mut idle = self.memory.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let fitting = idle.iter().enumerate().filter(|(_, b)| (size..=2 * size).contains(&b.bytes()));

@@ -140,21 +140,27 @@ pub fn weight_scratch(weight: &BaseWeight, padding: usize, rank: usize, copied: 
     forward.max(backward) * Dtype::Bf16.size()
 }
 
-/// The rows of the weight in pieces that fit scratch.
+/// The rows of the weight in the pieces that a product takes: those that fit scratch, or all of a copy.
 fn tiles(weight: &BaseWeight, depth: usize) -> impl Iterator<Item = Range<usize>> {
-    let (rows, at_once) = (weight.rows(), (TILE / depth.max(1)).max(1));
-    let at_once = if weight.is_cached() { rows.max(1) } else { at_once };
+    pieces(weight.rows(), if weight.is_cached() { weight.rows() } else { TILE / depth.max(1) })
+}
+
+fn pieces(rows: usize, at_once: usize) -> impl Iterator<Item = Range<usize>> {
+    let at_once = at_once.max(1);
     (0..rows).step_by(at_once).map(move |start| start..(start + at_once).min(rows))
 }
 
-/// Calls `visit` with the weight's rows in bf16, a piece that fits scratch at a time.
+/// Calls `visit` with the weight's rows in bf16, a piece that fits scratch at a time; a copy that it may have is left alone.
 pub(crate) fn for_each_tile(
     cuda: &Arc<Cuda>,
     weight: &BaseWeight,
     mut visit: impl FnMut(Range<usize>, View<'_>) -> Result<()>,
 ) -> Result<()> {
-    for rows in tiles(weight, weight.cols()) {
-        let w = folded(cuda, weight, rows.clone(), None, None)?;
+    for rows in pieces(weight.rows(), TILE / weight.cols().max(1)) {
+        let w = match dense_rows(weight, &rows) {
+            Some(dense) => dense,
+            None => dequantized(cuda, weight, rows.clone(), None, None)?,
+        };
         visit(rows, ViewMut::on_cuda(cuda, w).as_view())?;
     }
     Ok(())
@@ -185,6 +191,29 @@ fn columns(matrix: Matrix, range: Range<usize>) -> Matrix {
     Matrix { ptr, cols: range.len(), ..matrix }
 }
 
+/// Rows of a weight that is bf16 itself.
+fn dense_rows(weight: &BaseWeight, rows: &Range<usize>) -> Option<Matrix> {
+    let (cols, size) = (weight.cols(), Dtype::Bf16.size());
+    let ptr = weight.dense_bf16()? + (rows.start * cols * size) as u64;
+    Some(Matrix { ptr, rows: rows.len(), cols, stride: cols, dtype: Dtype::Bf16 })
+}
+
+/// Rows of diag(g) W in scratch, the branch in their padding.
+fn dequantized(
+    cuda: &Arc<Cuda>,
+    weight: &BaseWeight,
+    rows: Range<usize>,
+    row_scale: Option<View<'_>>,
+    beside: Option<(View<'_>, Place)>,
+) -> Result<Matrix> {
+    let stride = weight.cols() + beside.map_or(0, |(_, place)| place.padding);
+    let ptr = cuda.scratch(Scratch::Weight, rows.len() * stride * Dtype::Bf16.size())?;
+    let matrix = Matrix { ptr, rows: rows.len(), cols: stride, stride, dtype: Dtype::Bf16 };
+    let columns = beside.map(|(b, place)| Columns { b, offset: place.offset });
+    dequantize_rows(ViewMut::on_cuda(cuda, matrix), weight, rows, row_scale, columns)?;
+    Ok(matrix)
+}
+
 /// Rows of diag(g) W in bf16, the branch in their padding.
 fn folded(
     cuda: &Arc<Cuda>,
@@ -197,16 +226,12 @@ fn folded(
     let stride = weight.cols() + place.map_or(0, |place| place.padding);
     if row_scale.is_none()
         && beside.is_none()
-        && let Some(dense) = weight.dense_bf16()
+        && let Some(dense) = dense_rows(weight, &rows)
     {
-        let ptr = dense + (rows.start * weight.cols() * Dtype::Bf16.size()) as u64;
-        return Ok(Matrix { ptr, rows: rows.len(), cols: stride, stride, dtype: Dtype::Bf16 });
+        return Ok(dense);
     }
-    let (ptr, missing) = if let Some(cached) = weight.cached_copy(row_scale.is_some(), place) {
-        cached
-    } else {
-        let bytes = rows.len() * stride * Dtype::Bf16.size();
-        (cuda.scratch(Scratch::Weight, bytes)?, Missing::Everything)
+    let Some((ptr, missing)) = weight.cached_copy(row_scale.is_some(), place) else {
+        return dequantized(cuda, weight, rows, row_scale, beside);
     };
     let matrix = Matrix { ptr, rows: rows.len(), cols: stride, stride, dtype: Dtype::Bf16 };
     let to = ViewMut::on_cuda(cuda, matrix);
