@@ -6,10 +6,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::printer::Printer;
 
-/// What takes no longer than this gets no plain line, unless there is more to say than the count.
+/// Time until the first plain line.
 const SILENCE: Duration = Duration::from_secs(2);
 
-/// Time between plain lines; the last count is printed if any was.
+/// Time between plain lines; the last count is always printed.
 const CADENCE: Duration = Duration::from_secs(10);
 
 /// A running count.
@@ -62,8 +62,7 @@ impl Progress {
             Some(printed) => printed.elapsed() >= CADENCE,
             None => self.started.elapsed() >= SILENCE,
         };
-        let last = done >= self.total && (self.printed.is_some() || !message.is_empty());
-        if due || last {
+        if due || done >= self.total {
             self.printed = Some(Instant::now());
             let line = plain_line(&self.what, self.begin, done, self.total, self.started.elapsed(), message);
             self.printer.note(&line);
