@@ -8,6 +8,7 @@ use qpeft_kernels::ops::gather::{gather_backward, gather_forward};
 use qpeft_kernels::ops::quant_linear::{quant_linear_backward, quant_linear_forward};
 use qpeft_kernels::ops::rms_norm::rms_norm_forward;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
+use rayon::prelude::*;
 
 use super::batch::Batch;
 use super::buffers::{BatchIds, Buffers, FinalBackward, LayerBackward, LayerForward};
@@ -166,9 +167,13 @@ impl Decoder {
             Some(adapter) => adapter.refresh(params, &linear.weight),
             None => Ok(()),
         };
-        match device.cuda().filter(|_| !by_scratch) {
-            Some(cuda) => cuda.side_by_side(self.linears_mut(), refresh),
-            None => self.linears_mut().try_for_each(refresh),
+        match device.cuda() {
+            Some(cuda) if !by_scratch => cuda.side_by_side(self.linears_mut(), refresh),
+            Some(_) => self.linears_mut().try_for_each(refresh),
+            // A layer's linears differ in size; tasks within them fill the gaps.
+            None => {
+                self.linears_mut().collect::<Vec<_>>().into_par_iter().with_max_len(1).try_for_each(refresh)
+            }
         }
     }
 

@@ -73,32 +73,33 @@ impl Isa {
 /// becomes `axpy` with an AVX2 and an AVX-512 copy of the loop behind it. Helpers that the body calls
 /// must be `#[inline(always)]` to be compiled with it.
 macro_rules! by_isa {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$of:ident: $bound:ident>)? ($($arg:ident: $ty:ty),* $(,)?)
+        $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
-        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name $(<$of: $bound>)? ($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
             #[allow(clippy::inline_always, reason = "inlining carries the target features into the loop")]
-            fn body($($arg: $ty),*) $(-> $ret)? $body
+            fn body $(<$of: $bound>)? ($($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx2,f16c,bmi2")]
-                fn avx2($($arg: $ty),*) $(-> $ret)? {
-                    body($($arg),*)
+                fn avx2 $(<$of: $bound>)? ($($arg: $ty),*) $(-> $ret)? {
+                    body $(::<$of>)? ($($arg),*)
                 }
                 #[target_feature(enable = "avx2,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl")]
-                fn avx512($($arg: $ty),*) $(-> $ret)? {
-                    body($($arg),*)
+                fn avx512 $(<$of: $bound>)? ($($arg: $ty),*) $(-> $ret)? {
+                    body $(::<$of>)? ($($arg),*)
                 }
                 match $crate::cpu::Isa::detect() {
                     $crate::cpu::Isa::Portable => {}
                     // SAFETY: `detect` saw the features on this processor.
-                    $crate::cpu::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::cpu::Isa::Avx2 => return unsafe { avx2 $(::<$of>)? ($($arg),*) },
                     // SAFETY: `detect` saw the features on this processor.
-                    $crate::cpu::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::cpu::Isa::Avx512 => return unsafe { avx512 $(::<$of>)? ($($arg),*) },
                 }
             }
-            body($($arg),*)
+            body $(::<$of>)? ($($arg),*)
         }
     };
 }

@@ -1,15 +1,15 @@
-//! What the gated activations y = act(gate) up have in common: their checks, what their kernels are given, their walk over
-//! the rows on the CPU.
+//! What the gated activations y = act(gate) up have in common: their checks, what their kernels are given, their loops
+//! on the CPU.
 //!
 //! [`swiglu`](super::swiglu) and [`geglu`](super::geglu) have the formulas. The kernels of both are in `swiglu.cu`, from
 //! one template.
 
 use rayon::prelude::*;
 
-use super::row_scale::{Output, add_partials_cuda, row_scale_backward};
+use super::row_scale::{GROUP, add_group_sums, add_partials_cuda};
 use super::swiglu::SOURCE;
 use crate::cpu::by_isa;
-use crate::cpu::rows::{pieces, rows_per_task};
+use crate::cpu::rows::{pieces, row, rows_per_task};
 use crate::cpu::scratch::with_scratch;
 use crate::cuda::spans::{self, Chunks};
 use crate::cuda::{Arg, Cuda, Scratch};
@@ -191,20 +191,18 @@ pub(super) fn scaled_cuda(
 
 // ------------------------------------------------------------------------------------------ CPU
 
-/// y, from gate and up.
-type ForwardPiece = fn(&mut [f32], &[f32], &[f32]);
+/// act(gate) and its derivative.
+pub(super) struct Activated {
+    pub(super) value: f32,
+    pub(super) slope: f32,
+}
 
-/// dgate and dup, from dy, gate and up.
-type BackwardPiece = fn(&mut [f32], &mut [f32], &[f32], &[f32], &[f32]);
+/// The activation of an op. `at` must be `#[inline(always)]`: it is compiled into the loops below.
+pub(super) trait Gate {
+    fn at(gate: f32) -> Activated;
+}
 
-/// Calls `piece` for some elements at a time.
-pub(super) fn forward_fast(
-    op: &'static str,
-    y: ViewMut,
-    gate: View,
-    up: View,
-    piece: ForwardPiece,
-) -> Result<()> {
+pub(super) fn forward_fast<G: Gate>(op: &'static str, y: ViewMut, gate: View, up: View) -> Result<()> {
     let (cols, strides) = (gate.cols, [y.stride, gate.stride, up.stride]);
     let (y, gate, up) = (y.cpu(op)?, gate.cpu(op)?, up.cpu(op)?);
     if cols == 0 {
@@ -214,18 +212,24 @@ pub(super) fn forward_fast(
     let [y_stride, gate_stride, up_stride] = walk.strides;
     y.par_chunks_mut(y_stride).enumerate().with_min_len(rows_per_task(walk.cols)).for_each(|(i, y)| {
         let n = y.len().min(walk.cols);
-        piece(&mut y[..n], &gate[i * gate_stride..][..n], &up[i * up_stride..][..n]);
+        forward_piece::<G>(&mut y[..n], &gate[i * gate_stride..][..n], &up[i * up_stride..][..n]);
     });
     Ok(())
 }
 
-/// Calls `piece` for a row at a time, of gate and up multiplied by their factors.
-pub(super) fn forward_scaled_fast(
+by_isa! {
+    fn forward_piece<G: Gate>(y: &mut [f32], gate: &[f32], up: &[f32]) {
+        for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+            *y = G::at(*gate).value * up;
+        }
+    }
+}
+
+pub(super) fn forward_scaled_fast<G: Gate>(
     op: &'static str,
     y: ViewMut,
     [gate, up]: [View; 2],
     factors: [View; 2],
-    piece: ForwardPiece,
 ) -> Result<()> {
     let (cols, y_stride, gate_stride, up_stride) = (gate.cols, y.stride, gate.stride, up.stride);
     let (y, gate, up) = (y.cpu(op)?, gate.cpu(op)?, up.cpu(op)?);
@@ -234,70 +238,27 @@ pub(super) fn forward_scaled_fast(
         return Ok(());
     }
     y.par_chunks_mut(y_stride).enumerate().with_min_len(rows_per_task(cols)).for_each(|(i, y)| {
-        let (gate, up) = (&gate[i * gate_stride..][..cols], &up[i * up_stride..][..cols]);
-        with_scaled([gate, up], factors, |gate, up| piece(&mut y[..cols], gate, up));
+        let (gate, up) = (row(gate, i, cols, gate_stride), row(up, i, cols, up_stride));
+        forward_scaled_row::<G>(&mut y[..cols], [gate, up], factors);
     });
     Ok(())
-}
-
-/// As [`forward_scaled_fast`]; the gradients are those of gate and up as they are given.
-pub(super) fn backward_scaled_fast(
-    op: &'static str,
-    [dgate, dup]: [ViewMut; 2],
-    [dy, gate, up]: [View; 3],
-    factors: [View; 2],
-    piece: BackwardPiece,
-) -> Result<()> {
-    let (cols, strides) = (gate.cols, [dgate.stride, dup.stride, dy.stride, gate.stride, up.stride]);
-    let (dgate, dup, dy) = (dgate.cpu(op)?, dup.cpu(op)?, dy.cpu(op)?);
-    let (gate, up, factors) = (gate.cpu(op)?, up.cpu(op)?, [factors[0].cpu(op)?, factors[1].cpu(op)?]);
-    if cols == 0 {
-        return Ok(());
-    }
-    let [dgate_stride, dup_stride, dy_stride, gate_stride, up_stride] = strides;
-    dgate
-        .par_chunks_mut(dgate_stride)
-        .zip(dup.par_chunks_mut(dup_stride))
-        .enumerate()
-        .with_min_len(rows_per_task(cols))
-        .for_each(|(i, (dgate, dup))| {
-            let (dgate, dup) = (&mut dgate[..cols], &mut dup[..cols]);
-            let (gate, up) = (&gate[i * gate_stride..][..cols], &up[i * up_stride..][..cols]);
-            let dy = &dy[i * dy_stride..][..cols];
-            with_scaled([gate, up], factors, |gate, up| piece(dgate, dup, dy, gate, up));
-            multiply(dgate, factors[0]);
-            multiply(dup, factors[1]);
-        });
-    Ok(())
-}
-
-/// Calls `visit` with rows of gate and up, multiplied by their factors.
-fn with_scaled(rows: [&[f32]; 2], factors: [&[f32]; 2], visit: impl FnOnce(&[f32], &[f32])) {
-    let cols = rows[0].len();
-    with_scratch(2 * cols, |scratch| {
-        let (gate, up) = scratch.split_at_mut(cols);
-        gate.copy_from_slice(rows[0]);
-        up.copy_from_slice(rows[1]);
-        multiply(gate, factors[0]);
-        multiply(up, factors[1]);
-        visit(gate, up);
-    });
 }
 
 by_isa! {
-    fn multiply(x: &mut [f32], by: &[f32]) {
-        for (x, by) in x.iter_mut().zip(by) {
-            *x *= by;
+    fn forward_scaled_row<G: Gate>(y: &mut [f32], inputs: [&[f32]; 2], factors: [&[f32]; 2]) {
+        let n = y.len();
+        let [gate, up] = inputs.map(|x| &x[..n]);
+        let [by_gate, by_up] = factors.map(|x| &x[..n]);
+        for i in 0..n {
+            y[i] = G::at(gate[i] * by_gate[i]).value * (up[i] * by_up[i]);
         }
     }
 }
 
-/// As [`forward_fast`].
-pub(super) fn backward_fast(
+pub(super) fn backward_fast<G: Gate>(
     op: &'static str,
     [dgate, dup]: [ViewMut; 2],
     [dy, gate, up]: [View; 3],
-    piece: BackwardPiece,
 ) -> Result<()> {
     let (cols, strides) = (gate.cols, [dgate.stride, dup.stride, dy.stride, gate.stride, up.stride]);
     let (dgate, dup, dy) = (dgate.cpu(op)?, dup.cpu(op)?, dy.cpu(op)?);
@@ -316,18 +277,90 @@ pub(super) fn backward_fast(
             let n = dgate.len().min(walk.cols);
             let dy = &dy[i * dy_stride..][..n];
             let (gate, up) = (&gate[i * gate_stride..][..n], &up[i * up_stride..][..n]);
-            piece(&mut dgate[..n], &mut dup[..n], dy, gate, up);
+            backward_piece::<G>(&mut dgate[..n], &mut dup[..n], dy, gate, up);
         });
     Ok(())
 }
 
-/// The gradients of the factors of both inputs' columns, from those of the inputs.
-pub(super) fn scale_gradients(
+by_isa! {
+    fn backward_piece<G: Gate>(dgate: &mut [f32], dup: &mut [f32], dy: &[f32], gate: &[f32], up: &[f32]) {
+        let n = dgate.len();
+        let (dup, dy, gate, up) = (&mut dup[..n], &dy[..n], &gate[..n], &up[..n]);
+        for i in 0..n {
+            let act = G::at(gate[i]);
+            dgate[i] = dy[i] * up[i] * act.slope;
+            dup[i] = dy[i] * act.value;
+        }
+    }
+}
+
+/// The gradients of gate and up as they are given, and those of what the factors are multiples of.
+pub(super) fn backward_scaled_fast<G: Gate>(
+    op: &'static str,
+    [dgate, dup]: [ViewMut; 2],
     [dgate_scale, dup_scale]: [ViewMut; 2],
-    [dgate, dup]: [View; 2],
-    [gate, up]: [View; 2],
+    [dy, gate, up]: [View; 3],
+    factors: [View; 2],
     scales: [View; 2],
 ) -> Result<()> {
-    row_scale_backward(dgate_scale, dgate, Output::Kept(gate), scales[0])?;
-    row_scale_backward(dup_scale, dup, Output::Kept(up), scales[1])
+    let (rows, cols, strides) = (gate.rows, gate.cols, [dy.stride, gate.stride, up.stride]);
+    let (dgate_stride, dup_stride) = (dgate.stride, dup.stride);
+    let (dgate, dup, dy) = (dgate.cpu(op)?, dup.cpu(op)?, dy.cpu(op)?);
+    let (gate, up, factors) = (gate.cpu(op)?, up.cpu(op)?, [factors[0].cpu(op)?, factors[1].cpu(op)?]);
+    let (dgate_scale, dup_scale) = (dgate_scale.cpu(op)?, dup_scale.cpu(op)?);
+    let scales = [scales[0].cpu(op)?, scales[1].cpu(op)?];
+    if cols == 0 {
+        return Ok(());
+    }
+    with_scratch(rows.div_ceil(GROUP) * 2 * cols, |sums| {
+        sums.par_chunks_mut(2 * cols)
+            .zip(dgate.par_chunks_mut(GROUP * dgate_stride))
+            .zip(dup.par_chunks_mut(GROUP * dup_stride))
+            .enumerate()
+            .for_each(|(group, ((sums, dgate), dup))| {
+                sums.fill(0.0);
+                let (gate_sums, up_sums) = sums.split_at_mut(cols);
+                let gradients = dgate.chunks_mut(dgate_stride).zip(dup.chunks_mut(dup_stride));
+                for (i, (dgate, dup)) in (group * GROUP..).zip(gradients) {
+                    let [dy, gate, up] = [(dy, strides[0]), (gate, strides[1]), (up, strides[2])]
+                        .map(|(x, s)| row(x, i, cols, s));
+                    backward_scaled_row::<G>(
+                        &mut dgate[..cols],
+                        &mut dup[..cols],
+                        gate_sums,
+                        up_sums,
+                        [dy, gate, up],
+                        factors,
+                    );
+                }
+            });
+        add_group_sums(&mut dgate_scale[..cols], sums, 2 * cols, scales[0]);
+        add_group_sums(&mut dup_scale[..cols], sums.get(cols..).unwrap_or_default(), 2 * cols, scales[1]);
+    });
+    Ok(())
+}
+
+by_isa! {
+    fn backward_scaled_row<G: Gate>(
+        dgate: &mut [f32],
+        dup: &mut [f32],
+        gate_sums: &mut [f32],
+        up_sums: &mut [f32],
+        inputs: [&[f32]; 3],
+        factors: [&[f32]; 2],
+    ) {
+        let n = dgate.len();
+        let (dup, gate_sums, up_sums) = (&mut dup[..n], &mut gate_sums[..n], &mut up_sums[..n]);
+        let [dy, gate, up] = inputs.map(|x| &x[..n]);
+        let [by_gate, by_up] = factors.map(|x| &x[..n]);
+        for i in 0..n {
+            let act = G::at(gate[i] * by_gate[i]);
+            let dg = dy[i] * (up[i] * by_up[i]) * act.slope * by_gate[i];
+            let du = dy[i] * act.value * by_up[i];
+            gate_sums[i] += dg * gate[i];
+            up_sums[i] += du * up[i];
+            dgate[i] = dg;
+            dup[i] = du;
+        }
+    }
 }

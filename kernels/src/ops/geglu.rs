@@ -2,8 +2,8 @@
 //!
 //! Its CUDA kernels are the second instance of the templates in `swiglu.cu`.
 
-use super::gated;
-use crate::cpu::{by_isa, math};
+use super::gated::{self, Activated, Gate};
+use crate::cpu::math;
 use crate::error::Result;
 use crate::tensor::{View, ViewMut};
 
@@ -29,7 +29,7 @@ pub fn geglu_forward(y: ViewMut, gate: View, up: View) -> Result<()> {
     if let Some(cuda) = y.cuda() {
         return gated::forward_cuda(FORWARD, &cuda, &y, gate, up);
     }
-    gated::forward_fast(FORWARD, y, gate, up, forward_piece)
+    gated::forward_fast::<Gelu>(FORWARD, y, gate, up)
 }
 
 /// [`geglu_forward`] of a gate and an up that have a factor per column yet to come; see
@@ -49,7 +49,7 @@ pub fn geglu_forward_scaled(y: ViewMut, gate: View, up: View, factors: [View; 2]
     if let Some(cuda) = y.cuda() {
         return gated::forward_scaled_cuda(FORWARD_SCALED, &cuda, &y, [gate, up], factors);
     }
-    gated::forward_scaled_fast(FORWARD_SCALED, y, [gate, up], factors, forward_piece)
+    gated::forward_scaled_fast::<Gelu>(FORWARD_SCALED, y, [gate, up], factors)
 }
 
 /// The gradients of [`geglu_forward`].
@@ -70,7 +70,7 @@ pub fn geglu_backward(dgate: ViewMut, dup: ViewMut, dy: View, gate: View, up: Vi
     if let Some(cuda) = dy.cuda() {
         return gated::backward_cuda(BACKWARD, BACKWARD, cuda, [&dgate, &dup], None, [dy, gate, up]);
     }
-    gated::backward_fast(BACKWARD, [dgate, dup], [dy, gate, up], backward_piece)
+    gated::backward_fast::<Gelu>(BACKWARD, [dgate, dup], [dy, gate, up])
 }
 
 /// The gradients of [`geglu_forward_scaled`] and of what its factors are multiples of; see
@@ -85,8 +85,8 @@ pub fn geglu_backward(dgate: ViewMut, dup: ViewMut, dy: View, gate: View, up: Vi
 ///
 /// Source: the two ops.
 pub fn geglu_backward_scaled(
-    mut dgate: ViewMut,
-    mut dup: ViewMut,
+    dgate: ViewMut,
+    dup: ViewMut,
     dscales: [ViewMut; 2],
     dy: View,
     gate: View,
@@ -102,9 +102,7 @@ pub fn geglu_backward_scaled(
         let dscales = dscales.each_ref();
         return gated::scaled_cuda(SCALED, kernel, cuda, gradients, None, dscales, inputs, factors, scales);
     }
-    let gradients = [dgate.reborrow(), dup.reborrow()];
-    gated::backward_scaled_fast(SCALED, gradients, [dy, gate, up], factors, backward_piece)?;
-    gated::scale_gradients(dscales, [dgate.as_view(), dup.as_view()], [gate, up], scales)
+    gated::backward_scaled_fast::<Gelu>(SCALED, [dgate, dup], dscales, [dy, gate, up], factors, scales)
 }
 
 // ------------------------------------------------------------------------------------------ CPU
@@ -142,26 +140,16 @@ fn backward_naive(dgate: &mut [f64], dup: &mut [f64], dy: &[f64], gate: &[f64], 
     }
 }
 
-by_isa! {
-    fn forward_piece(y: &mut [f32], gate: &[f32], up: &[f32]) {
-        for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-            let g = gate.clamp(-SATURATED, SATURATED);
-            *y = gate * math::sigmoid(TWICE_ROOT * (g + CUBE * g * g * g)) * up;
-        }
-    }
-}
+struct Gelu;
 
-by_isa! {
-    fn backward_piece(dgate: &mut [f32], dup: &mut [f32], dy: &[f32], gate: &[f32], up: &[f32]) {
-        let n = dgate.len();
-        let (dup, dy, gate, up) = (&mut dup[..n], &dy[..n], &gate[..n], &up[..n]);
-        for i in 0..n {
-            let g = gate[i].clamp(-SATURATED, SATURATED);
-            let s = math::sigmoid(TWICE_ROOT * (g + CUBE * g * g * g));
-            let inner = TWICE_ROOT * (1.0 + 3.0 * CUBE * g * g);
-            dgate[i] = dy[i] * up[i] * (s + gate[i] * s * (1.0 - s) * inner);
-            dup[i] = dy[i] * gate[i] * s;
-        }
+impl Gate for Gelu {
+    #[inline(always)]
+    #[allow(clippy::inline_always, reason = "inlining carries the target features into it")]
+    fn at(gate: f32) -> Activated {
+        let g = gate.clamp(-SATURATED, SATURATED);
+        let s = math::sigmoid(TWICE_ROOT * (g + CUBE * g * g * g));
+        let inner = TWICE_ROOT * (1.0 + 3.0 * CUBE * g * g);
+        Activated { value: gate * s, slope: s + gate * s * (1.0 - s) * inner }
     }
 }
 

@@ -140,7 +140,7 @@ pub fn rope_forward<'a>(
     if let Some(cuda) = x.cuda() {
         return rotate_cuda(FORWARD, &cuda, &x, table, positions, head_dim, None);
     }
-    rotate_fast(FORWARD, x, table, positions.host(), head_dim, false)
+    rotate_fast(FORWARD, x, table, positions.host(), head_dim, None, false)
 }
 
 /// [`rope_forward`] of an x that has a factor per column yet to come: that of DoRA's rows.
@@ -155,7 +155,7 @@ pub fn rope_forward<'a>(
 ///
 /// Source: see [`rope_forward`].
 pub fn rope_forward_scaled<'a>(
-    mut x: ViewMut,
+    x: ViewMut,
     table: View,
     positions: impl Into<Ids<'a>>,
     head_dim: usize,
@@ -168,8 +168,8 @@ pub fn rope_forward_scaled<'a>(
     if let Some(cuda) = x.cuda() {
         return rotate_cuda(FORWARD, &cuda, &x, table, positions, head_dim, Some(factor));
     }
-    multiply_columns(FORWARD_SCALED, x.reborrow(), factor)?;
-    rotate_fast(FORWARD_SCALED, x, table, positions.host(), head_dim, false)
+    let factor = Some(factor.cpu(FORWARD_SCALED)?);
+    rotate_fast(FORWARD_SCALED, x, table, positions.host(), head_dim, factor, false)
 }
 
 /// The gradient of [`rope_forward`]: the inverse rotation, in place. It also undoes a rotation.
@@ -191,7 +191,7 @@ pub fn rope_backward<'a>(
     if let Some(cuda) = dx.cuda() {
         return rotate_cuda(BACKWARD, &cuda, &dx, table, positions, head_dim, None);
     }
-    rotate_fast(BACKWARD, dx, table, positions.host(), head_dim, true)
+    rotate_fast(BACKWARD, dx, table, positions.host(), head_dim, None, true)
 }
 
 fn check_operands(op: &'static str, x: View, table: View, positions: Ids, head_dim: usize) -> Result<()> {
@@ -274,6 +274,7 @@ fn rotate_fast(
     table: View,
     positions: &[u32],
     head_dim: usize,
+    factor: Option<&[f32]>,
     inverse: bool,
 ) -> Result<()> {
     let (cols, x_stride, table_stride) = (x.cols, x.stride, table.stride);
@@ -283,20 +284,18 @@ fn rotate_fast(
     }
     x.par_chunks_mut(x_stride).zip(positions).with_min_len(rows_per_task(cols)).for_each(|(x, &position)| {
         let (cos, sin) = row(table, position as usize, head_dim, table_stride).split_at(head_dim / 2);
+        if let Some(factor) = factor {
+            multiply_row(&mut x[..cols], factor);
+        }
         rotate_row(&mut x[..cols], cos, sin, inverse);
     });
     Ok(())
 }
 
-/// x := diag(factor) x, by columns.
-fn multiply_columns(op: &'static str, x: ViewMut, factor: View) -> Result<()> {
-    let (cols, stride) = (x.cols, x.stride);
-    let (x, factor) = (x.cpu(op)?, factor.cpu(op)?);
-    if cols > 0 {
-        let rows = x.par_chunks_mut(stride).with_min_len(rows_per_task(cols));
-        rows.for_each(|x| x[..cols].iter_mut().zip(factor).for_each(|(x, factor)| *x *= factor));
+by_isa! {
+    fn multiply_row(x: &mut [f32], factor: &[f32]) {
+        x.iter_mut().zip(factor).for_each(|(x, factor)| *x *= factor);
     }
-    Ok(())
 }
 
 by_isa! {

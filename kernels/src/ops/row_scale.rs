@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use crate::cpu::by_isa;
 use crate::cpu::rows::row;
+use crate::cpu::scratch::with_scratch;
 use crate::cuda::spans::{self, Chunks};
 use crate::cuda::{Arg, Cuda, Grid, Scratch, Source};
 use crate::error::{Error, Result, check};
@@ -138,10 +139,11 @@ pub(super) fn add_partials_cuda(
 
 // ------------------------------------------------------------------------------------------ CPU
 
-/// Channels whose sums one backward task keeps on its stack.
+/// Channels whose sums one task keeps on its stack.
 const CHANNELS: usize = 192;
 
-/// Tokens whose products are added in f32 before they go into the sum in f64.
+/// Tokens whose products are added in f32, by one task. The sums of groups are added in f64 and in order, so that the
+/// threads change no bit.
 pub(super) const GROUP: usize = 8;
 
 #[cfg(test)]
@@ -168,40 +170,45 @@ fn backward_fast(dscale: ViewMut, dy: View, y: View, to: Option<View>, scale: Vi
     let (dscale, dy, y, scale) =
         (dscale.cpu(BACKWARD)?, dy.cpu(BACKWARD)?, y.cpu(BACKWARD)?, scale.cpu(BACKWARD)?);
     let to = to.map(|to| Ok::<_, Error>((to.cpu(BACKWARD)?, to.stride))).transpose()?;
-    dscale[..cols].par_chunks_mut(CHANNELS).enumerate().for_each(|(i, dscale)| {
-        let (start, width) = (i * CHANNELS, dscale.len());
-        let mut sums = [0.0f64; CHANNELS];
-        for first in (0..tokens).step_by(GROUP) {
-            let mut partial = [0.0f32; CHANNELS];
-            for t in first..tokens.min(first + GROUP) {
+    if cols == 0 {
+        return Ok(());
+    }
+    with_scratch(tokens.div_ceil(GROUP) * cols, |sums| {
+        sums.par_chunks_mut(cols).enumerate().for_each(|(group, sums)| {
+            sums.fill(0.0);
+            for t in group * GROUP..tokens.min((group + 1) * GROUP) {
                 let (dy, y) = (row(dy, t, cols, dy_stride), row(y, t, cols, y_stride));
-                let (sums, here) = (&mut partial[..width], start..start + width);
                 match to {
-                    None => add_products(sums, &dy[here.clone()], &y[here]),
-                    Some((to, stride)) => {
-                        let to = row(to, t, cols, stride);
-                        add_products_of_difference(sums, &dy[here.clone()], &y[here.clone()], &to[here]);
-                    }
+                    None => add_products(sums, dy, y),
+                    Some((to, stride)) => add_products_of_difference(sums, dy, y, row(to, t, cols, stride)),
                 }
             }
-            sums.iter_mut().zip(partial).for_each(|(sum, partial)| *sum += partial as f64);
-        }
-        add_quotients(dscale, &sums, &scale[start..]);
+        });
+        add_group_sums(&mut dscale[..cols], sums, cols, scale);
     });
     Ok(())
 }
 
-/// dscale += sums / scale, nothing where scale is 0.
-pub(super) fn add_quotients(dscale: &mut [f32], sums: &[f64], scale: &[f32]) {
-    for ((dscale, sum), &scale) in dscale.iter_mut().zip(sums).zip(scale) {
-        if scale != 0.0 {
-            *dscale += (sum / scale as f64) as f32;
+/// dscale += (the sum of the groups' sums) / scale, nothing where a scale is 0: the second half of a backward pass whose
+/// first half left the sums of each group in a row of `sums`, `stride` apart.
+pub(super) fn add_group_sums(dscale: &mut [f32], sums: &[f32], stride: usize, scale: &[f32]) {
+    dscale.par_chunks_mut(CHANNELS).enumerate().for_each(|(i, dscale)| {
+        let start = i * CHANNELS;
+        let mut totals = [0.0f64; CHANNELS];
+        for group in sums.chunks(stride) {
+            let sums = &group[start..][..dscale.len()];
+            totals.iter_mut().zip(sums).for_each(|(total, sum)| *total += *sum as f64);
         }
-    }
+        for ((dscale, total), &scale) in dscale.iter_mut().zip(totals).zip(&scale[start..]) {
+            if scale != 0.0 {
+                *dscale += (total / scale as f64) as f32;
+            }
+        }
+    });
 }
 
 by_isa! {
-    pub(super) fn add_products(sums: &mut [f32], dy: &[f32], y: &[f32]) {
+    fn add_products(sums: &mut [f32], dy: &[f32], y: &[f32]) {
         for ((sum, &dy), &y) in sums.iter_mut().zip(dy).zip(y) {
             *sum += dy * y;
         }

@@ -2,8 +2,8 @@
 //!
 //! The backward pass recomputes the sigmoid: cheaper than to store it.
 
-use super::gated;
-use crate::cpu::{by_isa, math};
+use super::gated::{self, Activated, Gate};
+use crate::cpu::math;
 use crate::cuda::Source;
 use crate::error::{Result, check};
 use crate::tensor::{View, ViewMut};
@@ -30,7 +30,7 @@ pub fn swiglu_forward(y: ViewMut, gate: View, up: View) -> Result<()> {
     if let Some(cuda) = y.cuda() {
         return gated::forward_cuda(FORWARD, &cuda, &y, gate, up);
     }
-    gated::forward_fast(FORWARD, y, gate, up, forward_piece)
+    gated::forward_fast::<Silu>(FORWARD, y, gate, up)
 }
 
 /// [`swiglu_forward`] of a gate and an up that have a factor per column yet to come: those of DoRA's rows.
@@ -51,7 +51,7 @@ pub fn swiglu_forward_scaled(y: ViewMut, gate: View, up: View, factors: [View; 2
     if let Some(cuda) = y.cuda() {
         return gated::forward_scaled_cuda(FORWARD_SCALED, &cuda, &y, [gate, up], factors);
     }
-    gated::forward_scaled_fast(FORWARD_SCALED, y, [gate, up], factors, forward_piece)
+    gated::forward_scaled_fast::<Silu>(FORWARD_SCALED, y, [gate, up], factors)
 }
 
 /// The gradients of [`swiglu_forward`], and on the way its result once more, for who did not keep it.
@@ -80,8 +80,8 @@ pub fn swiglu_backward(
         let kernel = if y.is_none() { BACKWARD } else { "swiglu_backward_output" };
         return gated::backward_cuda(BACKWARD, kernel, cuda, [&dgate, &dup], y.as_ref(), [dy, gate, up]);
     }
-    gated::backward_fast(BACKWARD, [dgate, dup], [dy, gate, up], backward_piece)?;
-    y.map_or(Ok(()), |y| gated::forward_fast(BACKWARD, y, gate, up, forward_piece))
+    gated::backward_fast::<Silu>(BACKWARD, [dgate, dup], [dy, gate, up])?;
+    y.map_or(Ok(()), |y| gated::forward_fast::<Silu>(BACKWARD, y, gate, up))
 }
 
 /// The gradients of [`swiglu_forward_scaled`], on the way its result once more, and the gradients of what the factors are
@@ -101,8 +101,8 @@ pub fn swiglu_backward(
 ///
 /// Source: the two ops.
 pub fn swiglu_backward_scaled(
-    mut dgate: ViewMut,
-    mut dup: ViewMut,
+    dgate: ViewMut,
+    dup: ViewMut,
     y: Option<ViewMut>,
     dscales: [ViewMut; 2],
     dy: View,
@@ -130,12 +130,8 @@ pub fn swiglu_backward_scaled(
             scales,
         );
     }
-    let gradients = [dgate.reborrow(), dup.reborrow()];
-    gated::backward_scaled_fast(SCALED, gradients, [dy, gate, up], factors, backward_piece)?;
-    if let Some(y) = y {
-        gated::forward_scaled_fast(SCALED, y, [gate, up], factors, forward_piece)?;
-    }
-    gated::scale_gradients(dscales, [dgate.as_view(), dup.as_view()], [gate, up], scales)
+    gated::backward_scaled_fast::<Silu>(SCALED, [dgate, dup], dscales, [dy, gate, up], factors, scales)?;
+    y.map_or(Ok(()), |y| gated::forward_scaled_fast::<Silu>(SCALED, y, [gate, up], factors))
 }
 
 /// Like `gate`, if it is asked for.
@@ -158,14 +154,6 @@ fn forward_naive(y: &mut [f64], gate: &[f64], up: &[f64]) {
     }
 }
 
-by_isa! {
-    fn forward_piece(y: &mut [f32], gate: &[f32], up: &[f32]) {
-        for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-            *y = gate * math::sigmoid(*gate) * up;
-        }
-    }
-}
-
 #[cfg(test)]
 fn backward_naive(dgate: &mut [f64], dup: &mut [f64], dy: &[f64], gate: &[f64], up: &[f64]) {
     for i in 0..dy.len() {
@@ -176,15 +164,14 @@ fn backward_naive(dgate: &mut [f64], dup: &mut [f64], dy: &[f64], gate: &[f64], 
     }
 }
 
-by_isa! {
-    fn backward_piece(dgate: &mut [f32], dup: &mut [f32], dy: &[f32], gate: &[f32], up: &[f32]) {
-        let n = dgate.len();
-        let (dup, dy, gate, up) = (&mut dup[..n], &dy[..n], &gate[..n], &up[..n]);
-        for i in 0..n {
-            let s = math::sigmoid(gate[i]);
-            dgate[i] = dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
-            dup[i] = dy[i] * gate[i] * s;
-        }
+struct Silu;
+
+impl Gate for Silu {
+    #[inline(always)]
+    #[allow(clippy::inline_always, reason = "inlining carries the target features into it")]
+    fn at(gate: f32) -> Activated {
+        let s = math::sigmoid(gate);
+        Activated { value: gate * s, slope: s * (1.0 + gate * (1.0 - s)) }
     }
 }
 

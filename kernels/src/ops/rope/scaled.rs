@@ -4,13 +4,15 @@
 
 use rayon::prelude::*;
 
-use super::{SOURCE, check_operands, multiply_columns, rotate_fast, rotate_row};
+use super::{SOURCE, check_operands};
+use crate::cpu::by_isa;
 use crate::cpu::rows::row;
+use crate::cpu::scratch::with_scratch;
 use crate::cuda::spans::Chunks;
 use crate::cuda::{Arg, Cuda, Scratch};
 use crate::error::{Result, check};
 use crate::ids::Ids;
-use crate::ops::row_scale::{GROUP, add_partials_cuda, add_products, add_quotients};
+use crate::ops::row_scale::{GROUP, add_group_sums, add_partials_cuda};
 use crate::tensor::{View, ViewMut};
 
 const SCALED: &str = "rope_backward_scaled";
@@ -32,7 +34,7 @@ const SCALED: &str = "rope_backward_scaled";
 ///
 /// Source: the two ops.
 pub fn rope_backward_scaled<'a>(
-    mut dx: ViewMut,
+    dx: ViewMut,
     dscale: ViewMut,
     x: View,
     table: View,
@@ -56,9 +58,7 @@ pub fn rope_backward_scaled<'a>(
     if let Some(cuda) = dx.cuda() {
         return scaled_cuda(&cuda, &dx, &dscale, x, table, positions, head_dim, [factor, scale]);
     }
-    rotate_fast(SCALED, dx.reborrow(), table, positions.host(), head_dim, true)?;
-    add_scale_gradients(dscale, dx.as_view(), x, table, positions.host(), head_dim, scale)?;
-    multiply_columns(SCALED, dx, factor)
+    scaled_fast(dx, dscale, x, table, positions.host(), head_dim, [factor, scale])
 }
 
 // ----------------------------------------------------------------------------------------- CUDA
@@ -100,9 +100,6 @@ fn scaled_cuda(
 
 // ------------------------------------------------------------------------------------------ CPU
 
-/// Pairs whose sums one task keeps on its stack.
-const PAIRS: usize = 96;
-
 #[cfg(test)]
 fn scaled_naive(
     dx: &mut [f64],
@@ -125,53 +122,52 @@ fn scaled_naive(
 }
 
 /// The sums have the bits of those of `row_scale_backward` for an x that was rotated back in place.
-fn add_scale_gradients(
+fn scaled_fast(
+    dx: ViewMut,
     dscale: ViewMut,
-    dx: View,
     x: View,
     table: View,
     positions: &[u32],
     head_dim: usize,
-    scale: View,
+    [factor, scale]: [View; 2],
 ) -> Result<()> {
-    let (cols, strides, half) = (x.cols, [dx.stride, x.stride, table.stride], head_dim / 2);
-    let (dscale, dx, x) = (dscale.cpu(SCALED)?, dx.cpu(SCALED)?, x.cpu(SCALED)?);
-    let (table, scale) = (table.cpu(SCALED)?, scale.cpu(SCALED)?);
+    let (cols, [dx_stride, x_stride, table_stride]) = (x.cols, [dx.stride, x.stride, table.stride]);
+    let (dx, dscale, x, table) = (dx.cpu(SCALED)?, dscale.cpu(SCALED)?, x.cpu(SCALED)?, table.cpu(SCALED)?);
+    let (factor, scale) = (factor.cpu(SCALED)?, scale.cpu(SCALED)?);
     if cols == 0 {
         return Ok(());
     }
-    let [dx_stride, x_stride, table_stride] = strides;
-    dscale[..cols].par_chunks_mut(head_dim).enumerate().for_each(|(head, dscale)| {
-        for j in (0..half).step_by(PAIRS) {
-            let n = PAIRS.min(half - j);
-            let starts = [0, half].map(|start| head * head_dim + start + j);
-            let mut sums = [[0.0f64; PAIRS]; 2];
-            for (group, positions) in positions.chunks(GROUP).enumerate() {
-                let mut partial = [[0.0f32; PAIRS]; 2];
-                for (i, &position) in positions.iter().enumerate() {
-                    let t = group * GROUP + i;
-                    let (dx, x) = (row(dx, t, cols, dx_stride), row(x, t, cols, x_stride));
-                    let (cos, sin) = row(table, position as usize, head_dim, table_stride).split_at(half);
-                    let mut pairs = [0.0; 2 * PAIRS];
-                    let (lower, upper) = pairs[..2 * n].split_at_mut(n);
-                    lower.copy_from_slice(&x[starts[0]..][..n]);
-                    upper.copy_from_slice(&x[starts[1]..][..n]);
-                    rotate_row(&mut pairs[..2 * n], &cos[j..][..n], &sin[j..][..n], true);
-                    for ((partial, x), start) in partial.iter_mut().zip(pairs.chunks(n)).zip(starts) {
-                        add_products(&mut partial[..n], &dx[start..][..n], x);
-                    }
-                }
-                for (sum, partial) in sums.iter_mut().flatten().zip(partial.iter().flatten()) {
-                    *sum += *partial as f64;
-                }
+    with_scratch(positions.len().div_ceil(GROUP) * cols, |sums| {
+        let groups = sums.par_chunks_mut(cols).zip(dx.par_chunks_mut(GROUP * dx_stride));
+        groups.zip(positions.par_chunks(GROUP)).enumerate().for_each(|(group, ((sums, dx), positions))| {
+            sums.fill(0.0);
+            for ((t, &position), dx) in (group * GROUP..).zip(positions).zip(dx.chunks_mut(dx_stride)) {
+                let (cos, sin) = row(table, position as usize, head_dim, table_stride).split_at(head_dim / 2);
+                scaled_row(&mut dx[..cols], sums, row(x, t, cols, x_stride), cos, sin, &factor[..cols]);
             }
-            for (i, sums) in sums.iter().enumerate() {
-                let start = i * half + j;
-                add_quotients(&mut dscale[start..][..n], sums, &scale[starts[i]..]);
-            }
-        }
+        });
+        add_group_sums(&mut dscale[..cols], sums, cols, scale);
     });
     Ok(())
+}
+
+by_isa! {
+    fn scaled_row(dx: &mut [f32], sums: &mut [f32], x: &[f32], cos: &[f32], sin: &[f32], factor: &[f32]) {
+        let half = cos.len();
+        let sin = &sin[..half];
+        let heads = dx.chunks_exact_mut(2 * half).zip(sums.chunks_exact_mut(2 * half));
+        for ((dx, sums), (x, factor)) in heads.zip(x.chunks_exact(2 * half).zip(factor.chunks_exact(2 * half))) {
+            let ((da, db), (sum_a, sum_b)) = (dx.split_at_mut(half), sums.split_at_mut(half));
+            let ((xa, xb), (fa, fb)) = (x.split_at(half), factor.split_at(half));
+            for j in 0..half {
+                let (a, b) = (da[j] * cos[j] + db[j] * sin[j], db[j] * cos[j] - da[j] * sin[j]);
+                sum_a[j] += a * (xa[j] * cos[j] + xb[j] * sin[j]);
+                sum_b[j] += b * (xb[j] * cos[j] - xa[j] * sin[j]);
+                da[j] = a * fa[j];
+                db[j] = b * fb[j];
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -212,7 +208,8 @@ mod tests {
             rope_backward(unrotated.view_mut(), table.view(), &positions, head_dim).unwrap();
             row_scale_backward(sums.view_mut(), once.view(), Output::Kept(unrotated.view()), scale.view())
                 .unwrap();
-            multiply_columns(SCALED, once.view_mut(), factor.view()).unwrap();
+            let products = once.values().into_iter().enumerate().map(|(i, x)| x * factor.values()[i % cols]);
+            once = Mat::new(tokens, cols, products.collect());
             let what = format!("rope_backward_scaled {tokens} x {heads} x {head_dim}");
             for (dx, dscale, tolerance) in [
                 (&dx, &dscale, tolerance(1e-6, 2e-6 * (tokens as f64).sqrt().max(1.0))),
