@@ -56,6 +56,31 @@ fn a_finer_residual_leaves_the_model_nearly_as_it_was() {
 }
 
 #[test]
+fn refined_splits_lose_less_and_are_found_again() {
+    let dir = Scratch::new();
+    let data = dir.write("data.jsonl", sequences(8, 24, 4));
+    let [plain, refined] = ["plain", "refined"].map(|name| dir.path(name));
+    let flags = format!("{PISSA} --pissa-refinements 2");
+    train(QUANTIZED, &data, &plain, PISSA);
+    train(QUANTIZED, &data, &refined, &flags);
+    let error = |run: &str| manifest(run)["quantization_error"].as_f64().unwrap();
+    assert!(error(&refined) < 0.98 * error(&plain), "{} for {}", error(&refined), error(&plain));
+    assert_eq!(manifest(&refined)["settings"]["refinements"], 2);
+    assert!(manifest(&plain)["settings"].get("refinements").is_none());
+    let said = train(QUANTIZED, &data, &refined, &format!("{flags} --overwrite-output"));
+    assert!(!said.contains("split (PiSSA)"), "{said}");
+    let said = train(QUANTIZED, &data, &refined, &format!("{PISSA} --overwrite-output"));
+    assert!(said.contains("split (PiSSA)"), "{said}");
+
+    let factors = format!("{flags} --init-adapter {plain}");
+    refuse(&train_args(QUANTIZED, &data, &dir.path("given"), &factors))
+        .says(2, &["--pissa-refinements", "--init-adapter", "factors"]);
+    let other = "--method lora --max-steps 1 --pissa-refinements 1";
+    refuse(&train_args(QUANTIZED, &data, &dir.path("lora"), other))
+        .says(2, &["--pissa-refinements", "--method lora", "splits no weight"]);
+}
+
+#[test]
 fn every_later_command_goes_on_with_the_residual() {
     let dir = Scratch::new();
     let data = dir.write("data.jsonl", sequences(8, 24, 2));

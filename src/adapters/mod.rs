@@ -217,7 +217,7 @@ pub fn split_targets(
     config: &PeftConfig,
     given: Option<&PeftAdapter>,
     residual: Option<WeightType>,
-    options: &qpeft_kernels::svd::SvdOptions,
+    options: &pissa::SplitOptions,
     device: &qpeft_kernels::Device,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<(PeftAdapter, Vec<(String, pissa::SplitError)>)> {

@@ -56,6 +56,9 @@ pub struct Settings {
     pub scaling: f64,
     /// Power iterations of the randomized SVD; `None` when the factors were given.
     pub iterations: Option<usize>,
+    /// Rounds of refinement after the first split.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub refinements: usize,
     /// Seed of the randomized SVD.
     pub seed: u64,
     /// Hash of given factors (`--init-adapter`).
@@ -68,6 +71,11 @@ pub struct Settings {
     pub residual_type: Option<WeightType>,
     /// The split modules, in model order.
     pub targets: Vec<String>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 /// One split tensor.

@@ -157,6 +157,7 @@ fn settings(args: &DemoArgs, model: &Path, data: &Path, held_out: &Path, run: &P
         lora_dropout: 0.0,
         target_modules: TargetModules::AllLinear,
         pissa_niter: 0,
+        pissa_refinements: 0,
         residual_quant: None,
         init_adapter: None,
         prompt_field: Some("question".to_owned()),

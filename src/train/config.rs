@@ -113,6 +113,9 @@ pub struct TrainConfig {
     pub target_modules: TargetModules,
     /// Power iterations of PiSSA's randomized SVD.
     pub pissa_niter: usize,
+    /// Rounds after the first in which PiSSA's pair and residual are made again, each for what the other leaves.
+    #[serde(default)]
+    pub pissa_refinements: usize,
     /// The type of PiSSA's residuals; `None`: each linear's own.
     #[serde(default, with = "weight_name", skip_serializing_if = "Option::is_none")]
     pub residual_quant: Option<WeightType>,
@@ -238,6 +241,7 @@ pub(crate) mod tests {
             lora_dropout: 0.0,
             target_modules: TargetModules::AllLinear,
             pissa_niter: 16,
+            pissa_refinements: 0,
             residual_quant: None,
             init_adapter: None,
             prompt_field: None,

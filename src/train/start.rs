@@ -13,7 +13,7 @@ use super::config::TrainConfig;
 use super::error::Result;
 use super::fit::Fit;
 use super::trainer::Observer;
-use crate::adapters::pissa::SplitError;
+use crate::adapters::pissa::{SplitError, SplitOptions};
 use crate::adapters::staged::{self, FileId, Manifest, Settings};
 use crate::adapters::{self, AdapterFolder, folder};
 use crate::model::layer::Slot;
@@ -120,10 +120,13 @@ impl Start<'_> {
                 .into());
             }
             _ => {
-                let options = SvdOptions {
-                    iterations: self.config.pissa_niter,
-                    seed: self.config.seed ^ SVD_STREAM,
-                    ..SvdOptions::default()
+                let options = SplitOptions {
+                    svd: SvdOptions {
+                        iterations: self.config.pissa_niter,
+                        seed: self.config.seed ^ SVD_STREAM,
+                        ..SvdOptions::default()
+                    },
+                    refinements: self.config.pissa_refinements,
                 };
                 let (factors, errors) = adapters::split_targets(
                     &mut decoder,
@@ -182,6 +185,7 @@ impl Start<'_> {
             rank: peft.r,
             scaling: peft.scaling("")?,
             iterations: given.is_none().then_some(self.config.pissa_niter),
+            refinements: self.config.pissa_refinements,
             seed: self.config.seed,
             factors: given.map(staged::hash_of),
             device: self.device.cuda().map(|_| "cuda".to_owned()),

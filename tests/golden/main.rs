@@ -6,7 +6,7 @@ mod cuda;
 
 use std::path::{Path, PathBuf};
 
-use qpeft::adapters;
+use qpeft::adapters::{self, pissa::SplitOptions};
 use qpeft::model::{Base, Batch, Buffers, Decoder, Keep, Parameters};
 use qpeft::train::optimizer::Optimizer;
 use qpeft::train::schedule::{Schedule, SchedulerType};
@@ -14,7 +14,6 @@ use qpeft_formats::peft::{PeftAdapter, PeftConfig, TargetModules};
 use qpeft_formats::safetensors::SafetensorsFile;
 use qpeft_kernels::ops::adamw::AdamW;
 use qpeft_kernels::rng::RngKey;
-use qpeft_kernels::svd::SvdOptions;
 use qpeft_kernels::{Device, Tensor};
 use serde_json::Value;
 
@@ -73,7 +72,7 @@ impl Run {
         let mut decoder = Decoder::load(&Base::open(&model(base)).unwrap(), device).unwrap();
         let init = PeftAdapter::read(&file("init")).unwrap();
         if method == "pissa" {
-            let options = SvdOptions::default();
+            let options = SplitOptions::default();
             let (config, given) = (&init.config, Some(&init));
             adapters::split_targets(&mut decoder, config, given, None, &options, &Device::Cpu, |_, _| {})
                 .unwrap();

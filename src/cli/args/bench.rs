@@ -241,6 +241,9 @@ pub struct BenchSvdArgs {
     /// Iterations of the SVD
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub pissa_niter: usize,
+    /// Rounds in which factors and residuals are fitted to each other
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub pissa_refinements: usize,
     /// Also split the smallest matrix on the CPU, and compare what is left
     #[arg(long)]
     pub check: bool,

@@ -68,6 +68,10 @@ pub struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = at_least_zero::<usize>, help_heading = "Adapter",
         hide_short_help = true, alias = "pissa-iter")]
     pub pissa_niter: usize,
+    /// Rounds in which PiSSA's factors and residuals are fitted to each other, so that less is lost by rounding
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = at_least_zero::<usize>, help_heading = "Adapter",
+        hide_short_help = true)]
+    pub pissa_refinements: usize,
     /// Store PiSSA's residuals in this type: q8_0, bf16, nf4, ... [default: the base's own types]
     #[arg(long, value_name = "TYPE", value_parser = weight_type, help_heading = "Adapter", hide_short_help = true)]
     pub residual_quant: Option<WeightType>,
@@ -197,6 +201,7 @@ impl TrainArgs {
             return Err(Usage::new("`--target-modules`: `all-linear` stands alone"));
         }
         refuse_residual_quant(self.method, self.residual_quant)?;
+        self.refuse_refinements()?;
         let alpha = match self.method {
             Method::Lora | Method::Dora => 32.0,
             Method::Pissa => self.lora_r as f64,
@@ -215,6 +220,7 @@ impl TrainArgs {
             lora_dropout: self.lora_dropout,
             target_modules: TargetModules::from_names(targets),
             pissa_niter: self.pissa_niter,
+            pissa_refinements: self.pissa_refinements,
             residual_quant: self.residual_quant,
             init_adapter: self.init_adapter.clone(),
             prompt_field: self.data_args.prompt_field.clone(),
@@ -246,6 +252,20 @@ impl TrainArgs {
             save_total_limit: self.save_total_limit,
             logging_steps: self.logging_steps,
         })
+    }
+
+    /// Refuses rounds of refinement where nothing is split, or where the factors are given.
+    fn refuse_refinements(&self) -> Result<(), Usage> {
+        let (with, why, hint) = if self.pissa_refinements == 0 {
+            return Ok(());
+        } else if !self.method.info().staged {
+            (format!("--method {}", self.method), "which splits no weight", "give `--method pissa`")
+        } else if self.init_adapter.is_some() {
+            ("--init-adapter".to_owned(), "which brings its factors along", "leave one of the two out")
+        } else {
+            return Ok(());
+        };
+        Err(Usage::new(format!("`--pissa-refinements` does nothing with `{with}`, {why}")).hint(hint))
     }
 }
 

@@ -12,7 +12,7 @@ use qpeft_kernels::weight::WeightType;
 use qpeft_kernels::{BaseWeight, Device};
 use serde_json::json;
 
-use crate::adapters::pissa::{Job, SplitError, split_all};
+use crate::adapters::pissa::{Job, SplitError, SplitOptions, split_all};
 use crate::cli::args::BenchSvdArgs;
 use crate::cli::printer::Printer;
 use crate::cli::session::open_device;
@@ -25,7 +25,10 @@ use crate::model::synthetic::random_weight;
 /// The type does not fit the shapes, or memory runs out.
 pub fn run(args: &BenchSvdArgs, printer: &Printer) -> anyhow::Result<()> {
     let device = open_device(&args.compute, printer)?;
-    let options = SvdOptions { iterations: args.pissa_niter, ..SvdOptions::default() };
+    let options = SplitOptions {
+        svd: SvdOptions { iterations: args.pissa_niter, ..SvdOptions::default() },
+        refinements: args.pissa_refinements,
+    };
     let jobs = jobs(args)?;
     let mut parts = BTreeMap::new();
     let mut layer_seconds = None;
@@ -54,6 +57,7 @@ pub fn run(args: &BenchSvdArgs, printer: &Printer) -> anyhow::Result<()> {
         "elements": elements,
         "rank": args.lora_r,
         "iterations": args.pissa_niter,
+        "refinements": args.pissa_refinements,
         "seconds": seconds,
         "layer_device_ms": parts,
         "captured": total.captured(),
@@ -134,7 +138,7 @@ fn jobs(args: &BenchSvdArgs) -> anyhow::Result<Vec<Job>> {
     jobs.collect()
 }
 
-fn split(jobs: &[Job], device: &Device, options: &SvdOptions) -> anyhow::Result<SplitError> {
+fn split(jobs: &[Job], device: &Device, options: &SplitOptions) -> anyhow::Result<SplitError> {
     let mut total = SplitError::default();
     split_all(jobs, device, options, |_, split| {
         total += split.error;
