@@ -75,6 +75,8 @@ fn refined_splits_lose_less_and_are_found_again() {
     let factors = format!("{flags} --init-adapter {plain}");
     refuse(&train_args(QUANTIZED, &data, &dir.path("given"), &factors))
         .says(2, &["--pissa-refinements", "--init-adapter", "factors"]);
+    let (rank, run) = ("--method pissa --max-steps 1 --lora-r 300", dir.path("rank"));
+    refuse(&train_args(QUANTIZED, &data, &run, rank)).says(1, &["--lora-r 300", "q_proj", "256"]);
     let other = "--method lora --max-steps 1 --pissa-refinements 1";
     refuse(&train_args(QUANTIZED, &data, &dir.path("lora"), other))
         .says(2, &["--pissa-refinements", "--method lora", "splits no weight"]);

@@ -5,6 +5,7 @@ use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
 
@@ -189,6 +190,37 @@ pub(crate) fn update_hasher(hasher: &mut blake3::Hasher, path: &Path) -> Result<
     hash().map_err(|e| Error::from(e).in_file(path))
 }
 
+/// Where a link leads, so that what it names is replaced and not the link; any other path as it is.
+fn resolved(path: &Path) -> PathBuf {
+    if path.is_symlink() { path.canonicalize().unwrap_or_else(|_| path.to_owned()) } else { path.to_owned() }
+}
+
+/// The system of another machine that shares the folder has process ids of its own: what it writes is younger.
+const LEFT_BEHIND: Duration = Duration::from_secs(600);
+
+/// Removes what killed processes left of earlier attempts at `path`.
+fn remove_leftovers(path: &Path) {
+    let Some(name) = path.file_name().map(|name| format!(".{}.", name.to_string_lossy())) else { return };
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten() {
+        let found = entry.file_name();
+        let id = found.to_str().and_then(|found| found.strip_prefix(&name)?.strip_suffix(".tmp"));
+        let written = entry.metadata().and_then(|found| found.modified()).ok();
+        let is_old = written.and_then(|time| time.elapsed().ok()).is_some_and(|age| age >= LEFT_BEHIND);
+        if is_old && id.and_then(|id| id.parse().ok()).is_some_and(is_gone) {
+            let path = entry.path();
+            let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        }
+    }
+}
+
+/// Whether no process has this id, as far as the system tells.
+fn is_gone(id: u32) -> bool {
+    let processes = Path::new("/proc");
+    processes.join("self").exists() && !processes.join(id.to_string()).exists()
+}
+
 /// The temporary sibling of `path`: `.<name>.<pid>.tmp`.
 fn sibling(path: &Path, suffix: &str) -> Result<PathBuf> {
     let name = path.file_name().ok_or_else(|| Error::new(Kind::NotAFile).in_file(path))?;
@@ -221,10 +253,17 @@ pub struct AtomicFile {
 impl AtomicFile {
     /// Starts to write `path`.
     ///
+    /// A link is followed; what killed processes left of earlier attempts is removed.
+    ///
     /// # Errors
-    /// The folder is missing or read-only.
+    /// The folder is missing or read-only, or something else than a file is there.
     pub fn create(path: &Path) -> Result<AtomicFile> {
+        let path = &resolved(path);
+        if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+            return Err(Error::new(Kind::NotAFile).in_file(path));
+        }
         let temporary = sibling(path, "tmp")?;
+        remove_leftovers(path);
         let create = || File::options().write(true).create_new(true).open(&temporary);
         let file = match create() {
             // Only a killed process whose id this one inherited can have left it.
@@ -368,10 +407,14 @@ pub struct AtomicDir {
 impl AtomicDir {
     /// Starts to fill the folder `path`; write into [`AtomicDir::staging`].
     ///
+    /// A link is followed; what killed processes left of earlier attempts is removed.
+    ///
     /// # Errors
     /// The parent folder is missing or read-only.
     pub fn create(path: &Path) -> Result<AtomicDir> {
+        let path = &resolved(path);
         let temporary = sibling(path, "tmp")?;
+        remove_leftovers(path);
         let create = || -> io::Result<()> {
             match fs::create_dir(&temporary) {
                 // Only a killed process whose id this one inherited can have left it.
@@ -416,5 +459,52 @@ impl AtomicDir {
 impl Drop for AtomicDir {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.temporary);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_is_followed_and_what_is_no_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("file"), dir.path().join("link"));
+        fs::write(&file, b"old").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        write_atomic(&link, b"new").unwrap();
+        assert!(link.is_symlink());
+        assert_eq!(fs::read(&file).unwrap(), b"new");
+        for other in [Path::new("/dev/null"), dir.path()] {
+            let e = write_atomic(other, b"new").unwrap_err().to_string();
+            assert!(e.contains(&*other.to_string_lossy()), "{e}");
+            assert!(!fs::metadata(other).unwrap().is_file());
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_killed_processes_left_goes_with_the_next_attempt() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out");
+        // No process has the largest id; the first process is always there.
+        let names = [
+            ".out.4294967295.tmp",
+            ".out.1.tmp",
+            ".other.4294967295.tmp",
+            ".out.x.tmp",
+            ".out.4294967294.tmp",
+        ];
+        for name in names {
+            let file = File::create(dir.path().join(name)).unwrap();
+            let age = if name.contains("294.") { Duration::ZERO } else { 2 * LEFT_BEHIND };
+            file.set_modified(std::time::SystemTime::now() - age).unwrap();
+        }
+        write_atomic(&path, b"new").unwrap();
+        let mut left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, [".other.4294967295.tmp", ".out.1.tmp", ".out.4294967294.tmp", ".out.x.tmp", "out"]);
     }
 }

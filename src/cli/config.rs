@@ -80,7 +80,13 @@ impl ConfigFile {
                 let name = &first.key;
                 return Err(at(format!("key `{key}` sets what `{name}` in line {} has set", first.line)));
             }
-            settings.push(Setting { id, key, line, argument: format!("--{flag}={value}"), value });
+            // Switches that all commands share take no value on the command line.
+            let argument = match (arg.get_action(), value.as_str()) {
+                (ArgAction::SetTrue, "false") => continue,
+                (ArgAction::SetTrue, _) => format!("--{flag}"),
+                _ => format!("--{flag}={value}"),
+            };
+            settings.push(Setting { id, key, line, argument, value });
         }
         Ok(ConfigFile { path: path.to_owned(), settings })
     }

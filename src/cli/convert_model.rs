@@ -6,7 +6,7 @@ use serde_json::json;
 use super::args::{GgufToHfArgs, HfToGgufArgs};
 use super::printer::Printer;
 use super::progress::Progress;
-use super::session::refuse_existing;
+use super::session::{refuse_existing, refuse_inputs, refuse_other_folder};
 use crate::convert::gguf_to_hf::{SHARD, default_dtype, write_folder};
 use crate::convert::hf::HfSource;
 use crate::convert::hf_to_gguf::write_gguf;
@@ -18,6 +18,7 @@ use crate::convert::merge_folder::element;
 /// The folder is refused, or the output cannot be written.
 pub fn hf_to_gguf(args: &HfToGgufArgs, printer: &Printer) -> anyhow::Result<()> {
     refuse_existing(&args.output, args.overwrite_output)?;
+    refuse_inputs(&args.output, &[&args.model])?;
     let source = HfSource::open_with_pre(&args.model, args.pre.as_deref())?;
     for note in source.notes() {
         printer.warn(note);
@@ -58,6 +59,8 @@ pub fn hf_to_gguf(args: &HfToGgufArgs, printer: &Printer) -> anyhow::Result<()> 
 /// The file is refused, or the output cannot be written.
 pub fn gguf_to_hf(args: &GgufToHfArgs, printer: &Printer) -> anyhow::Result<()> {
     refuse_existing(&args.output, args.overwrite_output)?;
+    refuse_inputs(&args.output, &[&args.model])?;
+    refuse_other_folder(&args.output)?;
     let file = GgufFile::open(&args.model)?;
     let dtype = args.dtype.map_or_else(|| default_dtype(&file), element);
     let mut bar = Bar::new(printer);

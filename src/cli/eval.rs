@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use qpeft_formats::safetensors::{Dtype, TensorRef, write_safetensors};
+use qpeft_formats::safetensors::{Dtype, SafetensorsFile, TensorRef, write_safetensors};
 use serde_json::json;
 
 use super::args::EvalArgs;
 use super::printer::Printer;
 use super::progress::Progress;
+use super::report::Usage;
 use super::session::{Session, open_device};
 use crate::model::{Buffers, Keep, Loss};
 use crate::train::data::{self, Dataset};
@@ -18,6 +19,9 @@ use crate::train::data::{self, Dataset};
 /// # Errors
 /// A file is refused, the adapter belongs to other weights, or the logits cannot be written.
 pub fn run(args: &EvalArgs, printer: &Printer) -> anyhow::Result<()> {
+    if let Some(path) = &args.dump_logits {
+        refuse_dump(path)?;
+    }
     let device = open_device(&args.compute, printer)?;
     let session = Session::open(&args.model, &device)?;
     let template = session.tokenizer.template()?;
@@ -30,6 +34,14 @@ pub fn run(args: &EvalArgs, printer: &Printer) -> anyhow::Result<()> {
     )?;
     if let Some(warning) = data.warning() {
         printer.warn(&warning);
+    }
+    if data.truncated > 0 {
+        printer.warn(&format!(
+            "{} of {} examples were cut to `--max-seq-length` {}",
+            data.truncated,
+            data.examples.len(),
+            args.data_args.max_seq_length
+        ));
     }
     let loss = mean_loss(&session, &data, args.batch_size, printer)?;
     if let Some(path) = &args.dump_logits {
@@ -83,6 +95,20 @@ pub fn mean_loss(
     }
     bar.finish();
     Ok(loss)
+}
+
+/// Only an earlier dump is replaced.
+fn refuse_dump(path: &Path) -> anyhow::Result<()> {
+    let is_dump = || SafetensorsFile::open(path).is_ok_and(|file| file.tensor("logits.0").is_some());
+    if path.exists() && !is_dump() {
+        return Err(Usage::new(format!(
+            "`--dump-logits {}` exists and is no dump of logits",
+            path.display()
+        ))
+        .hint("give another path")
+        .into());
+    }
+    Ok(())
 }
 
 /// Writes `input_ids.N` (T) and `logits.N` (T, V) of every example N.

@@ -11,7 +11,7 @@ use super::args::{MergeArgs, MergeTarget};
 use super::printer::Printer;
 use super::progress::Progress;
 use super::report::Usage;
-use super::session::{open_device, refuse_existing};
+use super::session::{open_device, refuse_existing, refuse_inputs, refuse_other_folder};
 use crate::adapters::AdapterFolder;
 use crate::convert::merge::{MergeOptions, merge_to_gguf};
 use crate::convert::merge_folder::{FolderTarget, folder_of, merge_to_folder};
@@ -31,8 +31,12 @@ pub fn run(args: &MergeArgs, printer: &Printer) -> anyhow::Result<()> {
         split: args.types.split(),
     };
     refuse_existing(&args.output, args.overwrite_output)?;
-    let device = open_device(&args.compute, printer)?;
+    refuse_inputs(&args.output, &[&args.model, &args.adapter])?;
     let target = folder_target(args)?;
+    if target.is_some() {
+        refuse_other_folder(&args.output)?;
+    }
+    let device = open_device(&args.compute, printer)?;
     let folder = AdapterFolder::open(&args.adapter)?;
     let base = folder.resolve(Base::open_as(&args.model, args.base_quant)?)?;
     // Weights stay in host memory: a device gets one at a time.

@@ -75,6 +75,11 @@ pub fn run(command: &Command, printer: &Printer) -> anyhow::Result<()> {
 /// [`Usage`]: an unknown flag or key, a value out of range, a required flag that is in neither place.
 pub fn parse(argv: impl IntoIterator<Item = OsString>) -> Result<Parsed, Usage> {
     let mut argv = argv.into_iter().map(kebab).collect::<Vec<_>>();
+    // What is recorded of a run and what is reported is text.
+    if let Some(argument) = argv.iter().skip(1).find(|argument| argument.to_str().is_none()) {
+        return Err(Usage::new(format!("the argument `{}` is not UTF-8", argument.to_string_lossy()))
+            .hint("give the file or folder another name"));
+    }
     // First without the required flags: they may be in the file that one of the flags names.
     let typed = match relaxed(command()).try_get_matches_from(&argv) {
         Ok(typed) => typed,
@@ -109,6 +114,10 @@ fn command() -> clap::Command {
         let has_file = command.get_arguments().any(|arg| arg.get_id() == "config");
         command.mut_subcommands(switches).mut_args(|arg| {
             let is_switch = matches!(arg.get_action(), ArgAction::SetTrue);
+            if !is_switch && arg.get_action().takes_values() {
+                // For the message of the flag's own range.
+                return arg.allow_negative_numbers(true);
+            }
             if !has_file || !is_switch {
                 return arg;
             }

@@ -14,7 +14,7 @@ use super::printer::Printer;
 use super::progress::Progress;
 use super::quantize_folder;
 use super::report::Usage;
-use super::session::refuse_existing;
+use super::session::{refuse_existing, refuse_inputs};
 use super::values::Quant;
 use crate::convert::gguf::GgufSource;
 use crate::convert::hf::HfSource;
@@ -49,8 +49,8 @@ pub fn run(args: &QuantizeArgs, printer: &Printer) -> anyhow::Result<()> {
         Quant::Copy | Quant::FourBit(..) => None,
     };
     let plan = Plan::new(&*source, mixture.as_ref(), imatrix.as_ref(), args.types.split())?;
-    warn(&plan, args, printer);
     if args.dry_run {
+        warn(&plan, args, printer);
         return print_plan(&plan, args, printer);
     }
 
@@ -58,7 +58,9 @@ pub fn run(args: &QuantizeArgs, printer: &Printer) -> anyhow::Result<()> {
     let outputs = plan.outputs(output)?;
     for path in &outputs {
         refuse_existing(path, args.overwrite_output)?;
+        refuse_inputs(path, &[&args.model])?;
     }
+    warn(&plan, args, printer);
     let threads = match args.threads {
         Some(threads) => threads,
         None => std::thread::available_parallelism().context("cannot count the cores")?.get(),

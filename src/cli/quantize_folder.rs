@@ -11,7 +11,7 @@ use super::args::QuantizeArgs;
 use super::printer::Printer;
 use super::progress::Progress;
 use super::report::Usage;
-use super::session::refuse_existing;
+use super::session::{refuse_existing, refuse_inputs, refuse_other_folder};
 use crate::convert::bitsandbytes::{QuantizeReport, write_bitsandbytes_folder};
 use crate::convert::gguf_to_hf;
 
@@ -41,6 +41,8 @@ pub fn run(
     }
     let output = args.output.as_deref().expect("the caller checked that it is given");
     refuse_existing(output, args.overwrite_output)?;
+    refuse_inputs(output, &[&args.model])?;
+    refuse_other_folder(output)?;
 
     let report = if args.model.is_dir() {
         pack(&Checkpoint::open(&args.model)?, args, quant_type, double, printer)?

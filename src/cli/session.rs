@@ -100,6 +100,41 @@ impl From<&DataArgs> for DataOptions {
     }
 }
 
+/// Refuses an output that is one of the inputs, or a folder around one.
+///
+/// # Errors
+/// [`Usage`] naming both.
+pub fn refuse_inputs(output: &Path, inputs: &[&Path]) -> Result<(), Usage> {
+    let Ok(real) = output.canonicalize() else { return Ok(()) };
+    match inputs.iter().find(|input| input.canonicalize().is_ok_and(|input| input.starts_with(&real))) {
+        Some(input) => Err(Usage::new(format!(
+            "`--output {}` would replace `{}`, which the command reads",
+            output.display(),
+            input.display()
+        ))
+        .hint("give another path")),
+        None => Ok(()),
+    }
+}
+
+/// Refuses to put a model folder in the place of a folder that holds anything else: it goes with all that is in it.
+///
+/// # Errors
+/// [`Usage`] naming what else is there.
+pub fn refuse_other_folder(output: &Path) -> Result<(), Usage> {
+    let Ok(entries) = output.read_dir() else { return Ok(()) };
+    let entries: Vec<_> = entries.flatten().collect();
+    let folder = entries.iter().find(|entry| entry.path().is_dir());
+    let why = match folder {
+        _ if entries.is_empty() => return Ok(()),
+        Some(folder) => format!("holds the folder `{}`", folder.file_name().to_string_lossy()),
+        None if !output.join("config.json").exists() => "has no `config.json`".to_owned(),
+        None => return Ok(()),
+    };
+    Err(Usage::new(format!("`--output {}` exists and is no model folder: it {why}", output.display()))
+        .hint("only a model folder is replaced as a whole; give another path, or remove the folder yourself"))
+}
+
 /// Refuses to write where something is, unless it may be replaced.
 ///
 /// # Errors

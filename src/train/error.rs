@@ -25,6 +25,12 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// Two runs would mix their files.
+    #[error("another run is writing to `{}`", path.display())]
+    Taken {
+        /// The folder of the run.
+        path: PathBuf,
+    },
     /// There is nothing to resume from.
     #[error("`{}` has no checkpoint", path.display())]
     NoCheckpoint {
@@ -172,6 +178,7 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         match self {
             Error::Io { .. } => None,
+            Error::Taken { .. } => Some("wait for it to end, or give another `--output`".to_owned()),
             Error::NoCheckpoint { .. } => {
                 Some("start the run again with `--overwrite-output` in place of `--resume`".to_owned())
             }

@@ -3,6 +3,7 @@
 //! It ties an adapter to its base by a fingerprint and keeps the settings that trained it, so that
 //! every later command can refuse the wrong base and anyone can run the training again.
 
+use std::fs::{File, TryLockError};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -14,6 +15,26 @@ use crate::adapters::staged::FileId;
 
 /// The layout that this version writes.
 const LAYOUT: u32 = 1;
+
+/// The folder of a run, taken by one process: a lock of the system, which goes with the process however it ends.
+#[derive(Debug)]
+pub struct RunLock {
+    _folder: Option<File>,
+}
+
+impl RunLock {
+    /// Takes the folder `run`. Where the system cannot lock a folder, nothing is taken.
+    ///
+    /// # Errors
+    /// Another process has it.
+    pub fn take(run: &Path) -> Result<RunLock> {
+        let Ok(folder) = File::open(run) else { return Ok(RunLock { _folder: None }) };
+        match folder.try_lock() {
+            Err(TryLockError::WouldBlock) => Err(Error::Taken { path: run.to_owned() }),
+            Ok(()) | Err(TryLockError::Error(_)) => Ok(RunLock { _folder: Some(folder) }),
+        }
+    }
+}
 
 /// The content of `qpeft.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -41,7 +41,27 @@ impl Start<'_> {
     /// Refuses a split that could not be stored, before anything expensive is done.
     pub fn check(&self) -> Result<()> {
         if self.config.method.info().staged {
-            residual::check(&self.model, &self.targets(&self.peft_config())?, self.residual_type())?;
+            let peft = self.peft_config();
+            let targets = self.targets(&peft)?;
+            residual::check(&self.model, &targets, self.residual_type())?;
+            self.check_ranks(&peft, &targets)?;
+        }
+        Ok(())
+    }
+
+    /// Refuses more singular directions than a target has.
+    fn check_ranks(&self, peft: &PeftConfig, targets: &[String]) -> Result<()> {
+        let config = self.model.config()?;
+        for module in targets {
+            let Some(slot) = Slot::ALL.iter().find(|slot| module.ends_with(slot.module())) else { continue };
+            let (rows, cols) = slot.shape(&config);
+            let (rank, most) = (peft.rank_of(module)?, rows.min(cols));
+            if rank > most {
+                let error = crate::Error::refused(format!(
+                    "`--lora-r {rank}`: `{module}` is {rows} x {cols} and has {most} singular directions"
+                ));
+                return Err(error.with_hint(format!("give a rank of {most} or less")).into());
+            }
         }
         Ok(())
     }

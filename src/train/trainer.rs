@@ -13,13 +13,13 @@ use qpeft_kernels::rng::RngKey;
 use qpeft_kernels::weight::WeightType;
 
 use super::checkpoint::{self, Checkpoint, State};
-use super::config::TrainConfig;
+use super::config::{TargetModules, TrainConfig};
 use super::data::{self, Dataset, EvalSize, Sampler};
 use super::error::{Error, Result};
 use super::fit::{ALL_LAYERS, ANY_LAYERS, Fit, fit, limit_of};
 use super::log::{EvalRecord, LogWriter, StepRecord};
 use super::optimizer::Optimizer;
-use super::run_files::RunFile;
+use super::run_files::{RunFile, RunLock};
 use super::schedule::{Schedule, warmup_steps};
 use super::start::Start;
 use crate::adapters::staged::{FileId, Manifest};
@@ -133,6 +133,8 @@ struct Run<'a> {
     schedule: Schedule,
     state: State,
     log: LogWriter,
+    /// As long as this run goes on, no other writes into its folder.
+    _lock: RunLock,
 }
 
 impl<'a> Run<'a> {
@@ -144,6 +146,7 @@ impl<'a> Run<'a> {
     ) -> Result<Run<'a>> {
         // The cheapest refusal first: an output folder that cannot be written.
         std::fs::create_dir_all(&config.output).map_err(|e| Error::io("create", &config.output, e))?;
+        let lock = RunLock::take(&config.output)?;
         let checkpoint =
             if resume { Some(checkpoint::load(&checkpoint::latest(&config.output)?)?) } else { None };
 
@@ -204,6 +207,9 @@ impl<'a> Run<'a> {
             warmup_steps: warmup_steps(config.warmup_steps, config.warmup_ratio, total_steps),
             total_steps,
         };
+        if total_steps <= schedule.warmup_steps.min(1) {
+            observer.warn("the only step of this run is the first of the warmup, which has the learning rate 0: nothing will be learned; give `--warmup-steps 0` or more steps");
+        }
         let mut sampler = Sampler::new(data.examples.len(), config.seed, !config.no_shuffle);
         let mut state = State {
             seed: config.seed,
@@ -278,6 +284,7 @@ impl<'a> Run<'a> {
             schedule,
             state,
             log,
+            _lock: lock,
         })
     }
 
@@ -489,6 +496,9 @@ fn overridden(config: &TrainConfig, peft: &PeftConfig, residual: Option<WeightTy
         (config.lora_r != peft.r).then(|| format!("lora_r {}", peft.r)),
         (config.lora_alpha != peft.lora_alpha).then(|| format!("lora_alpha {}", peft.lora_alpha)),
         (config.use_rslora != peft.use_rslora).then(|| format!("use_rslora {}", peft.use_rslora)),
+        (config.target_modules != TargetModules::AllLinear
+            && Some((&config.target_modules).into()) != peft.target_modules)
+            .then(|| "target_modules".to_owned()),
         // What was not asked for is not refused either.
         (config.residual_quant.is_some() && config.residual_quant != residual).then(|| {
             format!("residual_quant ({})", residual.map_or("the base's own types", WeightType::name))

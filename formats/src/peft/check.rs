@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value};
 
 use super::names::{Part, parse_key, tensor_key};
-use super::{HostTensor, PeftConfig};
+use super::{HostTensor, InitLoraWeights, PeftConfig};
 use crate::error::{Error, Kind, Place, Result};
 
 /// Settings that change what an adapter computes or holds, in ways that nothing here implements.
@@ -129,4 +129,19 @@ pub(crate) fn tensors(config: &PeftConfig, tensors: &BTreeMap<String, HostTensor
         }
     }
     Ok(())
+}
+
+/// Refuses factors that belong to a base which their initialization has changed, and is not at hand. PiSSA's is: its run has
+/// the residual.
+pub(super) fn init(found: InitLoraWeights) -> Result<InitLoraWeights> {
+    const SUPPORTED: [&str; 4] = ["gaussian", "eva", "orthogonal", "pissa"];
+    match &found {
+        InitLoraWeights::Named(name)
+            if !SUPPORTED.contains(&name.as_str()) && !name.starts_with("pissa_niter_") =>
+        {
+            let supported = "true, false, `gaussian`, `eva`, `orthogonal`, `pissa`";
+            Err(unsupported("init_lora_weights", &Value::from(name.as_str()), supported))
+        }
+        _ => Ok(found),
+    }
 }

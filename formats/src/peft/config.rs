@@ -163,7 +163,7 @@ impl PeftConfig {
             use_rslora: keys.optional("use_rslora", "boolean", as_bool)?.unwrap_or(false),
             init_lora_weights: keys
                 .optional("init_lora_weights", "boolean or string", as_init)?
-                .unwrap_or(InitLoraWeights::Bool(true)),
+                .map_or(Ok(InitLoraWeights::Bool(true)), check::init)?,
             rank_pattern: keys
                 .optional("rank_pattern", "object of positive integers", |v| as_pattern(v, as_size))?
                 .unwrap_or_default(),

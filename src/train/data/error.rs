@@ -61,6 +61,10 @@ pub enum DataErrorKind {
     Label { index: usize, label: i64, vocab_size: usize },
     #[error("`labels` has {labels} entries and `input_ids` {input_ids}, expected as many")]
     LabelCount { input_ids: usize, labels: usize },
+    #[error("`attention_mask` has {mask} entries and `input_ids` {input_ids}, expected as many")]
+    MaskCount { input_ids: usize, mask: usize },
+    #[error("`attention_mask[{index}]` is {found}, expected 1: zeros stand before the tokens or behind them")]
+    Mask { index: usize, found: i64 },
     #[error("the text must end with an end-of-text token, and the tokenizer names none")]
     NoEos,
     #[error(

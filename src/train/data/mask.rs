@@ -59,7 +59,12 @@ impl Masker<'_> {
             Record::Text(text) => {
                 self.plain(&text, &[Segment { text: &text, supervised: true }]).map(|made| vec![made])
             }
-            Record::Tokens { input_ids, labels } => self.tokens(&input_ids, labels).map(|made| vec![made]),
+            Record::Tokens { mut input_ids, mut labels, attention_mask } => {
+                if let Some(mask) = attention_mask {
+                    without_padding(&mut input_ids, &mut labels, &mask)?;
+                }
+                self.tokens(&input_ids, labels).map(|made| vec![made])
+            }
         }
     }
 
@@ -257,4 +262,24 @@ fn segments<'t>(full: &'t str, cuts: &[(usize, usize)]) -> Vec<Segment<'t>> {
     segments.push(Segment { text: &full[end..], supervised: false });
     segments.retain(|segment| !segment.text.is_empty());
     segments
+}
+/// Cuts off what an attention mask of 0 says is padding, before and behind the tokens.
+fn without_padding(input_ids: &mut Vec<i64>, labels: &mut Option<Vec<i64>>, mask: &[i64]) -> Result<()> {
+    let len = input_ids.len();
+    if mask.len() != len {
+        return Err(DataErrorKind::MaskCount { input_ids: len, mask: mask.len() });
+    }
+    let start = mask.iter().position(|&m| m != 0).unwrap_or(len);
+    let end = mask.iter().rposition(|&m| m != 0).map_or(len, |last| last + 1);
+    if let Some(index) = (start..end).find(|&i| mask[i] != 1) {
+        return Err(DataErrorKind::Mask { index, found: mask[index] });
+    }
+    // Wrong counts of labels are refused with the tokens.
+    if let Some(labels) = labels.as_mut().filter(|labels| labels.len() == len) {
+        *labels = labels[start..end].to_vec();
+        *input_ids = input_ids[start..end].to_vec();
+    } else if labels.is_none() {
+        *input_ids = input_ids[start..end].to_vec();
+    }
+    Ok(())
 }

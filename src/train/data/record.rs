@@ -35,6 +35,7 @@ pub(super) enum Record {
     Tokens {
         input_ids: Vec<i64>,
         labels: Option<Vec<i64>>,
+        attention_mask: Option<Vec<i64>>,
     },
 }
 
@@ -92,6 +93,10 @@ impl Record {
             Shape::Tokens => Ok(Record::Tokens {
                 input_ids: integers("input_ids", field("input_ids")?)?,
                 labels: object.get("labels").map(|labels| integers("labels", labels)).transpose()?,
+                attention_mask: object
+                    .get("attention_mask")
+                    .map(|mask| integers("attention_mask", mask))
+                    .transpose()?,
             }),
         }
     }

@@ -187,6 +187,18 @@ fn tokens_are_taken_as_they_are() {
 }
 
 #[test]
+fn padding_that_a_mask_names_is_cut_off() {
+    let content = "{\"input_ids\": [0, 5, 6, 7, 0, 0], \"attention_mask\": [0, 1, 1, 1, 0, 0]}\n\
+        {\"input_ids\": [9, 10, 3], \"labels\": [-100, 10, 3], \"attention_mask\": [1, 1, 0]}";
+    let dataset = load_as("jsonl", content, &DataOptions::default()).unwrap();
+    let expected = [
+        Example { input_ids: vec![5, 6, 7], labels: vec![5, 6, 7] },
+        Example { input_ids: vec![9, 10], labels: vec![-100, 10] },
+    ];
+    assert_eq!(dataset.examples, expected);
+}
+
+#[test]
 fn a_document_falls_into_windows() {
     let t = vocabulary("tiny-llama");
     let text = "Question: How many?\nAnswer: 7\n".repeat(10);
@@ -290,6 +302,12 @@ fn a_bad_line_is_refused_with_its_number() {
         (tokens, r#"{"input_ids": [1.5]}"#, "field `input_ids[0]`: expected integers, found `1.5`"),
         (tokens, r#"{"input_ids": [1, 2], "labels": [1]}"#, "`labels` has 1 entries and `input_ids` 2"),
         (tokens, r#"{"input_ids": [1, 2], "labels": [1, -1]}"#, "`labels[1]` is -1, expected -100"),
+        (tokens, r#"{"input_ids": [1, 2], "attention_mask": [1]}"#, "`attention_mask` has 1 entries"),
+        (
+            tokens,
+            r#"{"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}"#,
+            "`attention_mask[1]` is 0, expected 1",
+        ),
     ];
     for (first, second, expected) in cases {
         let e =
