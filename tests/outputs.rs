@@ -148,6 +148,17 @@ fn settings_that_do_nothing_or_teach_nothing_are_said() {
     let said = train(QUANTIZED, &data, &dir.path("two"), "--method lora --max-steps 1 --warmup-steps 0");
     assert!(!said.contains("nothing will be learned"), "{said}");
 
+    let said = train(
+        QUANTIZED,
+        &data,
+        &dir.path("idle"),
+        &format!("{LORA} --eval-steps 1 --memory-limit 1GiB --device cpu"),
+    );
+    assert!(
+        said.contains("`--eval-steps` does nothing") && said.contains("`--memory-limit` does nothing"),
+        "{said}"
+    );
+
     let config = dir.write("run.yaml", "no_progress: true\nquiet: false\nlearning_rate: 1e-3\n");
     train(QUANTIZED, &data, &dir.path("yaml"), &format!("{LORA} --config {config}"));
     let negative = train_args(QUANTIZED, &data, &dir.path("negative"), "--method lora --learning-rate -1");

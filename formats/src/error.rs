@@ -248,9 +248,7 @@ impl Error {
             Kind::WrongTable { .. } | Kind::WrongQuantState { .. } | Kind::WrongDtype { .. } => {
                 "quantize the model again with a current bitsandbytes, or with `qpeft quantize`"
             }
-            Kind::UnsupportedSetting { .. } => {
-                "convert the adapter to a plain LoRA or DoRA with PEFT first; `olora`, `corda`, `loftq` and `lora_ga` change the base, which `path_initial_model_for_weight_conversion` takes into account"
-            }
+            Kind::UnsupportedSetting { .. } => "convert the adapter to a plain LoRA or DoRA with PEFT first",
             Kind::NotImatrix { .. } | Kind::NoImportance => {
                 "give a file that `llama-imatrix` wrote for this model"
             }

@@ -168,7 +168,7 @@ impl Start<'_> {
                     total += *error;
                 }
                 if given.is_some() && total.captured() <= 0.0 {
-                    observer.warn("the factors of `--init-adapter` hold nothing of the base: they are taken out of it as they are, but they are no principal factors");
+                    observer.warn("the factors of `--init-adapter` hold nothing of the base: they are taken out of it as they are, so that the run starts from the base alone, without what they had learned");
                 }
                 // The adapter of a former run fits only the residual that is about to go.
                 checkpoint::clear_run(run)?;

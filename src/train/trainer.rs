@@ -210,6 +210,12 @@ impl<'a> Run<'a> {
         if total_steps <= schedule.warmup_steps.min(1) {
             observer.warn("the only step of this run is the first of the warmup, which has the learning rate 0: nothing will be learned; give `--warmup-steps 0` or more steps");
         }
+        if config.eval_steps > 0 && eval_data.is_none() {
+            observer.warn("`--eval-steps` does nothing without `--eval-data` or `--eval-split`");
+        }
+        if config.memory_limit.is_some() && device.cuda().is_none() {
+            observer.warn("`--memory-limit` does nothing on a CPU: it is about the memory of a GPU");
+        }
         let mut sampler = Sampler::new(data.examples.len(), config.seed, !config.no_shuffle);
         let mut state = State {
             seed: config.seed,

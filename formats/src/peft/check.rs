@@ -139,7 +139,7 @@ pub(super) fn init(found: InitLoraWeights) -> Result<InitLoraWeights> {
         InitLoraWeights::Named(name)
             if !SUPPORTED.contains(&name.as_str()) && !name.starts_with("pissa_niter_") =>
         {
-            let supported = "true, false, `gaussian`, `eva`, `orthogonal`, `pissa`";
+            let supported = "true, false, `gaussian`, `eva`, `orthogonal` and `pissa`, which leave the base as it is or come with what they made of it";
             Err(unsupported("init_lora_weights", &Value::from(name.as_str()), supported))
         }
         _ => Ok(found),
