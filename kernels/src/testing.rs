@@ -166,7 +166,7 @@ pub(crate) fn same_on_one_and_four_threads(what: &str, compute: impl Fn() -> Vec
     one
 }
 
-fn same_bits(a: &[f32], b: &[f32]) -> bool {
+pub(crate) fn same_bits(a: &[f32], b: &[f32]) -> bool {
     a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
 }
 

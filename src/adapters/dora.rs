@@ -19,7 +19,8 @@ use qpeft_kernels::{Device, Tensor, View, ViewMut};
 use super::lora::Lora;
 use crate::error::Result;
 use crate::model::linear::{
-    Adapter, BaseWeight, BranchGradient, Entry, InputGradient, Parameters, Pass, Saved, Scratch,
+    Adapter, BaseWeight, BranchGradient, Entry, InputGradient, LowRankBranch, Parameters, Pass, Saved,
+    Scratch,
 };
 
 /// A low-rank pair and a magnitude per output row.
@@ -92,6 +93,10 @@ impl Adapter for Dora {
 
     fn projection(&self) -> Option<&Entry> {
         self.lora.projection()
+    }
+
+    fn branch(&self) -> Option<LowRankBranch<'_>> {
+        Some(self.lora.branch_scaled(self.row_factor()))
     }
 
     fn output_scale(&self) -> Option<&Entry> {

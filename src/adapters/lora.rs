@@ -20,7 +20,8 @@ use qpeft_kernels::{Device, Tensor, View, ViewMut};
 
 use crate::error::Result;
 use crate::model::linear::{
-    Adapter, BaseWeight, BranchGradient, Entry, InputGradient, Parameters, Pass, Saved, Scratch,
+    Adapter, BaseWeight, BranchGradient, Entry, InputGradient, LowRankBranch, Parameters, Pass, Saved,
+    Scratch,
 };
 
 /// The low-rank pair on one linear.
@@ -103,14 +104,16 @@ impl Lora {
         scratch: &mut Scratch,
     ) -> Result<()> {
         let a = self.a.view(pass.factors);
-        let scale = OutScale { scaling: self.scaling, rows: g };
+        let LowRankBranch { b, out_scale, .. } = self.branch_scaled(g);
         // A lies before B in the flat buffer.
         let (before, rest) = dparams.split_row(self.b.offset);
         let da = self.a.view_mut(before);
         let db = rest.into_slice(0, self.b.shape[0], self.b.shape[1]);
 
         // y = diag(g) W x + h folded^T
-        low_rank_branch_gradients(dh.reborrow(), twin, db, dy, self.folded.view(), saved.h, scale)?;
+        if !pass.branched {
+            low_rank_branch_gradients(dh.reborrow(), twin, db, dy, b, saved.h, out_scale)?;
+        }
         let dh = dh.as_view();
         // h = A drop(x)
         let Some(key) = self.dropout_key(pass) else {
@@ -131,6 +134,12 @@ impl Lora {
             dropout_backward(dx, input.as_view(), self.dropout, key)?;
         }
         Ok(())
+    }
+
+    /// The branch, with diag(g) in its rows.
+    pub fn branch_scaled<'a>(&'a self, g: Option<View<'a>>) -> LowRankBranch<'a> {
+        let out_scale = OutScale { scaling: self.scaling, rows: g };
+        LowRankBranch { b: self.folded.view(), entry: &self.b, out_scale }
     }
 
     fn dropout_key(&self, pass: &Pass<'_>) -> Option<RngKey> {
@@ -161,6 +170,10 @@ impl Adapter for Lora {
 
     fn projection(&self) -> Option<&Entry> {
         (self.dropout == 0.0).then_some(&self.a)
+    }
+
+    fn branch(&self) -> Option<LowRankBranch<'_>> {
+        Some(self.branch_scaled(None))
     }
 
     fn drops_out(&self) -> bool {

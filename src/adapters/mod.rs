@@ -61,6 +61,7 @@ pub fn attach(decoder: &mut Decoder, config: &PeftConfig) -> Result<Parameters> 
         }
         layer.leave_factors();
     }
+    decoder.join_activations();
     entries.sort_by_key(|entry| entry.offset);
     Parameters::new(&device, entries)
 }

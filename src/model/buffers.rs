@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use qpeft_kernels::ops::convert::convert;
 use qpeft_kernels::{Device, IdBuffer, Ids, Tensor, View, ViewMut};
 
 use super::batch::Batch;
@@ -200,6 +201,9 @@ pub struct Buffers {
     pub streams: Streams,
     /// The shared activations first, if there are any, then those of the layers that keep theirs.
     layers: Vec<LayerBuffers>,
+    /// (T, rank) of the layers that are computed again without silu(gate) * up, if they are [joined](super::layer::Layer::joined):
+    /// the low-rank activations of down, which are made of it; else no rows.
+    down_h: Vec<Tensor>,
     /// Used by one layer at a time.
     pub shared: Shared,
     /// (T, C) and (1, T): the normalized output of the last layer.
@@ -249,6 +253,12 @@ impl Buffers {
         let sets = c.n_layers - recomputed + usize::from(recomputed > 0);
         let layers = (0..sets).map(|_| LayerBuffers::new(model, t, &ranks, shares_act));
         let layers = layers.collect::<Result<_>>()?;
+        // The topmost layer that shares activations leaves its own there.
+        let again = model.layers.iter().take(recomputed.saturating_sub(1));
+        let kept = |layer: &Layer| {
+            zeros(if layer.joined && keep != Keep::Nothing { t } else { 0 }, ranks[Slot::Down as usize])
+        };
+        let down_h = again.map(kept).collect::<Result<_, _>>()?;
         let streams = if keep == Keep::Nothing { 2 } else { c.n_layers + 1 };
         let drops_out = keep != Keep::Nothing
             && model.linears().any(|l| l.adapter.as_ref().is_some_and(|adapter| adapter.drops_out()));
@@ -263,6 +273,7 @@ impl Buffers {
             recomputed,
             streams: Streams::new(device, streams, t, c.hidden_size, streams_on_host)?,
             layers,
+            down_h,
             shared,
             final_norm: zeros(t, c.hidden_size)?,
             final_rstd: Tensor::zeros(device, 1, t)?,
@@ -300,7 +311,13 @@ impl Buffers {
             &self.hidden,
             &self.logits,
         ];
-        let all = self.streams.tensors().chain(own).chain([&self.scratch.dropped]).chain(&self.nll);
+        let all = self
+            .streams
+            .tensors()
+            .chain(own)
+            .chain([&self.scratch.dropped])
+            .chain(&self.nll)
+            .chain(&self.down_h);
         let layers = self.layers.iter().flat_map(LayerBuffers::tensors);
         let grads = self.grads.iter().flat_map(GradientBuffers::tensors);
         all.chain(layers).chain(grads).map(Tensor::bytes).sum()
@@ -351,6 +368,26 @@ impl Buffers {
     /// The first `rows` rows of the stream entering `layer`, to write to, and the indices.
     pub fn stream_and_ids(&mut self, layer: usize, rows: usize) -> (ViewMut<'_>, &BatchIds) {
         (self.streams.write(layer, rows), &self.ids)
+    }
+
+    /// Puts the low-rank activations of down of a layer aside, if they will not be made again.
+    ///
+    /// # Errors
+    /// The device refuses.
+    pub fn keep_low_rank_of_down(&mut self, layer: usize, rows: usize) -> Result<()> {
+        let index = self.activations_of(layer);
+        let Some(kept) = self.down_h.get_mut(layer).filter(|kept| kept.rows() > 0) else { return Ok(()) };
+        Ok(convert(kept.top_mut(rows), self.layers[index].h[Slot::Down as usize].top(rows))?)
+    }
+
+    /// Puts them back for the layer's backward pass.
+    ///
+    /// # Errors
+    /// The device refuses.
+    pub fn restore_low_rank_of_down(&mut self, layer: usize, rows: usize) -> Result<()> {
+        let index = self.activations_of(layer);
+        let Some(kept) = self.down_h.get(layer).filter(|kept| kept.rows() > 0) else { return Ok(()) };
+        Ok(convert(self.layers[index].h[Slot::Down as usize].top_mut(rows), kept.top(rows))?)
     }
 
     /// What one layer's forward pass borrows, and the indices.

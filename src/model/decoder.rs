@@ -162,14 +162,14 @@ impl Decoder {
 
     fn refresh_each(&mut self, params: &Parameters) -> Result<()> {
         let device = self.device.clone();
-        let by_scratch = self.linears().any(Linear::refreshes_by_scratch);
         let refresh = |linear: &mut Linear| match &mut linear.adapter {
             Some(adapter) => adapter.refresh(params, &linear.weight),
             None => Ok(()),
         };
         match device.cuda() {
-            Some(cuda) if !by_scratch => cuda.side_by_side(self.linears_mut(), refresh),
-            Some(_) => self.linears_mut().try_for_each(refresh),
+            Some(cuda) => {
+                cuda.side_by_side(self.linears_mut(), |linear| linear.refreshes_by_scratch(), refresh)
+            }
             // A layer's linears differ in size; tasks within them fill the gaps.
             None => {
                 self.linears_mut().collect::<Vec<_>>().into_par_iter().with_max_len(1).try_for_each(refresh)
@@ -188,6 +188,7 @@ impl Decoder {
             buffers.streams.before_forward(index)?;
             let (LayerForward { y, x, s, shared, scratch }, ids) = buffers.layer_forward(index, t);
             layer.forward(Some(y), x, s, shared, &self.place(ids), None, pass, scratch)?;
+            buffers.keep_low_rank_of_down(index, t)?;
             buffers.streams.after_forward(index, t)?;
         }
         self.normalize(buffers, t)
@@ -323,6 +324,7 @@ impl Decoder {
             if recomputed {
                 let (LayerForward { x, s, shared, scratch, .. }, ids) = buffers.layer_forward(index, t);
                 layer.forward(None, x, s, shared, &self.place(ids), None, pass, scratch)?;
+                buffers.restore_low_rank_of_down(index, t)?;
             }
             let (LayerBackward { x, y, s, below, shared, g, scratch }, ids) =
                 buffers.layer_backward(index, t);

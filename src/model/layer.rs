@@ -1,5 +1,7 @@
 //! One decoder layer: the list of ops forward, and the same list mirrored backward.
 
+mod joined;
+
 use qpeft_kernels::ops::attention::{AttentionShape, attention_backward, attention_forward};
 use qpeft_kernels::ops::convert::convert;
 use qpeft_kernels::ops::low_rank::{low_rank_forward, low_rank_projection_backward};
@@ -15,6 +17,7 @@ use super::buffers::{GradientBuffers, LayerBuffers, Shared};
 use super::config::Config;
 use super::linear::{BranchGradient, Entry, InputGradient, Linear, Pass, Saved, Scratch};
 use crate::error::Result;
+use joined::Operands;
 
 /// The linears of a layer, in forward order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,6 +98,9 @@ pub struct Layer {
     pub ffn_norm: Tensor,
     /// By [`Slot`].
     pub linears: [Linear; SLOTS],
+    /// Whether one op makes the gradients of the activation and of the branches around it: silu(gate) * up is not read in
+    /// the backward pass then. See [`Decoder::join_activations`](super::decoder::Decoder::join_activations).
+    pub joined: bool,
 }
 
 /// What all layers need to know of the micro-batch.
@@ -274,7 +280,9 @@ impl Layer {
     }
 
     /// y = the layer's output for the residual stream x, both (T, C). Without a y only the activations are made
-    /// again that the backward pass reads: the last product of the layer is not among them.
+    /// again that the backward pass reads: the last product of the layer is not among them, and if the layer is
+    /// [joined](Layer::joined), silu(gate) * up and the low-rank activations that are made of it are neither, which the
+    /// caller has kept.
     ///
     /// With a cache, the new keys and values are written behind its first `cached` rows and attention
     /// looks at all of them.
@@ -339,6 +347,9 @@ impl Layer {
         self.project_down(SIBLINGS[2], &mut s.h, norm, shared)?;
         self.project(Slot::Gate, s.gate.top_mut(t), None, &mut s.h, norm, shared, scratch)?;
         self.project(Slot::Up, s.up.top_mut(t), None, &mut s.h, norm, shared, scratch)?;
+        if y.is_none() && self.joined {
+            return Ok(());
+        }
         let own = s.act.rows() > 0;
         let act = if own { &mut s.act } else { &mut common.act };
         self.activate(act.top_mut(t), s.gate.top(t), s.up.top(t))?;
@@ -496,8 +507,8 @@ impl Layer {
         // y = middle + down(swiglu(gate(norm), up(norm))); the stream's own gradient passes through
         let (gate, up, down) = (s.gate.top(t), s.up.top(t), self.linear(Slot::Down));
         let remade = s.act.rows() == 0;
-        // The op that makes the gradients of gate and up leaves act on the way, so dA of down waits for it.
-        let late = if remade { down.projection() } else { None };
+        // The op that makes the gradients of gate and up leaves act on the way, or dA of down itself.
+        let late = if remade || self.joined { down.projection() } else { None };
         if remade && !self.remakes_act_late() {
             self.activate(common.act.top_mut(t), gate, up)?;
         }
@@ -514,7 +525,7 @@ impl Layer {
             &s.h,
             &mut to.with_pass(&pass),
         )?;
-        let act = late.map(|_| common.act.top_mut(t));
+        let shared = self.shared_pass(SIBLINGS[2], &g.h, t, to.pass);
         let scales = self.output_scale(Slot::Gate).zip(self.output_scale(Slot::Up));
         // On a device the gradients take the place of gate and up, which nothing reads afterwards.
         let mut in_place = if self.swiglu_in_place() { s.gate.in_place().zip(s.up.in_place()) } else { None };
@@ -522,7 +533,20 @@ impl Layer {
             Some((dgate, dup)) => (dgate, dup, &mut s.beside_gate_up),
             None => (&mut g.gate, &mut g.up, &mut g.beside_gate_up),
         };
-        if let Some(((gate_scale, up_scale), factors)) = scales.zip(self.gate_factors()) {
+        let late = late.filter(|_| !self.joined);
+        let act = late.map(|_| common.act.top_mut(t));
+        if self.joined {
+            let operands = Operands {
+                dact: g.act.top(t),
+                inputs: [gate, up],
+                gradients: [&mut *dgate, &mut *dup],
+                beside: [&mut *beside_gate, &mut *beside_up],
+                twins: shared.shared.then_some(&mut g.h),
+                h: &s.h,
+                dh: g.beside_stream[1].top(t).column_range(0, down.rank()),
+            };
+            self.joined_backward(operands, to)?;
+        } else if let Some(((gate_scale, up_scale), factors)) = scales.zip(self.gate_factors()) {
             // The up projection's parameters follow the gate's in the flat buffer.
             let (first, second) = to.dparams.reborrow().split_row(up_scale.offset);
             let dgate_scale = gate_scale.view_mut(first);
@@ -547,8 +571,8 @@ impl Layer {
             low_rank_projection_backward(a.view_mut(to.dparams.reborrow()), dh, common.act.top(t))?;
         }
         let unread = |y| scales.is_none().then_some(Output::Kept(y));
-        let shared = self.shared_pass(SIBLINGS[2], &g.h, t, to.pass);
-        let mut with_shared = to.with_pass(&shared);
+        let pass = Pass { branched: self.joined, ..shared };
+        let mut with_shared = to.with_pass(&pass);
         let both = &mut with_shared;
         self.project_backward(
             Slot::Up,

@@ -7,6 +7,7 @@
 
 use std::ops::Range;
 
+use qpeft_kernels::ops::low_rank::OutScale;
 use qpeft_kernels::ops::quant_linear::{
     quant_linear_backward, quant_linear_forward, quant_linear_forward_onto,
 };
@@ -65,6 +66,25 @@ impl Entry {
         flat.into_slice(self.offset, rows, cols)
     }
 
+    /// The matrices of several entries in a flat buffer of gradients, all at once.
+    ///
+    /// # Panics
+    /// Two of them share elements.
+    pub fn views_mut<'a, const N: usize>(entries: [&Entry; N], flat: ViewMut<'a>) -> [ViewMut<'a>; N] {
+        let mut order: [usize; N] = std::array::from_fn(|i| i);
+        order.sort_by_key(|&i| entries[i].offset);
+        let mut views = [const { None }; N];
+        let (mut rest, mut at) = (flat, 0);
+        for i in order {
+            let (entry, (rows, cols)) = (entries[i], entries[i].dims());
+            let (_, from) = rest.split_row(entry.offset - at);
+            let (own, behind) = from.split_row(entry.len());
+            views[i] = Some(own.into_slice(0, rows, cols));
+            (rest, at) = (behind, entry.end());
+        }
+        views.map(|view| view.expect("the order names every entry"))
+    }
+
     /// The elements in a flat host buffer.
     pub fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.len()
@@ -118,7 +138,7 @@ impl Parameters {
     pub fn pass(&self, dropout: Option<RngKey>) -> Pass<'_> {
         let params = self.values.view();
         let factors = self.rounded.as_ref().map_or(params, Tensor::view);
-        Pass { params, factors, dropout, shared: false, late: false }
+        Pass { params, factors, dropout, shared: false, late: false, branched: false }
     }
 
     /// Trained scalars.
@@ -141,6 +161,9 @@ pub struct Pass<'a> {
     /// Whether the caller makes the gradient of [`Adapter::projection`] itself, later: the backward pass of this linear
     /// cannot read its input yet.
     pub late: bool,
+    /// Whether the caller has made the gradients of [`Adapter::branch`] already: that of the low-rank activations is where
+    /// the linear would put it.
+    pub branched: bool,
 }
 
 /// Buffers that adapters may use within one call; nothing in them outlives it.
@@ -160,6 +183,17 @@ pub struct Saved<'a> {
     /// The output, if [`Adapter::needs_output`]; `None` where the gradient of [`Adapter::output_scale`] was made
     /// already.
     pub y: Option<Output<'a>>,
+}
+
+/// The low-rank branch of a linear, y = ... + h b^T, for who makes the gradients that it takes from dy along with dy.
+#[derive(Debug, Clone, Copy)]
+pub struct LowRankBranch<'a> {
+    /// (out, rank): s diag(g) B, of the type of activations.
+    pub b: View<'a>,
+    /// The place of B.
+    pub entry: &'a Entry,
+    /// s and g.
+    pub out_scale: OutScale<'a>,
 }
 
 /// Where the gradient of a linear's input goes.
@@ -195,6 +229,11 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
     /// The factor A, where the low-rank activations are h = x A^T of the input as it is, so that dA = dh^T x, whoever
     /// makes it.
     fn projection(&self) -> Option<&Entry> {
+        None
+    }
+
+    /// The branch by which the low-rank activations enter the output, if there is one.
+    fn branch(&self) -> Option<LowRankBranch<'_>> {
         None
     }
 
@@ -264,7 +303,7 @@ pub trait Adapter: Send + Sync + std::fmt::Debug {
 
     /// Adds the parameters' gradients to `dparams` (flat) and gives the input's gradient, if asked for, and that of the
     /// low-rank activations. In a [shared](Pass::shared) or [late](Pass::late) pass the caller makes the gradient of
-    /// [`Adapter::projection`].
+    /// [`Adapter::projection`], in a [branched](Pass::branched) one it made those of [`Adapter::branch`].
     ///
     /// # Errors
     /// An op refuses.
@@ -313,6 +352,11 @@ impl Linear {
     /// See [`Adapter::projection`].
     pub fn projection(&self) -> Option<&Entry> {
         self.adapter.as_ref()?.projection()
+    }
+
+    /// See [`Adapter::branch`].
+    pub fn branch(&self) -> Option<LowRankBranch<'_>> {
+        self.adapter.as_ref()?.branch()
     }
 
     /// See [`Adapter::output_scale`].

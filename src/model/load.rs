@@ -80,5 +80,6 @@ fn load_layer(base: &Base, device: &Device, config: &Config, layer: usize) -> Re
         attn_norm: norm("input_layernorm")?,
         ffn_norm: norm("post_attention_layernorm")?,
         linears: <[Linear; SLOTS]>::try_from(linears).expect("one linear per slot"),
+        joined: false,
     })
 }

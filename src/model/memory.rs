@@ -13,6 +13,7 @@ use qpeft_kernels::cuda::{Cuda, Scratch};
 use qpeft_kernels::device::Meter;
 use qpeft_kernels::ops::low_rank::branch_gradients_scratch;
 use qpeft_kernels::ops::quant_linear::weight_scratch;
+use qpeft_kernels::ops::swiglu::low_rank::swiglu_low_rank_scratch;
 use qpeft_kernels::tensor::padding;
 
 use super::buffers::{Buffers, Keep};
@@ -24,7 +25,7 @@ use crate::error::{Error, Result};
 /// What can be traded for memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// So many of the linears, from below, have a bf16 copy, so that products need not dequantize.
+    /// So many of the linears, the smallest first, have a bf16 copy, so that products need not dequantize.
     pub copied: usize,
     /// silu(gate) * up of every layer is made again in the backward pass.
     pub remakes_act: bool,
@@ -162,16 +163,19 @@ impl DryRun<'_> {
         let (copies, ()) = self.count(|decoder| decoder.keep_copies(settings.copied))?;
         let embedding = if settings.embedding_on_host { self.decoder.embedding.device_bytes() } else { 0 };
         let ranks = self.decoder.largest_ranks();
-        let of = |(i, (slot, l)): (usize, (Slot, &Linear))| {
+        let of = |(i, (layer, slot)): (usize, (usize, Slot))| {
+            let l = &self.decoder.layers[layer].linears[slot as usize];
             // The norms of rows are made of the weight alone, before a product has filled its copy, too.
             let norms = if l.output_scale().is_some() { weight_scratch(&l.weight, 0, 0, false) } else { 0 };
             let pads = if l.rank() == 0 { 0 } else { pads(slot, l, &ranks) };
             norms.max(weight_scratch(&l.weight, pads, l.rank(), i < settings.copied))
         };
-        let slots = self.decoder.layers.iter().flat_map(|layer| Slot::ALL.into_iter().zip(&layer.linears));
-        let weight = slots.enumerate().map(of).max().unwrap_or(0);
+        let weight = self.decoder.by_size().into_iter().enumerate().map(of).max().unwrap_or(0);
         let gradients = |l: &Linear| branch_gradients_scratch(capacity, l.weight.rows(), l.rank());
         let gradients = self.decoder.linears().map(gradients).max().unwrap_or(0);
+        let joined = self.decoder.layers.iter().any(|layer| layer.joined);
+        let activation = self.decoder.config.intermediate_size;
+        let joined = if joined { swiglu_low_rank_scratch(capacity, activation) } else { 0 };
         // The gradients of magnitudes are sums over the tokens.
         let sums = |l: &Linear| l.output_scale().map(|_| column_sums(capacity, l.weight.rows()));
         let sums = self.decoder.linears().filter_map(sums).max();
@@ -180,7 +184,7 @@ impl DryRun<'_> {
         let scratch = ScratchNeed {
             weight: weight.max(weight_scratch(self.decoder.head(), 0, 0, false)),
             gemm: WORKSPACE,
-            partials: gradients.max(sums),
+            partials: gradients.max(sums).max(joined),
         };
         Ok(Need {
             weights: self.decoder.device_bytes() - embedding,
@@ -300,15 +304,28 @@ fn pads(slot: Slot, linear: &Linear, ranks: &[usize; SLOTS]) -> usize {
 }
 
 impl Decoder {
-    /// Gives so many of the linears, from below, where layers are the first to be computed again, room for a bf16 copy; see [`BaseWeight::keep_copy`](super::BaseWeight::keep_copy).
+    /// The linears in the order in which copies are made of them. A launch costs about the same for any weight, so that for
+    /// a byte the copy of a small one spares the most; among equals the lower layers are the first to be computed again.
+    fn by_size(&self) -> Vec<(usize, Slot)> {
+        let layers = 0..self.layers.len();
+        let mut order: Vec<(usize, Slot)> =
+            layers.flat_map(|layer| Slot::ALL.map(|slot| (layer, slot))).collect();
+        order.sort_by_key(|&(layer, slot)| {
+            let weight = &self.layers[layer].linears[slot as usize].weight;
+            weight.rows() * weight.cols()
+        });
+        order
+    }
+
+    /// Gives so many of the linears, the smallest first, room for a bf16 copy; see [`BaseWeight::keep_copy`](super::BaseWeight::keep_copy).
     ///
     /// # Errors
     /// The device is out of memory.
     pub fn keep_copies(&mut self, linears: usize) -> Result<()> {
         let ranks = self.largest_ranks();
         let device = self.device.clone();
-        let slots = self.layers.iter_mut().flat_map(|layer| Slot::ALL.into_iter().zip(&mut layer.linears));
-        for (slot, linear) in slots.take(linears) {
+        for (layer, slot) in self.by_size().into_iter().take(linears) {
+            let linear = &mut self.layers[layer].linears[slot as usize];
             let padding = pads(slot, linear, &ranks);
             linear.weight.keep_copy(&device, padding, linear.rank(), linear.adapter.is_some())?;
         }

@@ -201,7 +201,7 @@ impl Decoder {
             };
             let linears: Vec<Linear> = Slot::ALL.into_iter().map(linear).collect::<Result<_>>()?;
             let linears = <[Linear; SLOTS]>::try_from(linears).expect("one linear per slot");
-            layers.push(Layer { attn_norm: ones()?, ffn_norm: ones()?, linears });
+            layers.push(Layer { attn_norm: ones()?, ffn_norm: ones()?, linears, joined: false });
         }
         let embedding = weights.get(base.embedding(), c.vocab_size, c.hidden_size)?;
         let head = if shape.tied {

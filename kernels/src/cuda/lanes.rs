@@ -91,9 +91,9 @@ impl Drop for OnLane {
 }
 
 impl Cuda {
-    /// Calls `enqueue` for each item; what it enqueues for one does not wait for what it enqueues for another. What was
-    /// enqueued before is done first, and what comes after waits for all of it. Scratch, of which there is one, cannot be
-    /// used.
+    /// Calls `enqueue` for each item; what it enqueues for one does not wait for what it enqueues for another, but that
+    /// items of which `uses_scratch` says yes, for scratch there is one, are done one after another. What was enqueued
+    /// before is done first, and what comes after waits for all of it.
     ///
     /// While launches are timed, one after another.
     ///
@@ -101,10 +101,11 @@ impl Cuda {
     /// `enqueue` fails, or the device refuses.
     ///
     /// # Panics
-    /// `enqueue` asks for scratch.
+    /// `enqueue` asks for scratch for another item.
     pub fn side_by_side<T, E: From<Error>>(
         &self,
         items: impl IntoIterator<Item = T>,
+        uses_scratch: impl Fn(&T) -> bool,
         mut enqueue: impl FnMut(T) -> Result<(), E>,
     ) -> Result<(), E> {
         if self.is_profiling() {
@@ -113,8 +114,10 @@ impl Cuda {
         let refuse = |e: DriverError| self.error("working side by side", e);
         self.bind()?;
         self.lanes.fork(self.stream()).map_err(refuse)?;
-        let done = items.into_iter().enumerate().try_for_each(|(i, item)| {
-            LANE.set(Some(i % (BESIDE + 1)));
+        let mut lanes = (0..=BESIDE).cycle();
+        let done = items.into_iter().try_for_each(|item| {
+            // The main stream is outside of all lanes, where scratch may be used.
+            LANE.set(if uses_scratch(&item) { None } else { lanes.next() });
             let _lane = OnLane;
             enqueue(item)
         });
@@ -138,9 +141,11 @@ impl Cuda {
 
 #[cfg(test)]
 mod tests {
-    use crate::Tensor;
+    use crate::cuda::Scratch;
+    use crate::cuda::gemm::Matrix;
     use crate::ops::convert::{convert, fill};
     use crate::testing::cuda::device;
+    use crate::{Dtype, Tensor, ViewMut};
 
     /// Chains of launches on every lane, between launches that they depend on and that depend on them.
     #[test]
@@ -157,9 +162,17 @@ mod tests {
                 fill(from.view_mut(), (100 * round + i) as f32).unwrap();
             }
             let chains = from.iter().zip(&mut middle).zip(&mut to);
-            cuda.side_by_side(chains, |((from, middle), to)| {
-                convert(middle.view_mut(), from.view())?;
-                convert(to.view_mut(), middle.view())
+            // Some of them by scratch.
+            let uses_scratch = |(i, _): &(usize, _)| i % 3 == 1;
+            cuda.side_by_side(chains.enumerate(), uses_scratch, |(i, ((from, middle), to))| {
+                if i % 3 != 1 {
+                    convert(middle.view_mut(), from.view())?;
+                    return convert(to.view_mut(), middle.view());
+                }
+                let ptr = cuda.scratch(Scratch::Partials, 4_096_000)?;
+                let matrix = Matrix { ptr, rows: 1000, cols: 1024, stride: 1024, dtype: Dtype::F32 };
+                convert(ViewMut::on_cuda(cuda, matrix), from.view())?;
+                convert(to.view_mut(), ViewMut::on_cuda(cuda, matrix).as_view())
             })
             .unwrap();
             for (to, last) in to.iter().zip(&mut last) {

@@ -41,5 +41,6 @@ pub static SOURCES: &[&Source] = &[
     &row_scale::SOURCE,
     &svd::SOURCE,
     &swiglu::SOURCE,
+    &swiglu::low_rank::SOURCE,
     &tune::SOURCE,
 ];

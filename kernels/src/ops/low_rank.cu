@@ -224,41 +224,54 @@ extern "C" __global__ void __launch_bounds__(Rank64::THREADS, 1)
 // Threads of a block, and partial sums that each has in flight.
 constexpr int FINISHERS = 256, IN_FLIGHT = 8;
 
+__device__ __forceinline__ void add(float4& a, float4 b) {
+    a.x += b.x;
+    a.y += b.y;
+    a.z += b.z;
+    a.w += b.w;
+}
+
 // dh = the sum of its column blocks, to `twin` also unless that is null; db += scaling diag(g) (the sum of its token
 // blocks), g ones if null. The first `dh_blocks` blocks do dh. `dh_lanes` or `db_lanes` threads, a power of two, share
-// the partial sums of one element.
+// the partial sums of four neighbouring elements.
 extern "C" __global__ void __launch_bounds__(FINISHERS)
     low_rank_branch_gradients_finish(bf16* dh, bf16* twin, float* db, const float* dh_sums, const float* db_sums,
                                      const float* g, float scaling, int tokens, int outputs, int rank, int padded_rank,
                                      int dh_stride, int twin_stride, int db_stride, int column_blocks,
                                      int token_blocks, int dh_lanes, int db_lanes, int dh_blocks) {
-    __shared__ float partial[FINISHERS];
+    __shared__ float4 partial[FINISHERS];
     const bool of_dh = blockIdx.x < dh_blocks;
     const int lanes = of_dh ? dh_lanes : db_lanes, count = of_dh ? column_blocks : token_blocks;
-    const u32 elements = (u32)(of_dh ? tokens : outputs) * padded_rank, per_block = FINISHERS / lanes;
+    const u32 fours = (u32)(of_dh ? tokens : outputs) * padded_rank / 4, per_block = FINISHERS / lanes;
     const u32 place = threadIdx.x % per_block, first = threadIdx.x / per_block;
-    const u32 i = (blockIdx.x - (of_dh ? 0 : dh_blocks)) * per_block + place, row = i / padded_rank;
-    const int r = i % padded_rank;
-    const bool present = i < elements && r < rank;
-    const float* const from = (of_dh ? dh_sums : db_sums) + i;
-    float sum = 0.0f;
+    const u32 i = (blockIdx.x - (of_dh ? 0 : dh_blocks)) * per_block + place, row = i * 4 / padded_rank;
+    const int r = i * 4 % padded_rank;
+    const bool present = i < fours && r < rank;
+    const float4* const from = reinterpret_cast<const float4*>(of_dh ? dh_sums : db_sums) + i;
+    const float4 none = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float4 sum = none;
     if (present)
         for (int k = first; k < count; k += IN_FLIGHT * lanes) {
-            float x[IN_FLIGHT];
+            float4 x[IN_FLIGHT];
 #pragma unroll
-            for (int u = 0; u < IN_FLIGHT; u++) x[u] = k + u * lanes < count ? from[(i64)(k + u * lanes) * elements] : 0.0f;
+            for (int u = 0; u < IN_FLIGHT; u++) x[u] = k + u * lanes < count ? from[(i64)(k + u * lanes) * fours] : none;
 #pragma unroll
-            for (int u = 0; u < IN_FLIGHT; u++) sum += x[u];
+            for (int u = 0; u < IN_FLIGHT; u++) add(sum, x[u]);
         }
     partial[threadIdx.x] = sum;
     __syncthreads();
     if (first != 0 || !present) return;
-    for (int k = 1; k < lanes; k++) sum += partial[k * per_block + place];
-    if (of_dh) {
-        const bf16 y = to_bf16(sum);
-        dh[(i64)row * dh_stride + r] = y;
-        if (twin) twin[(i64)row * twin_stride + r] = y;
-    } else {
-        db[(i64)row * db_stride + r] += scaling * (g ? g[row] : 1.0f) * sum;
+    for (int k = 1; k < lanes; k++) add(sum, partial[k * per_block + place]);
+    const float x[4] = {sum.x, sum.y, sum.z, sum.w};
+    const float by = g && !of_dh ? scaling * g[row] : scaling;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        if (of_dh) {
+            const bf16 y = to_bf16(x[e]);
+            dh[(i64)row * dh_stride + r + e] = y;
+            if (twin) twin[(i64)row * twin_stride + r + e] = y;
+        } else {
+            db[(i64)row * db_stride + r + e] += by * x[e];
+        }
     }
 }

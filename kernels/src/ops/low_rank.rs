@@ -193,7 +193,7 @@ fn forward_fast(h: MatMut<'_>, x: Mat<'_>, a: Mat<'_>) {
 
 /// h[t][r] = sum_k x[t][k] * a[r][k], by x and a.
 #[cfg(test)]
-fn projection_backward_naive(
+pub(super) fn projection_backward_naive(
     [dx, da]: [&mut [f64]; 2],
     [dh, x, a]: [&[f64]; 3],
     [tokens, k_cols, rank]: [usize; 3],
@@ -210,7 +210,7 @@ fn projection_backward_naive(
 
 /// y[t][n] = sum_r h[t][r] * b[n][r] with b[n][r] = s * g[n] * B[n][r], by h and B.
 #[cfg(test)]
-fn branch_gradients_naive(
+pub(super) fn branch_gradients_naive(
     [dh, db]: [&mut [f64]; 2],
     [dy, b, h]: [&[f64]; 3],
     scaling: f64,

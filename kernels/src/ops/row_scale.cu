@@ -3,6 +3,8 @@
 constexpr int THREADS = 256;
 // Rows that a warp of the backward pass has in flight.
 constexpr int ROWS = 4;
+// Partial sums that a thread has in flight.
+constexpr int IN_FLIGHT = 16;
 
 // The sums of columns col .. + 32 N over the rows of chunk blockIdx.y, a warp every eighth row.
 template <typename Width>
@@ -84,7 +86,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const u32 col = blockIdx.x * 32 + lane;
     double sum = 0.0;
     if (col < (u32)cols)
-        for (u32 chunk = warp; chunk < (u32)chunks; chunk += 8) sum += (double)partial[(i64)chunk * cols + col];
+        for (u32 chunk = warp; chunk < (u32)chunks; chunk += 8 * IN_FLIGHT) {
+            float x[IN_FLIGHT];
+#pragma unroll
+            for (int u = 0; u < IN_FLIGHT; u++)
+                x[u] = chunk + 8 * u < (u32)chunks ? partial[(i64)(chunk + 8 * u) * cols + col] : 0.0f;
+#pragma unroll
+            for (int u = 0; u < IN_FLIGHT; u++) sum += (double)x[u];
+        }
     sums[warp][lane] = sum;
     __syncthreads();
     if (warp != 0 || col >= (u32)cols) return;

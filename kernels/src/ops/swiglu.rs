@@ -2,6 +2,8 @@
 //!
 //! The backward pass recomputes the sigmoid: cheaper than to store it.
 
+pub mod low_rank;
+
 use super::gated::{self, Activated, Gate};
 use crate::cpu::math;
 use crate::cuda::Source;
@@ -143,7 +145,15 @@ fn check_output(op: &'static str, y: Option<&ViewMut>, gate: View) -> Result<()>
 
 // ----------------------------------------------------------------------------------------- CUDA
 
-pub(crate) static SOURCE: Source = Source::new("swiglu.cu", include_str!("swiglu.cu"));
+pub(crate) static SOURCE: Source = Source::new(
+    "swiglu.cu",
+    concat!(
+        "#line 1 \"gated.cuh\"\n",
+        include_str!("gated.cuh"),
+        "\n#line 1 \"swiglu.cu\"\n",
+        include_str!("swiglu.cu"),
+    ),
+);
 
 // ------------------------------------------------------------------------------------------ CPU
 

@@ -186,7 +186,8 @@ fn in_one_pass(
     cuda.launch(&SOURCE, kernel.name, grid, &args)?;
 
     let (dh_lanes, db_lanes) = (lanes(column_blocks), lanes(token_blocks));
-    let blocks = |rows: usize, lanes: usize| (rows * kernel.rank).div_ceil(FINISHERS / lanes);
+    // Four elements a thread.
+    let blocks = |rows: usize, lanes: usize| (rows * kernel.rank / 4).div_ceil(FINISHERS / lanes);
     let dh_blocks = blocks(tokens, dh_lanes);
     let mut args = vec![
         Arg::Ptr(dh.bf16(BRANCH)?),
