@@ -71,10 +71,10 @@ pub(crate) struct Chunks {
 }
 
 impl Chunks {
-    /// Chunks of at least one row per warp of a block.
+    /// Chunks of at least two rows per warp of a block: each leaves sums that are added up later.
     pub(crate) fn of(rows: usize, cols: usize) -> Chunks {
         let strips = cols.div_ceil(STRIP);
-        let wanted = (BLOCKS / strips.max(1)).clamp(1, rows.div_ceil(8).max(1));
+        let wanted = (BLOCKS / strips.max(1)).clamp(1, rows.div_ceil(16).max(1));
         let rows_each = rows.div_ceil(wanted).max(1);
         Chunks { rows: rows_each, count: rows.div_ceil(rows_each), strips }
     }

@@ -157,15 +157,36 @@ __device__ __forceinline__ void backward_columns(Result dx, float* partial, Oper
                                                  const float* rstd, const float* weight, u32 rows, u32 cols,
                                                  u32 chunk) {
     const Wide width;
-    const f32x8 w = load_span(weight, 0, span_of_row(0, threadIdx.x, cols, width), width);
     f32x8 sum = {};
     const u32 end = min(rows, (blockIdx.x + 1) * chunk);
+    // A row as it is stored: it is fetched while the one before waits for its sum.
+    struct Stored {
+        uint4 dy, dx, x, to;
+        float rstd;
+    };
+    const u32 col = threadIdx.x * 8;
+    const auto fetch = [&](u32 row) {
+        const uint4 none = make_uint4(0, 0, 0, 0);
+        Stored stored = {none, none, none, none, 0.0f};
+        if (row >= end || col >= cols) return stored;
+        stored.dy = *reinterpret_cast<const uint4*>(dy.p + row * dy.stride + col);
+        stored.dx = *reinterpret_cast<const uint4*>(dx.p + row * dx.stride + col);
+        stored.x = *reinterpret_cast<const uint4*>(x.p + row * x.stride + col);
+        stored.to = *reinterpret_cast<const uint4*>(to.p + row * to.stride + col);
+        stored.rstd = rstd[row];
+        return stored;
+    };
+    Stored next = fetch(blockIdx.x * chunk);
 #pragma unroll 1
     for (u32 row = blockIdx.x * chunk; row < end; row++) {
+        const Stored stored = next;
+        next = fetch(row + 1);
         const Span s = span_of_row(row, threadIdx.x, cols, width);
-        f32x8 d = load_span(dy.p, dy.stride, s, width), old = load_span(dx.p, dx.stride, s, width);
-        const f32x8 v = load_span(x.p, x.stride, s, width), before = load_span(to.p, to.stride, s, width);
-        const float r = rstd[row];
+        f32x8 d = unpack8(stored.dy);
+        const f32x8 v = unpack8(stored.x);
+        const float r = stored.rstd;
+        // From the cache every time: there are no registers left.
+        const f32x8 w = load_span(weight, 0, Span{0, s.col, s.present}, width);
         float dot = 0.0f;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -173,6 +194,8 @@ __device__ __forceinline__ void backward_columns(Result dx, float* partial, Oper
             dot += d.v[i] * v.v[i];
         }
         const float pull = r * r * (block_sum<THREADS>(dot) / (float)cols);
+        f32x8 old = unpack8(stored.dx);
+        const f32x8 before = unpack8(stored.to);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             old.v[i] = to_f32(to_bf16(old.v[i] + r * (d.v[i] - v.v[i] * pull)));
