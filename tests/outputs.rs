@@ -51,6 +51,10 @@ fn a_folder_is_replaced_as_a_whole_only_where_it_holds_a_model_alone() {
     std::fs::create_dir(dir.path("merged/notes")).unwrap();
     refuse(&merge(DENSE, &merged)).says(2, &["holds the folder `notes`"]);
 
+    let sized =
+        ["merge", "--model", DENSE, "--adapter", &run, "--max-shard-size", "1", "--output", &dir.path("a")];
+    refuse(&sized).says(2, &["`--max-shard-size`"]).hints(&["--split-max-size"]);
+
     // The base and the run are read.
     let base = dir.copy(DENSE, "base");
     refuse(&merge(&base, &base)).says(2, &["would replace", "base", "which the command reads"]);
@@ -158,6 +162,10 @@ fn settings_that_do_nothing_or_teach_nothing_are_said() {
         said.contains("`--eval-steps` does nothing") && said.contains("`--memory-limit` does nothing"),
         "{said}"
     );
+
+    let long = ["generate", "--model", QUANTIZED, "--raw", "--prompt", "a b", "--max-new-tokens", "300"];
+    let (_, said) = succeed(&long);
+    assert!(said.contains("fit behind the prompt: the model has 256 positions"), "{said}");
 
     let config = dir.write("run.yaml", "no_progress: true\nquiet: false\nlearning_rate: 1e-3\n");
     train(QUANTIZED, &data, &dir.path("yaml"), &format!("{LORA} --config {config}"));

@@ -210,6 +210,10 @@ fn an_importance_matrix_of_another_model_is_refused_and_that_of_this_one_is_name
         ]
     );
     assert_eq!(written.metadata().u32("quantize.imatrix.chunks_count").unwrap(), Some(9));
+    let matrix = std::fs::read(&path).unwrap();
+    let onto = [&quantize(&source, "q8_0", &path)[..], &["--imatrix", &path, "--overwrite-output"]].concat();
+    refuse(&onto).says(2, &["would replace", "imatrix.dat"]);
+    assert_eq!(std::fs::read(&path).unwrap(), matrix);
 }
 
 #[test]

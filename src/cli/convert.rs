@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::args::PissaToLoraArgs;
 use super::printer::Printer;
-use super::session::refuse_existing;
+use super::session::{refuse_existing, refuse_inputs};
 use crate::adapters::AdapterFolder;
 use crate::adapters::folder::{RUN_FILE, is_pissa};
 use crate::adapters::staged::FileId;
@@ -34,6 +34,9 @@ pub fn pissa(args: &PissaToLoraArgs, printer: &Printer) -> anyhow::Result<()> {
         return Err(Error::refused(format!("`{}` is not a PiSSA adapter", args.adapter.display()))
             .with_hint("its `adapter_config.json` says `init_lora_weights`; only `pissa` needs converting")
             .into());
+    }
+    if let Some(dir) = &args.init_adapter {
+        refuse_inputs(&args.output, &[dir])?;
     }
     let initial = match &args.init_adapter {
         Some(dir) => PeftAdapter::read(dir)?,

@@ -16,6 +16,13 @@ pub fn run(args: &GenerateArgs, printer: &Printer) -> anyhow::Result<()> {
     let session = Session::open(&args.model, &device)?;
     let prompt = prompt_tokens(&session, &args.prompt, args.raw, args.chat)?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
+    let positions = session.decoder.config.max_positions;
+    let room = positions.saturating_sub(prompt.len());
+    if room > 0 && args.max_new_tokens > room {
+        printer.warn(&format!(
+            "at most {room} tokens fit behind the prompt: the model has {positions} positions"
+        ));
+    }
     printer.data(&generate_text(&session, &prompt, args.max_new_tokens, &sampling)?)?;
     Ok(printer.data("\n")?)
 }

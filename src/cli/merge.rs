@@ -18,6 +18,9 @@ use crate::convert::merge_folder::{FolderTarget, folder_of, merge_to_folder};
 use crate::convert::merge_source::merge_folder_to_gguf;
 use crate::model::{Base, Decoder};
 
+/// Gigabytes of one file of a folder, as transformers has it.
+const SHARD_SIZE: f64 = 5.0;
+
 /// Runs the command.
 ///
 /// # Errors
@@ -55,7 +58,7 @@ pub fn run(args: &MergeArgs, printer: &Printer) -> anyhow::Result<()> {
             merge_folder_to_gguf(dir, &decoder, &params, &options, &device, &args.output, progress)?
         }
         (Some(target), _) => {
-            let shard_bytes = (args.max_shard_size * 1e9) as u64;
+            let shard_bytes = (args.max_shard_size.unwrap_or(SHARD_SIZE) * 1e9) as u64;
             merge_to_folder(&base, &decoder, &params, target, &device, &args.output, shard_bytes, progress)?
         }
     };
@@ -115,6 +118,10 @@ fn folder_target(args: &MergeArgs) -> Result<Option<FolderTarget>, Usage> {
     }
     if args.dtype.is_some() && args.to != MergeTarget::Safetensors {
         return Err(Usage::new("`--dtype` is the type of a dense folder").hint("give `--to safetensors`"));
+    }
+    if args.max_shard_size.is_some() && args.to == MergeTarget::Gguf {
+        return Err(Usage::new("`--max-shard-size` is for the files of a folder")
+            .hint("a GGUF is split with `--split-max-size`"));
     }
     let four_bit = |quant_type, double| Some(FolderTarget::FourBit { quant_type, double });
     Ok(match args.to {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use qpeft_formats::GgmlType;
@@ -58,7 +59,9 @@ pub fn run(args: &QuantizeArgs, printer: &Printer) -> anyhow::Result<()> {
     let outputs = plan.outputs(output)?;
     for path in &outputs {
         refuse_existing(path, args.overwrite_output)?;
-        refuse_inputs(path, &[&args.model])?;
+        let inputs: Vec<&Path> =
+            [&args.model].into_iter().chain(&args.imatrix).map(PathBuf::as_path).collect();
+        refuse_inputs(path, &inputs)?;
     }
     warn(&plan, args, printer);
     let threads = match args.threads {

@@ -55,7 +55,7 @@ pub fn generate(
             break;
         }
         tokens.push(token);
-        if prompt.len() + tokens.len() >= room {
+        if tokens.len() == max_new_tokens || prompt.len() + tokens.len() >= room {
             break;
         }
         logits = decoder.step(&mut buffers, &mut cache, &[token], &pass)?;

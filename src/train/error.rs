@@ -200,7 +200,7 @@ impl Error {
                 Some("give the same `--tokenizer`, or start a new run in another `--output`".to_owned())
             }
             Error::OtherBase { .. } => {
-                Some("give the same `--model`, or start a new run in another `--output`".to_owned())
+                Some("give the same `--model` and `--base-quant`, or start a new run in another `--output`".to_owned())
             }
             Error::NotFinite { last_checkpoint, .. } => {
                 let lower = "lower `--learning-rate` or `--max-grad-norm`, warm up longer with `--warmup-steps`, and look for broken examples in the data";

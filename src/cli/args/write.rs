@@ -123,9 +123,9 @@ pub struct MergeArgs {
     /// Type of all tensors, with --to safetensors: f32, f16 or bf16 [default: the base's]
     #[arg(long, value_name = "TYPE", value_parser = dense_type)]
     pub dtype: Option<GgmlType>,
-    /// Most gigabytes of one file of a folder
-    #[arg(long, value_name = "GB", default_value_t = 5.0, value_parser = positive)]
-    pub max_shard_size: f64,
+    /// Most gigabytes of one file of a folder [default: 5]
+    #[arg(long, value_name = "GB", value_parser = positive)]
+    pub max_shard_size: Option<f64>,
     /// File or folder to write
     #[arg(long, short, value_name = "PATH")]
     pub output: PathBuf,
