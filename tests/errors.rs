@@ -79,7 +79,20 @@ fn a_damaged_gguf_is_refused_at_its_place() {
     refusal.hints(&["--tokenizer"]);
     // What the hint says helps.
     let own = format!("{}/testdata/tokenizer/tiny-llama/tokenizer.json", env!("CARGO_MANIFEST_DIR"));
-    succeed(&[eval(&unknown, &data), vec!["--tokenizer".to_owned(), own]].concat());
+    succeed(&[eval(&unknown, &data), vec!["--tokenizer".to_owned(), own.clone()]].concat());
+
+    // One that has tokens which the model has not.
+    let mut larger: serde_json::Value = serde_json::from_slice(&std::fs::read(own).unwrap()).unwrap();
+    let token = serde_json::json!({ "id": 512, "content": "<beyond>", "single_word": false, "lstrip": false,
+        "rstrip": false, "normalized": false, "special": true });
+    larger["added_tokens"].as_array_mut().unwrap().push(token);
+    let larger = dir.write("larger.json", larger.to_string());
+    let data = dir.write("beyond.txt", "a b <beyond> c");
+    let tokenizer = ["--tokenizer".to_owned(), larger];
+    for args in [eval(QUANTIZED, &data), train_args(QUANTIZED, &data, &dir.path("run"), "")] {
+        let refusal = refuse(&[args, tokenizer.to_vec()].concat());
+        refusal.says(1, &["token 512", "vocabulary of 352"]).hints(&["--tokenizer"]);
+    }
 }
 
 /// Copies a file with the only occurrence of `from` replaced by as many bytes.

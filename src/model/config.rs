@@ -205,6 +205,22 @@ impl Config {
         Err(Error::refused(message).with_hint("lower `--max-seq-length`"))
     }
 
+    /// Refuses tokens that the embedding table has no row for.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the largest of them and the size of the vocabulary.
+    pub fn check_tokens<'a>(&self, tokens: impl IntoIterator<Item = &'a u32>) -> Result<()> {
+        match tokens.into_iter().max() {
+            Some(&largest) if largest as usize >= self.vocab_size => {
+                let message =
+                    format!("token {largest} is beyond the model's vocabulary of {} tokens", self.vocab_size);
+                Err(Error::refused(message)
+                    .with_hint("take the model's own tokenizer: leave out `--tokenizer`"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Scale of the attention logits.
     pub fn attention_scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()

@@ -161,7 +161,10 @@ impl<'a> Run<'a> {
         let (data, eval_data) = load_data(config, &tokenizer, template_time, observer)?;
         let longest = |d: &Dataset| d.examples.iter().map(|e| e.input_ids.len()).max().unwrap_or(0);
         let longest = longest(&data).max(eval_data.as_ref().map_or(0, longest));
-        model.config()?.check_length(longest)?;
+        let shape = model.config()?;
+        shape.check_length(longest)?;
+        let examples = data.examples.iter().chain(eval_data.iter().flat_map(|data| &data.examples));
+        shape.check_tokens(examples.flat_map(|example| &example.input_ids))?;
 
         let init = config.init_adapter.as_deref().map(AdapterFolder::open).transpose()?;
         let start = Start { config, device, model, init: init.as_ref(), resume };

@@ -2,6 +2,7 @@
 
 use super::super::{backward_naive, forward_naive};
 use super::*;
+use crate::ops::convert::fill;
 use crate::ops::low_rank::{branch_gradients_naive, projection_backward_naive};
 use crate::tensor::Tensor;
 use crate::testing::cuda::device;
@@ -371,4 +372,80 @@ fn other_shapes_have_no_kernel() {
         [(9, 0), (10, 0), (10, 3)].into_iter().all(|(major, minor)| has_shared_memory(arch(major, minor)))
     );
     assert!([(8, 0), (8, 6), (8, 9), (12, 0)].into_iter().all(|(a, b)| !has_shared_memory(arch(a, b))));
+}
+
+/// `cargo test --release -p qpeft-kernels cuda_timing_of_joined -- --ignored --nocapture`
+#[test]
+#[ignore = "prints a timing"]
+fn cuda_timing_of_joined_gradients() {
+    const CALLS: usize = 20;
+    let Some(device) = device() else { return };
+    let cuda = device.cuda().unwrap();
+    let (t, rank) = (8192, 16);
+    if !serves(&device, t, [rank; 3]) {
+        println!("skipped: no kernel for {device}");
+        return;
+    }
+    for n in [8192, 14336] {
+        let filled = |rows, cols, value| {
+            let mut tensor = Tensor::activations(&device, rows, cols).unwrap();
+            fill(tensor.view_mut(), value).unwrap();
+            tensor
+        };
+        let zeros = |rows, cols| Tensor::zeros(&device, rows, cols).unwrap();
+        let [dy, gate, up] = [0.5, 1.5, -0.5].map(|value| filled(t, n, value));
+        let [mut dgate, mut dup, mut y] = [0; 3].map(|_| filled(t, n, 0.0));
+        let [dh, h] = [0.25, 0.75].map(|value| filled(t, rank, value));
+        let (b, mut to) = (filled(n, rank, 0.125), [0; 2].map(|_| filled(t, rank, 0.0)));
+        let (mut da, mut dbs) = (zeros(rank, n), [0; 2].map(|_| zeros(n, rank)));
+        let mut dscales = [0; 2].map(|_| zeros(1, n));
+        let one = Tensor::from_slice(&device, 1, n, &vec![1.0; n]).unwrap();
+        let (inputs, ones) = ([dy.view(), gate.view(), up.view()], [one.view(); 2]);
+        for scaled in [false, true] {
+            let mut joined = || {
+                let [gate_db, up_db] = dbs.each_mut().map(Tensor::view_mut);
+                let [gate_dh, up_dh] = to.each_mut().map(Tensor::view_mut);
+                let branch =
+                    |dh, db| Branch { dh, twin: None, db, b: b.view(), h: h.view(), out_scale: out_scale() };
+                let branches = [branch(gate_dh, gate_db), branch(up_dh, up_db)];
+                let dscales = dscales.each_mut().map(Tensor::view_mut);
+                let scales = scaled.then_some(Scales { dscales, factors: ones, scales: ones });
+                let ([dy, gate, up], dh) = (inputs, dh.view());
+                let (dgate, dup) = (dgate.view_mut(), dup.view_mut());
+                swiglu_backward_low_rank(dgate, dup, da.view_mut(), branches, scales, dh, dy, gate, up)
+                    .unwrap();
+            };
+            let best = |run: &mut dyn FnMut()| {
+                let mut best = f64::INFINITY;
+                for _ in 0..CALLS {
+                    cuda.synchronize().unwrap();
+                    let start = std::time::Instant::now();
+                    run();
+                    cuda.synchronize().unwrap();
+                    best = best.min(start.elapsed().as_secs_f64());
+                }
+                1e6 * best
+            };
+            let joined = best(&mut joined);
+            let mut apart = || {
+                let (to_gate, to_up, output) = (dgate.view_mut(), dup.view_mut(), Some(y.view_mut()));
+                let [dy, gate, up] = inputs;
+                if scaled {
+                    let dscales = dscales.each_mut().map(Tensor::view_mut);
+                    swiglu_backward_scaled(to_gate, to_up, output, dscales, dy, gate, up, ones, ones)
+                        .unwrap();
+                } else {
+                    swiglu_backward(to_gate, to_up, output, dy, gate, up).unwrap();
+                }
+                low_rank_projection_backward(da.view_mut(), dh.view(), y.view()).unwrap();
+                let gradients = [dgate.view(), dup.view()];
+                for ((dy, dh), db) in gradients.into_iter().zip(&mut to).zip(&mut dbs) {
+                    let (dh, db) = (dh.view_mut(), db.view_mut());
+                    low_rank_branch_gradients(dh, None, db, dy, b.view(), h.view(), out_scale()).unwrap();
+                }
+            };
+            let apart = best(&mut apart);
+            println!("T {t}, N {n}, scaled {scaled}: {joined:.0} us, apart {apart:.0} us, launches included");
+        }
+    }
 }
