@@ -127,6 +127,10 @@ fn a_model_goes_into_files_and_comes_back() {
         assert_eq!(sha256(&back), sha256(&whole), "{limit:?}");
         let again = refuse(&[&quantize(&source, "copy", &parts)[..], limit].concat());
         again.says(2, &["parts-00001-of-00003.gguf` exists"]);
+        for file in [&first, &dir.path("parts-00003-of-00003.gguf")] {
+            let onto = refuse(&[&quantize(&first, "q8_0", file)[..], &["--overwrite-output"]].concat());
+            onto.says(2, &["would replace", "which the command reads"]);
+        }
         for no in 1..=3 {
             std::fs::remove_file(dir.path(&format!("parts-0000{no}-of-00003.gguf"))).unwrap();
         }

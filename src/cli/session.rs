@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::Context;
+use qpeft_formats::gguf::split::part_paths;
 use qpeft_kernels::Device;
 
 use super::args::{ComputeArgs, DataArgs, ModelArgs};
@@ -100,13 +101,14 @@ impl From<&DataArgs> for DataOptions {
     }
 }
 
-/// Refuses an output that is one of the inputs, or a folder around one.
+/// Refuses an output that is one of the inputs, any file of a split model, or a folder around one.
 ///
 /// # Errors
 /// [`Usage`] naming both.
 pub fn refuse_inputs(output: &Path, inputs: &[&Path]) -> Result<(), Usage> {
     let Ok(real) = output.canonicalize() else { return Ok(()) };
-    match inputs.iter().find(|input| input.canonicalize().is_ok_and(|input| input.starts_with(&real))) {
+    let mut files = inputs.iter().flat_map(|input| part_paths(input));
+    match files.find(|input| input.canonicalize().is_ok_and(|input| input.starts_with(&real))) {
         Some(input) => Err(Usage::new(format!(
             "`--output {}` would replace `{}`, which the command reads",
             output.display(),

@@ -64,6 +64,20 @@ pub fn part_path(path: &Path, no: usize, count: usize) -> PathBuf {
     path.with_file_name(format!("{name}-{:05}-of-{count:05}.gguf", no + 1))
 }
 
+/// The files of the model that `path` is, or is the first file of, by its name alone.
+pub fn part_paths(path: &Path) -> Vec<PathBuf> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let counted = name.strip_suffix(".gguf").and_then(|name| name.rsplit_once("-00001-of-"));
+    let digits = counted.filter(|(_, count)| count.len() == 5 && count.bytes().all(|b| b.is_ascii_digit()));
+    match digits.and_then(|(stem, count)| Some((stem, count.parse().ok().filter(|&n: &usize| n > 0)?))) {
+        Some((stem, count)) => {
+            let whole = path.with_file_name(format!("{stem}.gguf"));
+            (0..count).map(|no| part_path(&whole, no, count)).collect()
+        }
+        None => vec![path.to_owned()],
+    }
+}
+
 /// Opens the other files of the split model that `first` is the first of; a single file stays as it is.
 pub(super) fn join(first: GgufFile) -> Result<GgufFile> {
     let part = Part::read(first.metadata())?;
