@@ -105,10 +105,7 @@ impl Lora {
     ) -> Result<()> {
         let a = self.a.view(pass.factors);
         let LowRankBranch { b, out_scale, .. } = self.branch_scaled(g);
-        // A lies before B in the flat buffer.
-        let (before, rest) = dparams.split_row(self.b.offset);
-        let da = self.a.view_mut(before);
-        let db = rest.into_slice(0, self.b.shape[0], self.b.shape[1]);
+        let [da, db] = Entry::views_mut([&self.a, &self.b], dparams);
 
         // y = diag(g) W x + h folded^T
         if !pass.branched {

@@ -43,6 +43,7 @@ pub fn run(args: &EvalArgs, printer: &Printer) -> anyhow::Result<()> {
             args.data_args.max_seq_length
         ));
     }
+    session.decoder.config.check_tokens(data.examples.iter().flat_map(|example| &example.input_ids))?;
     let loss = mean_loss(&session, &data, args.batch_size, printer)?;
     if let Some(path) = &args.dump_logits {
         dump_logits(&session, &data, path)?;

@@ -55,6 +55,7 @@ pub fn generate_text(
     max_new_tokens: usize,
     sampling: &Sampling,
 ) -> anyhow::Result<String> {
+    session.decoder.config.check_tokens(prompt)?;
     let stop = session.tokenizer.end_of_generation();
     let tokens =
         generate(&session.decoder, &session.params, prompt, max_new_tokens, sampling, |t| stop.contains(&t))?;

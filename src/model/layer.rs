@@ -547,16 +547,13 @@ impl Layer {
             };
             self.joined_backward(operands, to)?;
         } else if let Some(((gate_scale, up_scale), factors)) = scales.zip(self.gate_factors()) {
-            // The up projection's parameters follow the gate's in the flat buffer.
-            let (first, second) = to.dparams.reborrow().split_row(up_scale.offset);
-            let dgate_scale = gate_scale.view_mut(first);
-            let dup_scale = second.into_slice(0, 1, up_scale.len());
+            let dscales = Entry::views_mut([gate_scale, up_scale], to.dparams.reborrow());
             let of = |entry: &Entry| entry.view(to.pass.params);
             swiglu_backward_scaled(
                 dgate.top_mut(t),
                 dup.top_mut(t),
                 act,
-                [dgate_scale, dup_scale],
+                dscales,
                 g.act.top(t),
                 gate,
                 up,

@@ -183,16 +183,22 @@ fn cuda_goes_on_from_a_checkpoint_bit_for_bit() {
     }
 }
 
-#[test]
-fn cuda_bits_do_not_depend_on_where_layer_inputs_wait() {
-    let Some((_turn, device)) = device() else { return };
-    let shape: Shape = "smollm2-135m".parse().unwrap();
-    let (batch, length) = (2, 192);
+/// Sequences of tokens of a large vocabulary, all supervised.
+fn texts(batch: usize, length: usize) -> Batch {
     let mut texts = Batch::new();
     for i in 0..batch {
         let tokens: Vec<u32> = (0..length).map(|t| (i * 7919 + t * 104_729) as u32 % 49_000).collect();
         texts.push(&tokens, &tokens.iter().map(|&t| t as i32).collect::<Vec<_>>());
     }
+    texts
+}
+
+#[test]
+fn cuda_bits_do_not_depend_on_where_layer_inputs_wait() {
+    let Some((_turn, device)) = device() else { return };
+    let shape: Shape = "smollm2-135m".parse().unwrap();
+    let (batch, length) = (2, 192);
+    let texts = texts(batch, length);
     for use_dora in [false, true] {
         let mut config = PeftConfig::new(8, 16.0);
         config.target_modules = Some(TargetModules::AllLinear);
@@ -205,17 +211,7 @@ fn cuda_bits_do_not_depend_on_where_layer_inputs_wait() {
             (Keep::Layers(9), true),
         ] {
             let mut decoder = Decoder::synthetic(&shape, "nf4-dq".parse().unwrap(), &device, false).unwrap();
-            let mut params = adapters::attach(&mut decoder, &config).unwrap();
-            adapters::initialize(&mut decoder, &mut params, 0).unwrap();
-            // B = 0 would hide what reaches A.
-            let mut values = params.values.read().unwrap();
-            values
-                .iter_mut()
-                .filter(|x| **x == 0.0)
-                .enumerate()
-                .for_each(|(i, x)| *x = (i % 13) as f32 * 1e-3);
-            params.write(&values).unwrap();
-            decoder.refresh(&params).unwrap();
+            let params = started(&mut decoder, &config);
             let buffers = Buffers::placed(&decoder, batch * length, keep, on_host).unwrap();
             let (golden, batch) = (Value::Null, texts.clone());
             let what = format!("dora {use_dora}, {keep:?}, on host {on_host}");
@@ -238,24 +234,14 @@ fn cuda_joined_layers_have_the_gradients_of_separate_ops() {
     let Some((_turn, device)) = device() else { return };
     let shape: Shape = "smollm2-135m".parse().unwrap();
     let (batch, length) = (3, 200);
-    let mut texts = Batch::new();
-    for i in 0..batch {
-        let tokens: Vec<u32> = (0..length).map(|t| (i * 7919 + t * 104_729) as u32 % 49_000).collect();
-        texts.push(&tokens, &tokens.iter().map(|&t| t as i32).collect::<Vec<_>>());
-    }
+    let texts = texts(batch, length);
     for (use_dora, rank) in [(false, 8), (false, 16), (true, 8), (true, 16)] {
         let mut config = PeftConfig::new(rank, 16.0);
         config.target_modules = Some(TargetModules::AllLinear);
         config.use_dora = use_dora;
         let run = |joined: bool| {
             let mut decoder = Decoder::synthetic(&shape, "nf4-dq".parse().unwrap(), &device, false).unwrap();
-            let mut params = adapters::attach(&mut decoder, &config).unwrap();
-            adapters::initialize(&mut decoder, &mut params, 0).unwrap();
-            let mut values = params.values.read().unwrap();
-            let zeros = values.iter_mut().filter(|x| **x == 0.0).enumerate();
-            zeros.for_each(|(i, x)| *x = (i % 13) as f32 * 1e-3);
-            params.write(&values).unwrap();
-            decoder.refresh(&params).unwrap();
+            let params = started(&mut decoder, &config);
             if !joined {
                 decoder.layers.iter_mut().for_each(|layer| layer.joined = false);
             }

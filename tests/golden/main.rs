@@ -219,6 +219,18 @@ fn the_initial_loss_and_every_gradient_are_those_of_peft() {
     }
 }
 
+/// Adapters that have learned something: B = 0 would hide what reaches A.
+fn started(decoder: &mut Decoder, config: &PeftConfig) -> Parameters {
+    let mut params = adapters::attach(decoder, config).unwrap();
+    adapters::initialize(decoder, &mut params, 0).unwrap();
+    let mut values = params.values.read().unwrap();
+    let zeros = values.iter_mut().filter(|x| **x == 0.0).enumerate();
+    zeros.for_each(|(i, x)| *x = (i % 13) as f32 * 1e-3);
+    params.write(&values).unwrap();
+    decoder.refresh(&params).unwrap();
+    params
+}
+
 /// Loss and gradients of branches that drop inputs, which have no goldens: the draws are ours.
 fn with_dropout(device: &Device, use_dora: bool, keep: Keep) -> (f64, Vec<f32>) {
     let mut config = PeftConfig::new(4, 8.0);
@@ -226,14 +238,7 @@ fn with_dropout(device: &Device, use_dora: bool, keep: Keep) -> (f64, Vec<f32>) 
     config.use_dora = use_dora;
     config.lora_dropout = 0.25;
     let mut decoder = Decoder::load(&Base::open(&model("nf4")).unwrap(), device).unwrap();
-    let mut params = adapters::attach(&mut decoder, &config).unwrap();
-    adapters::initialize(&mut decoder, &mut params, 0).unwrap();
-    // B = 0 would hide what reaches A.
-    let mut values = params.values.read().unwrap();
-    let zeros = values.iter_mut().filter(|x| **x == 0.0).enumerate();
-    zeros.for_each(|(i, x)| *x = (i % 13) as f32 * 1e-3);
-    params.write(&values).unwrap();
-    decoder.refresh(&params).unwrap();
+    let params = started(&mut decoder, &config);
     let golden = run_file("nf4", "lora", "golden.safetensors");
     let batch = batch(&SafetensorsFile::open(&golden).unwrap());
     let mut buffers = Buffers::new(&decoder, batch.len(), keep).unwrap();
