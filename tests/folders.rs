@@ -11,6 +11,7 @@ use qpeft_formats::bitsandbytes::QuantType;
 use qpeft_formats::safetensors::Checkpoint;
 use qpeft_formats::safetensors::folder::SHARD_BYTES;
 use qpeft_kernels::Device;
+use qpeft_kernels::ops::quantize::Packers;
 
 fn testdata(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata").join(path)
@@ -24,7 +25,16 @@ fn a_quantized_folder_is_the_one_that_transformers_saves() {
     for (shard_bytes, name) in [(SHARD_BYTES, "one"), (100_000, "many")] {
         let path = out.path().join(name);
         let write = || {
-            write_bitsandbytes_folder(&source, QuantType::Nf4, true, &path, shard_bytes, |_, _| {}).unwrap()
+            write_bitsandbytes_folder(
+                &source,
+                QuantType::Nf4,
+                true,
+                &Packers::default(),
+                &path,
+                shard_bytes,
+                |_, _| {},
+            )
+            .unwrap()
         };
         let report = write();
         assert_eq!((report.quantized, report.copied), (14, 6));
@@ -43,7 +53,15 @@ fn a_quantized_folder_is_the_one_that_transformers_saves() {
     }
     let again = Checkpoint::open(&out.path().join("one")).unwrap();
     let path = out.path().join("twice");
-    let error = write_bitsandbytes_folder(&again, QuantType::Nf4, true, &path, SHARD_BYTES, |_, _| {});
+    let error = write_bitsandbytes_folder(
+        &again,
+        QuantType::Nf4,
+        true,
+        &Packers::default(),
+        &path,
+        SHARD_BYTES,
+        |_, _| {},
+    );
     assert!(error.unwrap_err().to_string().contains("quantized already"));
     assert!(!path.exists());
 }

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
 use qpeft_formats::GgmlType;
 use qpeft_formats::gguf::GgufFile;
 use qpeft_formats::imatrix::Imatrix;
@@ -15,7 +14,7 @@ use super::printer::Printer;
 use super::progress::Progress;
 use super::quantize_folder;
 use super::report::Usage;
-use super::session::{refuse_existing, refuse_inputs};
+use super::session::{open_packers, refuse_existing, refuse_inputs, threads_of};
 use super::values::Quant;
 use crate::convert::gguf::GgufSource;
 use crate::convert::hf::HfSource;
@@ -64,12 +63,10 @@ pub fn run(args: &QuantizeArgs, printer: &Printer) -> anyhow::Result<()> {
         refuse_inputs(path, &inputs)?;
     }
     warn(&plan, args, printer);
-    let threads = match args.threads {
-        Some(threads) => threads,
-        None => std::thread::available_parallelism().context("cannot count the cores")?.get(),
-    };
+    let packers = open_packers(&args.compute, plan.elements_to_share(), printer)?;
+    let threads = threads_of(&args.compute)?;
     let mut bar: Option<Progress> = None;
-    plan.write(output, threads, |done, total| {
+    plan.write(output, threads, &packers, |done, total| {
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         bar.get_or_insert_with(|| Progress::start(printer, "MiB", 0, mib(total))).update(mib(done), "");
     })?;

@@ -11,7 +11,7 @@ use super::args::QuantizeArgs;
 use super::printer::Printer;
 use super::progress::Progress;
 use super::report::Usage;
-use super::session::{refuse_existing, refuse_inputs, refuse_other_folder};
+use super::session::{open_packers, refuse_existing, refuse_inputs, refuse_other_folder};
 use crate::convert::bitsandbytes::{QuantizeReport, write_bitsandbytes_folder};
 use crate::convert::gguf_to_hf;
 
@@ -34,7 +34,6 @@ pub fn run(
         ("--dry-run", args.dry_run),
         ("--split-max-size", args.types.split().is_some()),
         ("--allow-requantize", args.allow_requantize),
-        ("--threads", args.threads.is_some()),
     ];
     if let Some((flag, _)) = others.into_iter().find(|(_, given)| *given) {
         return Err(Usage::new(format!("`{flag}` does nothing {WHY}")).into());
@@ -91,5 +90,8 @@ fn pack(
         bar.get_or_insert_with(|| Progress::start(printer, "tensor", 0, total as u64))
             .update(done as u64, "");
     };
-    Ok(write_bitsandbytes_folder(folder, quant_type, double, output, SHARD_BYTES, progress)?)
+    let tensors = folder.names().filter_map(|name| folder.tensor(name));
+    let elements = tensors.map(|tensor| tensor.shape.iter().product::<usize>() as u64).sum();
+    let packers = open_packers(&args.compute, elements, printer)?;
+    Ok(write_bitsandbytes_folder(folder, quant_type, double, &packers, output, SHARD_BYTES, progress)?)
 }

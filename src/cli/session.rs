@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::Context;
 use qpeft_formats::gguf::split::part_paths;
 use qpeft_kernels::Device;
+use qpeft_kernels::ops::quantize::Packers;
 
 use super::args::{ComputeArgs, DataArgs, ModelArgs};
 use super::printer::Printer;
@@ -37,6 +38,32 @@ pub fn open_device(args: &ComputeArgs, printer: &Printer) -> anyhow::Result<Devi
         }
     }
     Ok(device)
+}
+
+/// Elements that one core packs in a second or two, while a GPU takes half a second to open.
+const PACKED_BY_A_CORE: u64 = 1 << 27;
+
+/// The cores, and the device that is named, to pack so many elements; for few of them `auto` leaves a GPU alone.
+///
+/// # Errors
+/// See [`open_device`].
+pub fn open_packers(args: &ComputeArgs, elements: u64, printer: &Printer) -> anyhow::Result<Packers> {
+    let mut args = args.clone();
+    if args.device == "auto" && elements < PACKED_BY_A_CORE * threads_of(&args)? as u64 {
+        "cpu".clone_into(&mut args.device);
+    }
+    Ok(Packers::of(&open_device(&args, printer)?)?)
+}
+
+/// Threads of the CPU that a command uses.
+///
+/// # Errors
+/// The cores cannot be counted.
+pub fn threads_of(args: &ComputeArgs) -> anyhow::Result<usize> {
+    match args.threads {
+        Some(threads) => Ok(threads),
+        None => Ok(std::thread::available_parallelism().context("cannot count the cores")?.get()),
+    }
 }
 
 /// A model in memory, ready to run.

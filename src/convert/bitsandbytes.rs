@@ -8,6 +8,7 @@ use std::path::Path;
 use qpeft_formats::bitsandbytes::QuantType;
 use qpeft_formats::bitsandbytes::config::Quantization;
 use qpeft_formats::safetensors::Checkpoint;
+use qpeft_kernels::ops::quantize::Packers;
 use qpeft_kernels::weight::WeightType;
 
 use super::merge_folder::{dense_type_of, element};
@@ -32,8 +33,8 @@ pub struct QuantizeReport {
 
 /// Writes `folder` to `path` with the linears of its blocks in NF4 or FP4, blocks of 64.
 ///
-/// `double`: quantize the scales too. `shard_bytes`: the most data that one file holds. `progress` gets the weights
-/// that are done and their number.
+/// `double`: quantize the scales too. `packers`: who packs. `shard_bytes`: the most data that one file holds. `progress`
+/// gets the weights that are done and their number.
 ///
 /// # Errors
 /// The folder is quantized already or of a family that is not supported, an element is not finite, or the
@@ -42,6 +43,7 @@ pub fn write_bitsandbytes_folder(
     folder: &Checkpoint,
     quant_type: QuantType,
     double: bool,
+    packers: &Packers,
     path: &Path,
     shard_bytes: u64,
     mut progress: impl FnMut(usize, usize),
@@ -73,8 +75,8 @@ pub fn write_bitsandbytes_folder(
         let weight = folder_matrix(folder, name)?;
         // As torch loads it: elements of the checkpoint's own type.
         let dtype = if view.is_fp8() { element(dense) } else { weight.element_type() };
-        let packed =
-            weight.quantized_from(to, dtype).map_err(|e| Error::refused(format!("tensor `{name}`: {e}")))?;
+        let packed = weight.quantized_by(packers, to, dtype);
+        let packed = packed.map_err(|e| Error::refused(format!("tensor `{name}`: {e}")))?;
         report.quantized += 1;
         report.elements += (weight.rows() * weight.cols()) as u64;
         Ok(packed.tensors(name))

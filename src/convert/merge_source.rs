@@ -15,7 +15,7 @@ use qpeft_formats::gguf::{GgufFile, Metadata, TensorDecl, names};
 use qpeft_formats::mixture::{FileType, Mixture};
 use qpeft_kernels::Device;
 use qpeft_kernels::ops::packing_loss::PackingLoss;
-use qpeft_kernels::ops::quantize::is_packed_on_device;
+use qpeft_kernels::ops::quantize::{Packers, is_packed_on_device};
 use qpeft_kernels::weight::WeightType;
 
 use super::adapted::{Merger, add_loss, merged_rows};
@@ -173,7 +173,8 @@ pub fn merge_folder_to_gguf(
     let mixture = options.mixture.clone().or_else(|| dense_mixture(&source));
     let plan = Plan::new(&source, mixture.as_ref(), None, options.split)?;
     let mib = |bytes: u64| bytes.div_ceil(1 << 20) as usize;
-    plan.write(path, rayon::current_num_threads(), |done, total| progress(mib(done), mib(total)))?;
+    let (threads, packers) = (rayon::current_num_threads(), Packers::of(device)?);
+    plan.write(path, threads, &packers, |done, total| progress(mib(done), mib(total)))?;
 
     let mut report = MergeReport::default();
     for tensor in plan.fallbacks() {

@@ -13,6 +13,7 @@ use qpeft_formats::imatrix::Imatrix;
 use qpeft_formats::mixture::{FileType, Mixture, ModelFacts, file_order};
 use qpeft_formats::{GgmlType, blocks};
 use qpeft_kernels::cpu::quantize::quantize_rows;
+use qpeft_kernels::ops::quantize::Packers;
 
 use super::gguf::read_packed;
 use super::pipeline::in_order;
@@ -148,6 +149,12 @@ impl<'a> Plan<'a> {
         tensor.converted
     }
 
+    /// Elements that a device can take part in packing: those that become a type that is worth it, without importance.
+    pub fn elements_to_share(&self) -> u64 {
+        let shared = |t: &&PlannedTensor| t.converted && !t.has_importance && Packers::share(t.decl.dtype);
+        self.tensors.iter().filter(shared).map(|t| t.decl.shape.iter().product::<u64>()).sum()
+    }
+
     /// The files that [`Plan::write`] makes for an output path.
     ///
     /// # Errors
@@ -162,12 +169,19 @@ impl<'a> Plan<'a> {
         self.tensors.iter().map(|t| t.decl.clone()).collect()
     }
 
-    /// Reads, quantizes and writes on `threads` threads; `progress` gets bytes written and to write.
+    /// Reads, quantizes and writes on `threads` threads, which share the packing with `packers`; `progress` gets bytes
+    /// written and to write.
     ///
     /// # Errors
     /// A tensor lacks importance, a value is not finite or too large for its type, or a file fails. Nothing
     /// is at `path` then.
-    pub fn write(&self, path: &Path, threads: usize, mut progress: impl FnMut(u64, u64)) -> Result<()> {
+    pub fn write(
+        &self,
+        path: &Path,
+        threads: usize,
+        packers: &Packers,
+        mut progress: impl FnMut(u64, u64),
+    ) -> Result<()> {
         if let Some((name, dtype)) = &self.lacking {
             return Err(Error::refused(format!(
                 "tensor `{name}`: as {dtype} it would be garbage without importance, and there is none for it"
@@ -192,7 +206,7 @@ impl<'a> Plan<'a> {
             workers,
             window,
             Vec::new,
-            |values, i, out| self.make(&pieces[i], values, out),
+            |values, i, out| self.make(&pieces[i], packers, values, out),
             |i, bytes| {
                 writer.write(&self.tensors[pieces[i].tensor].decl.name, bytes)?;
                 written += bytes.len() as u64;
@@ -234,7 +248,7 @@ impl<'a> Plan<'a> {
         pieces
     }
 
-    fn make(&self, piece: &Piece, values: &mut Vec<f32>, out: &mut Vec<u8>) -> Result<()> {
+    fn make(&self, piece: &Piece, packers: &Packers, values: &mut Vec<f32>, out: &mut Vec<u8>) -> Result<()> {
         let planned = &self.tensors[piece.tensor];
         let source = &self.source.tensors()[planned.source];
         if !planned.converted {
@@ -255,7 +269,7 @@ impl<'a> Plan<'a> {
         let (dtype, row_len) = (planned.decl.dtype, source.row_len());
         let rows = piece.range.clone();
         if planned.has_importance || !self.source.quantized(planned.source, dtype, rows, out)? {
-            self.quantize(piece, values, out)?;
+            self.quantize(piece, packers, values, out)?;
         }
         if let Err((block, scale)) = blocks::check_scales(dtype, out) {
             let row = piece.range.start + block / (row_len / dtype.block_len());
@@ -269,7 +283,13 @@ impl<'a> Plan<'a> {
     }
 
     /// Rows of a tensor from f32.
-    fn quantize(&self, piece: &Piece, values: &mut Vec<f32>, out: &mut Vec<u8>) -> Result<()> {
+    fn quantize(
+        &self,
+        piece: &Piece,
+        packers: &Packers,
+        values: &mut Vec<f32>,
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
         let planned = &self.tensors[piece.tensor];
         let source = &self.source.tensors()[planned.source];
         let (dtype, row_len) = (planned.decl.dtype, source.row_len());
@@ -280,6 +300,7 @@ impl<'a> Plan<'a> {
         let row_bytes = dtype.row_bytes(row_len)?;
         out.resize(piece.range.len() * row_bytes, 0);
         let importance = if planned.has_importance { importance(self.imatrix, &planned.decl)? } else { None };
+        let Some(importance) = importance else { return Ok(packers.ggml(dtype, values, out)?) };
         // Rows of one matrix have the same importance; a piece may reach into the next.
         let matrix_rows = source.shape.get(1).map_or(1, |&rows| rows as usize).max(1);
         let mut row = piece.range.start;
@@ -291,7 +312,7 @@ impl<'a> Plan<'a> {
                 dtype,
                 &values[local.start * row_len..local.end * row_len],
                 row_len,
-                importance.map(|all| &all[matrix * row_len..(matrix + 1) * row_len]),
+                Some(&importance[matrix * row_len..(matrix + 1) * row_len]),
                 &mut out[local.start * row_bytes..local.end * row_bytes],
             );
             row = stop;

@@ -11,6 +11,7 @@ use qpeft_formats::file::Bytes;
 use qpeft_formats::gguf::{GgufFile, names};
 use qpeft_formats::safetensors::{Checkpoint, Dtype, fp8};
 use qpeft_formats::{GgmlType, blocks};
+use qpeft_kernels::ops::quantize::Packers;
 use qpeft_kernels::weight::WeightType;
 use qpeft_kernels::{Device, Tensor};
 
@@ -34,6 +35,25 @@ pub enum Base {
         /// The type of the linears in memory.
         to: WeightType,
     },
+}
+
+/// What a base that is quantized as it is loaded is quantized by.
+#[derive(Debug)]
+pub enum Packing {
+    /// These.
+    By(Packers),
+    /// Nobody: on a device that only counts, values do not matter.
+    Nothing,
+}
+
+impl Packing {
+    /// What belongs to a device.
+    ///
+    /// # Errors
+    /// The device refuses.
+    pub fn of(device: &Device) -> Result<Packing> {
+        if device.is_meta() { Ok(Packing::Nothing) } else { Ok(Packing::By(Packers::of(device)?)) }
+    }
 }
 
 impl Base {
@@ -69,6 +89,11 @@ impl Base {
             .with_hint("leave out `--base-quant`, or give the full-precision model"));
         }
         Ok(Base::Quantized { base: Box::new(base), to })
+    }
+
+    /// Whether linears are quantized as they are loaded.
+    pub fn is_quantized_at_load(&self) -> bool {
+        matches!(self, Base::Quantized { .. })
     }
 
     /// The file or folder.
@@ -144,11 +169,19 @@ impl Base {
 
     /// A packed matrix (rows, cols) by its Hugging Face name, rows in Hugging Face order.
     ///
-    /// `heads`: the matrix is a q or k projection of so many heads.
+    /// `heads`: the matrix is a q or k projection of so many heads. `packing`: asked by a base that is quantized as it is
+    /// loaded.
     ///
     /// # Errors
     /// The tensor is missing, has another shape, or a type that is not supported.
-    pub fn matrix(&self, name: &str, rows: usize, cols: usize, heads: Option<usize>) -> Result<BaseWeight> {
+    pub fn matrix(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        heads: Option<usize>,
+        packing: &Packing,
+    ) -> Result<BaseWeight> {
         match self {
             Base::Gguf(file) => {
                 let info = file.require(&gguf_name(name)?)?;
@@ -169,11 +202,16 @@ impl Base {
                 Ok(weight)
             }
             Base::Quantized { base, to } => {
-                let weight = base.matrix(name, rows, cols, heads)?;
+                let weight = base.matrix(name, rows, cols, heads, packing)?;
                 if slot_of(name).is_none() {
                     return Ok(weight);
                 }
-                weight.quantized(*to).map_err(|e| {
+                let dtype = weight.element_type();
+                let packed = match packing {
+                    Packing::By(packers) => weight.quantized_by(packers, *to, dtype),
+                    Packing::Nothing => BaseWeight::empty_from(*to, rows, cols, dtype),
+                };
+                packed.map_err(|e| {
                     let hint = e.hint();
                     let error = Error::refused(format!("tensor `{name}` cannot be quantized to {to}: {e}"));
                     let smaller = || "choose a type of smaller blocks: q8_0, q5_0, q4_0, nf4".to_owned();

@@ -4,11 +4,11 @@ use qpeft_kernels::Device;
 use qpeft_kernels::ops::attention::check_head_dim;
 use qpeft_kernels::ops::rope::rope_table;
 
-use super::base::Base;
+use super::base::{Base, Packing};
 use super::config::Config;
 use super::decoder::Decoder;
 use super::layer::{Layer, SLOTS, Slot};
-use super::linear::{BaseWeight, Linear};
+use super::linear::Linear;
 use super::replay::Replays;
 use crate::error::{Error, Result};
 
@@ -31,22 +31,36 @@ impl Decoder {
     /// # Errors
     /// See [`Decoder::load`].
     pub fn load_placed(base: &Base, device: &Device, embedding_on_host: bool) -> Result<Decoder> {
+        let packing = if base.is_quantized_at_load() { Packing::of(device)? } else { Packing::Nothing };
+        Decoder::load_packed(base, device, embedding_on_host, &packing)
+    }
+
+    /// As [`Decoder::load_placed`], with another `packing` than that of the device.
+    ///
+    /// # Errors
+    /// See [`Decoder::load`].
+    pub fn load_packed(
+        base: &Base,
+        device: &Device,
+        embedding_on_host: bool,
+        packing: &Packing,
+    ) -> Result<Decoder> {
         let config = base.config()?;
         check_head_dim(device, config.head_dim)?;
-        let embedding =
-            base.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size, None)?;
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let embedding = base.matrix("model.embed_tokens.weight", vocab, hidden, None, packing)?;
         let embedding =
             if embedding_on_host { embedding.to_pinned(device)? } else { embedding.to_device(device)? };
         let head = base
             .has("lm_head.weight")
             .then(|| {
-                let head = base.matrix("lm_head.weight", config.vocab_size, config.hidden_size, None)?;
+                let head = base.matrix("lm_head.weight", vocab, hidden, None, packing)?;
                 Ok::<_, Error>(head.to_device(device)?)
             })
             .transpose()?;
         Ok(Decoder {
             layers: (0..config.n_layers)
-                .map(|l| load_layer(base, device, &config, l))
+                .map(|l| load_layer(base, device, &config, l, packing))
                 .collect::<Result<_>>()?,
             final_norm: base.vector(device, "model.norm.weight", config.hidden_size)?,
             rope: rope_table(
@@ -65,14 +79,20 @@ impl Decoder {
     }
 }
 
-fn load_layer(base: &Base, device: &Device, config: &Config, layer: usize) -> Result<Layer> {
+fn load_layer(
+    base: &Base,
+    device: &Device,
+    config: &Config,
+    layer: usize,
+    packing: &Packing,
+) -> Result<Layer> {
     let norm =
         |name: &str| base.vector(device, &format!("model.layers.{layer}.{name}.weight"), config.hidden_size);
     let linear = |slot: Slot| -> Result<Linear> {
         let module = module_path(layer, slot);
         let (rows, cols) = slot.shape(config);
-        let weight: BaseWeight =
-            base.matrix(&format!("{module}.weight"), rows, cols, slot.permuted_heads(config))?;
+        let heads = slot.permuted_heads(config);
+        let weight = base.matrix(&format!("{module}.weight"), rows, cols, heads, packing)?;
         Ok(Linear { module, weight: weight.to_device(device)?, adapter: None })
     };
     let linears: Vec<Linear> = Slot::ALL.into_iter().map(linear).collect::<Result<_>>()?;

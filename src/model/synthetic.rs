@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use qpeft_formats::GgmlType;
 use qpeft_formats::safetensors::Dtype;
+use qpeft_kernels::ops::quantize::Packers;
 use qpeft_kernels::ops::rope::{RopeScaling, rope_table};
 use qpeft_kernels::rng::RngKey;
 use qpeft_kernels::weight::WeightType;
@@ -171,7 +172,7 @@ pub fn random_weight(of: WeightType, rows: usize, cols: usize) -> Result<BaseWei
     });
     let dense = BaseWeight::from_f32(rows, cols, &values)?;
     drop(values);
-    Ok(dense.quantized_from(of, Dtype::BF16)?)
+    Ok(dense.quantized_by(&Packers::default(), of, Dtype::BF16)?)
 }
 
 impl Decoder {

@@ -16,6 +16,7 @@ use super::trainer::Observer;
 use crate::adapters::pissa::{SplitError, SplitOptions};
 use crate::adapters::staged::{self, FileId, Manifest, Settings};
 use crate::adapters::{self, AdapterFolder, folder};
+use crate::model::base::Packing;
 use crate::model::layer::Slot;
 use crate::model::load::module_path;
 use crate::model::{Base, Decoder, Parameters, residual};
@@ -126,7 +127,9 @@ impl Start<'_> {
             // residual does not say what was split off.
             check_kind(&given.config, false, false)?;
         }
-        let mut decoder = Decoder::load(&self.model, &Device::Cpu)?;
+        let packing = Packing::of(self.device)?;
+        let mut decoder = Decoder::load_packed(&self.model, &Device::Cpu, false, &packing)?;
+        drop(packing);
         let settings = self.settings(&peft, given)?;
         let manifest = match Manifest::read(run)? {
             Some(manifest) if continued.is_some() || self.resume => manifest,

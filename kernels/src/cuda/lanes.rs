@@ -1,5 +1,5 @@
 //! Work side by side: launches that do not depend on each other, spread over a few streams, so that a small kernel does
-//! not wait for the end of another one.
+//! not wait for the end of another one; and errands of other threads, each on a stream of its own.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -77,16 +77,56 @@ impl Lanes {
 }
 
 thread_local! {
-    /// The lane that this thread enqueues on, if work is side by side.
-    static LANE: Cell<Option<usize>> = const { Cell::new(None) };
+    /// What this thread enqueues on, if not the main stream as all do.
+    static LANE: Cell<Option<sys::CUstream>> = const { Cell::new(None) };
 }
 
 /// Ends the work on a lane, also where it panics.
 struct OnLane;
 
+impl OnLane {
+    fn begin(stream: Option<sys::CUstream>) -> OnLane {
+        LANE.set(stream);
+        OnLane
+    }
+}
+
 impl Drop for OnLane {
     fn drop(&mut self) {
         LANE.set(None);
+    }
+}
+
+/// A stream for the work of one thread, which does not wait for what others enqueue, nor they for it.
+#[derive(Debug)]
+pub(crate) struct Errand {
+    cuda: Arc<Cuda>,
+    stream: Arc<CudaStream>,
+}
+
+impl Errand {
+    /// # Errors
+    /// The device refuses.
+    pub(crate) fn new(cuda: &Arc<Cuda>) -> Result<Errand, Error> {
+        cuda.bind()?;
+        let stream = cuda.context.new_stream().map_err(|e| cuda.error("opening a stream", e))?;
+        Ok(Errand { cuda: Arc::clone(cuda), stream })
+    }
+
+    pub(crate) fn cuda(&self) -> &Arc<Cuda> {
+        &self.cuda
+    }
+
+    /// Calls `enqueue`, and waits until what it enqueued is done.
+    ///
+    /// # Errors
+    /// `enqueue` fails, or what it enqueued.
+    pub(crate) fn run(&self, enqueue: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
+        {
+            let _lane = OnLane::begin(Some(self.stream.cu_stream()));
+            enqueue()?;
+        }
+        self.stream.synchronize().map_err(|e| self.cuda.error("waiting for the device", e))
     }
 }
 
@@ -117,23 +157,23 @@ impl Cuda {
         let mut lanes = (0..=BESIDE).cycle();
         let done = items.into_iter().try_for_each(|item| {
             // The main stream is outside of all lanes, where scratch may be used.
-            LANE.set(if uses_scratch(&item) { None } else { lanes.next() });
-            let _lane = OnLane;
+            let lane = if uses_scratch(&item) { None } else { lanes.next() };
+            let _lane = OnLane::begin(lane.map(|lane| match lane {
+                0 => self.stream.cu_stream(),
+                lane => self.lanes.streams[lane - 1].0.cu_stream(),
+            }));
             enqueue(item)
         });
         self.lanes.join(self.stream()).map_err(refuse)?;
         done
     }
 
-    /// The stream to enqueue on: the main one, but for work side by side.
+    /// The stream to enqueue on: the main one, but for work side by side and errands.
     pub(super) fn stream(&self) -> sys::CUstream {
-        match LANE.get() {
-            None | Some(0) => self.stream.cu_stream(),
-            Some(lane) => self.lanes.streams[lane - 1].0.cu_stream(),
-        }
+        LANE.get().unwrap_or_else(|| self.stream.cu_stream())
     }
 
-    /// Whether this thread enqueues work side by side.
+    /// Whether this thread enqueues work side by side, or an errand.
     pub(super) fn is_side_by_side() -> bool {
         LANE.get().is_some()
     }

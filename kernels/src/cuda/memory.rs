@@ -79,6 +79,44 @@ impl Buffer {
     pub fn bytes(&self) -> usize {
         self.bytes
     }
+
+    /// Copies into pinned host memory, now; nothing that uses it may be on its way.
+    ///
+    /// # Panics
+    /// The range lies outside of the buffer, or the buffer is not on the host.
+    pub(crate) fn write_host(&self, at: usize, bytes: &[u8]) {
+        let to = self.host(at, bytes.len());
+        // SAFETY: `host` checked the range, which nothing enqueued uses: weights are filled before they are first read, and
+        // an errand is waited for before the next. The source cannot overlap what only this buffer has.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+    }
+
+    /// As `write_host` at the start, numbers.
+    ///
+    /// # Panics
+    /// See there.
+    pub(crate) fn write_host_f32(&self, values: &[f32]) {
+        let to = self.host(0, size_of_val(values));
+        // SAFETY: as above; every bit pattern of an f32 is four bytes.
+        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr().cast(), to, size_of_val(values)) };
+    }
+
+    /// Copies out of pinned host memory, now; nothing that writes there may be on its way.
+    ///
+    /// # Panics
+    /// The range lies outside of the buffer, or the buffer is not on the host.
+    pub(crate) fn read_host(&self, at: usize, bytes: &mut [u8]) {
+        let from = self.host(at, bytes.len());
+        // SAFETY: `host` checked the range, which nothing writes any more: the caller waited for what did.
+        unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
+    }
+
+    /// The address of a range of pinned host memory.
+    fn host(&self, at: usize, bytes: usize) -> *mut u8 {
+        let end = at.checked_add(bytes).expect("a length of memory");
+        assert!(self.block.on_host && end <= self.bytes, "a range of a buffer on the host");
+        (self.ptr as *mut u8).wrapping_add(at)
+    }
 }
 
 /// What a scratch buffer is for: two of one purpose are never needed at once.
@@ -252,19 +290,6 @@ impl Cuda {
         unsafe { cudarc::driver::sys::cuMemsetD2D8Async(ptr, pitch, 0, width, rows, self.stream()) }
             .result()
             .map_err(|e| self.error("clearing memory", e))
-    }
-
-    /// Copies into a buffer of pinned host memory, now.
-    ///
-    /// # Panics
-    /// The range lies outside of the buffer, or the buffer is not on the host.
-    pub fn write_host(&self, buffer: &Buffer, at: usize, bytes: &[u8]) {
-        assert!(buffer.block.on_host && at + bytes.len() <= buffer.bytes, "a range of a buffer on the host");
-        // SAFETY: the range lies inside of an allocation of the host, checked above, that nothing enqueued uses
-        // yet: buffers on the host are filled once, before they are first read.
-        unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), (buffer.ptr as *mut u8).add(at), bytes.len());
-        }
     }
 
     /// Copies host memory to the device in stream order; the host memory may be reused on return.

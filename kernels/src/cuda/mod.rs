@@ -25,6 +25,7 @@ use cudarc::driver::result::DriverError;
 use cudarc::driver::{CudaContext, CudaStream, sys};
 
 pub use compile::{Arch, Source};
+pub(crate) use lanes::Errand;
 pub use launch::{Arg, Grid};
 pub use memory::{Buffer, Loan, Scratch};
 pub use tensor_map::TensorMap;

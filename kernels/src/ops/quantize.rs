@@ -4,7 +4,11 @@
 //! what comes out: kernels and codecs write the same bytes. A kernel also writes what the packed rows stand for, so that
 //! whoever measures what packing took need not unpack them.
 //!
-//! The kernels are in `quantize/`. A thread or a few lanes have a block, and sums run in the codec's order, uncontracted.
+//! The kernels are in `quantize/`, what starts them in `quantize/kernels.rs`; rows that are in host memory go through
+//! [`Packers`].
+
+mod kernels;
+mod packers;
 
 use std::sync::Arc;
 
@@ -13,7 +17,10 @@ use qpeft_formats::bitsandbytes::{FourBit, QuantState};
 use qpeft_formats::file::Bytes;
 use qpeft_formats::safetensors::Dtype as Element;
 
-use crate::cuda::{Arg, Cuda, Grid, Loan, Source};
+pub(crate) use self::kernels::{BLOCKS, K};
+use self::kernels::{Blocks, FourBitTo, TABLE_BYTES, THREADS, table_bytes};
+pub use self::packers::Packers;
+use crate::cuda::{Arg, Cuda, Grid, Loan};
 use crate::error::{Result, check};
 use crate::tensor::{View, ViewMut};
 use crate::weight::{BaseWeight, WeightType};
@@ -67,63 +74,23 @@ fn quantize_cpu(x: View<'_>, stored: Option<ViewMut<'_>>, like: &BaseWeight) -> 
 
 // --------------------------------------------------------------------------------------------- CUDA
 
-macro_rules! source {
-    ($name:ident, $file:literal) => {
-        #[doc = concat!("The quantizers of `", $file, "`.")]
-        pub(crate) static $name: Source = Source::new(
-            $file,
-            concat!(
-                "#line 1 \"rounding.cuh\"\n",
-                include_str!("quantize/rounding.cuh"),
-                "\n#line 1 \"",
-                $file,
-                "\"\n",
-                include_str!(concat!("quantize/", $file))
-            ),
-        );
-    };
-}
-source!(BLOCKS, "quantize_blocks.cu");
-source!(K, "quantize_k.cu");
-
-/// Threads of a block, as `rounding.cuh` has it.
-const THREADS: usize = 256;
-
-/// Blocks of threads that are started for a multiprocessor at most, where they go on until all is done.
-const BLOCKS_PER_SM: usize = 16;
-
 /// What packs a type on a device.
 #[derive(Debug, Clone, Copy)]
 enum Kernel {
     /// The bytes of x themselves.
     Copy,
-    /// Blocks or elements one after another; a thread has so many elements.
-    Blocks(&'static Source, &'static str, usize),
+    Blocks(Blocks),
     /// 4-bit codes, and scales behind them.
     FourBit(QuantState),
 }
 
-/// The table of what devices pack.
-#[rustfmt::skip]
 fn kernel(like: &BaseWeight) -> Option<Kernel> {
     if like.factor() != 1.0 {
         return None;
     }
     match like.weight_type() {
-        WeightType::Ggml(dtype) => Some(match dtype {
-            GgmlType::F32 => Kernel::Copy,
-            GgmlType::F16 => Kernel::Blocks(&BLOCKS, "quantize_f16", 4),
-            GgmlType::BF16 => Kernel::Blocks(&BLOCKS, "quantize_bf16", 4),
-            GgmlType::Q8_0 => Kernel::Blocks(&BLOCKS, "quantize_q8_0", 4),
-            GgmlType::Q4_0 => Kernel::Blocks(&BLOCKS, "quantize_q4_0", 4),
-            GgmlType::Q4_1 => Kernel::Blocks(&BLOCKS, "quantize_q4_1", 4),
-            GgmlType::Q5_0 => Kernel::Blocks(&BLOCKS, "quantize_q5_0", 4),
-            GgmlType::Q5_1 => Kernel::Blocks(&BLOCKS, "quantize_q5_1", 4),
-            GgmlType::Q4_K => Kernel::Blocks(&K, "quantize_q4_k", 32),
-            GgmlType::Q5_K => Kernel::Blocks(&K, "quantize_q5_k", 32),
-            GgmlType::Q6_K => Kernel::Blocks(&K, "quantize_q6_k", 16),
-            _ => return None,
-        }),
+        WeightType::Ggml(GgmlType::F32) => Some(Kernel::Copy),
+        WeightType::Ggml(dtype) => Blocks::of(dtype).map(Kernel::Blocks),
         WeightType::FourBit { .. } => {
             let state = *like.four_bit().expect("a 4-bit weight has 4-bit codes").state();
             // bitsandbytes divides the elements of a block that is cut by another number.
@@ -155,16 +122,15 @@ impl<'a> Packing<'a> {
         let Some(kernel) = kernel(like) else { return Ok(None) };
         let bytes = match kernel {
             Kernel::FourBit(state) => scales_at(&state) + state.blocks() * size_of::<f32>(),
-            Kernel::Copy | Kernel::Blocks(..) => like.size_bytes(),
+            Kernel::Copy | Kernel::Blocks(_) => like.size_bytes(),
         };
         let table = match kernel {
             Kernel::FourBit(state) => {
-                let values: Vec<u8> = state.quant_type.table().iter().flat_map(|x| x.to_le_bytes()).collect();
-                let table = cuda.borrow(values.len())?;
-                cuda.write(table.ptr(), &values)?;
+                let table = cuda.borrow(TABLE_BYTES)?;
+                cuda.write(table.ptr(), &table_bytes(state.quant_type))?;
                 Some(table)
             }
-            Kernel::Copy | Kernel::Blocks(..) => None,
+            Kernel::Copy | Kernel::Blocks(_) => None,
         };
         Ok(Some(Packing { cuda, like, kernel, packed: cuda.borrow(bytes)?, bytes, table }))
     }
@@ -191,24 +157,11 @@ impl<'a> Packing<'a> {
                 self.cuda.copy(self.packed.ptr(), from, self.bytes)?;
                 if to != 0 { self.cuda.copy(to, from, self.bytes) } else { Ok(()) }
             }
-            Kernel::Blocks(source, name, per_thread) => {
-                let count = Arg::I64(elements as i64);
-                let args = [Arg::Ptr(self.packed.ptr()), Arg::Ptr(to), Arg::Ptr(from), count];
-                self.cuda.launch(source, name, Grid::over(elements.div_ceil(per_thread), THREADS), &args)
-            }
+            Kernel::Blocks(kernel) => kernel.launch(self.cuda, self.packed.ptr(), to, from, elements),
             Kernel::FourBit(state) => {
-                let places = state.quant_type.order().iter().rev();
-                let args = [
-                    Arg::Ptr(self.packed.ptr()),
-                    Arg::Ptr(self.packed.ptr() + scales_at(&state) as u64),
-                    Arg::Ptr(from),
-                    Arg::Ptr(self.table()),
-                    Arg::U64(places.fold(0, |order, &code| order << 4 | u64::from(code))),
-                    Arg::size(state.blocksize),
-                    Arg::I64(state.blocks() as i64),
-                ];
-                let blocks = state.blocks().div_ceil(THREADS / 32).min(self.cuda.sms() * BLOCKS_PER_SM);
-                self.cuda.launch(&BLOCKS, "quantize_four_bit", Grid::of(blocks, THREADS), &args)
+                let scales = self.packed.ptr() + scales_at(&state) as u64;
+                let to = FourBitTo { codes: self.packed.ptr(), absmax: scales, table: self.table() };
+                to.launch(self.cuda, state.quant_type, state.blocksize, from, state.blocks())
             }
         }
     }

@@ -80,7 +80,7 @@ impl DeviceWeight {
         let buffer = if on_host { cuda.alloc_host(layout.bytes)? } else { cuda.alloc(layout.bytes)? };
         layout.write(weight, |at, bytes| {
             if on_host {
-                cuda.write_host(&buffer, at, bytes);
+                buffer.write_host(at, bytes);
                 return Ok(());
             }
             cuda.write(buffer.ptr() + at as u64, bytes)

@@ -2,13 +2,9 @@
 
 use std::ops::Range;
 
-use qpeft_formats::bitsandbytes::{FourBit, QuantState, quantize_blocks};
-use rayon::prelude::*;
+use qpeft_formats::bitsandbytes::FourBit;
 
 use crate::cpu::by_isa;
-
-/// Elements that one task quantizes, in blocks.
-const BLOCKS_PER_TASK: usize = 512;
 
 /// Elements of a row that share a scale: a whole block where it divides the row, else none for sure.
 pub(super) fn block_len(weight: &FourBit) -> usize {
@@ -41,30 +37,12 @@ pub(super) fn tile(weight: &FourBit, rows: Range<usize>, cols: Range<usize>, out
     dequantize_strided(weight, rows.start, cols.start, cols.len(), out);
 }
 
-by_isa! {
-    fn quantize_task(state: &QuantState, values: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
-        quantize_blocks(state.quant_type, state.blocksize, values, codes, absmax);
-    }
-}
-
-/// Quantizes a whole matrix, in parallel.
-pub(super) fn quantize(state: QuantState, double: bool, values: &[f32]) -> FourBit {
-    let (mut codes, mut absmax) = (vec![0; state.code_bytes()], vec![0.0; state.blocks()]);
-    let elements = BLOCKS_PER_TASK * state.blocksize;
-    values
-        .par_chunks(elements)
-        .zip(codes.par_chunks_mut(elements / 2))
-        .zip(absmax.par_chunks_mut(BLOCKS_PER_TASK))
-        .for_each(|((values, codes), absmax)| quantize_task(&state, values, codes, absmax));
-    FourBit::from_parts(state, codes, &absmax, double)
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::{BaseWeight, WeightType};
     use super::*;
     use crate::testing::Mat;
-    use qpeft_formats::bitsandbytes::QuantType;
+    use qpeft_formats::bitsandbytes::{QuantState, QuantType};
     use qpeft_formats::safetensors::Dtype;
 
     #[test]
@@ -91,6 +69,12 @@ mod tests {
         }
     }
 
+    fn packed(state: QuantState, double: bool, values: &[f32]) -> FourBit {
+        let of = WeightType::FourBit { quant_type: state.quant_type, double };
+        let empty = BaseWeight::empty_from(of, state.rows, state.cols, state.dtype).unwrap();
+        empty.requantize(values).unwrap().four_bit().unwrap().clone()
+    }
+
     fn block_len_of(weight: &BaseWeight) -> usize {
         weight.block_len()
     }
@@ -100,7 +84,7 @@ mod tests {
         let (rows, cols) = (300, 331);
         let values = Mat::random(5, rows, cols, 1.0).values();
         let state = QuantState { quant_type: QuantType::Nf4, blocksize: 64, rows, cols, dtype: Dtype::BF16 };
-        let (a, b) = (quantize(state, true, &values), FourBit::quantize(state, &values, true));
+        let (a, b) = (packed(state, true, &values), FourBit::quantize(state, &values, true));
         for (a, b) in a.tensors("w").iter().zip(b.tensors("w")) {
             assert!(a.name == b.name && a.bytes[..] == b.bytes[..], "{}", a.name);
         }
@@ -117,7 +101,7 @@ mod tests {
             for double in [false, true] {
                 for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
                     let state = QuantState { quant_type, blocksize: 64, rows, cols, dtype };
-                    let weight = BaseWeight::from_four_bit(quantize(state, double, &values));
+                    let weight = BaseWeight::from_four_bit(packed(state, double, &values));
                     let mut best = f64::INFINITY;
                     for _ in 0..200 {
                         let clock = std::time::Instant::now();

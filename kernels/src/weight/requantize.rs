@@ -1,11 +1,17 @@
 //! Other values in the type of a weight, and its values in another type.
 
-use qpeft_formats::bitsandbytes::Int8;
+use std::ops::Range;
+
+use qpeft_formats::bitsandbytes::{FourBit, Int8};
+use qpeft_formats::blocks;
+use qpeft_formats::file::Bytes;
 use qpeft_formats::safetensors::Dtype;
 use rayon::prelude::*;
 
-use super::{BaseWeight, Storage, WeightType, four_bit, ggml};
+use super::{BaseWeight, Storage, WeightType};
+use crate::cpu::scratch::with_scratch;
 use crate::error::{Error, Result, check};
+use crate::ops::quantize::Packers;
 
 impl BaseWeight {
     /// Other values in the same type and shape, rounded to it row by row, in parallel.
@@ -13,27 +19,17 @@ impl BaseWeight {
     /// # Errors
     /// `values` has another length; values cannot be written in the type; an element is not finite (the first one is named).
     pub fn requantize(&self, values: &[f32]) -> Result<BaseWeight> {
+        self.requantize_by(&Packers::default(), values)
+    }
+
+    /// As [`BaseWeight::requantize`], by `packers`.
+    ///
+    /// # Errors
+    /// See there; or a device refuses.
+    pub fn requantize_by(&self, packers: &Packers, values: &[f32]) -> Result<BaseWeight> {
         check("requantize", "elements", self.rows * self.cols, values.len())?;
-        let factor = self.factor();
-        if let Some(at) = first_not_finite(values, factor) {
-            return Err(Error::NotFinite {
-                op: "requantize",
-                row: at / self.cols,
-                col: at % self.cols,
-                value: values[at] / factor,
-            });
-        }
-        let storage = match &self.storage {
-            Storage::Ggml { dtype, .. } => {
-                let bytes = ggml::quantize(*dtype, self.cols, values, factor)?;
-                Storage::Ggml { dtype: *dtype, bytes, factor }
-            }
-            Storage::FourBit(weight) => {
-                Storage::FourBit(four_bit::quantize(*weight.state(), weight.is_double(), values))
-            }
-            Storage::Int8(_) => Storage::Int8(Int8::quantize(self.cols, values)),
-        };
-        Ok(BaseWeight { rows: self.rows, cols: self.cols, storage, on_device: None })
+        let cols = self.cols;
+        self.filled(packers, |rows, out| out.copy_from_slice(&values[rows.start * cols..rows.end * cols]))
     }
 
     /// The same values in another type, rounded to it, in parallel.
@@ -41,17 +37,84 @@ impl BaseWeight {
     /// # Errors
     /// Rows are not whole blocks of the type, values cannot be written in it, or one is not finite.
     pub fn quantized(&self, to: WeightType) -> Result<BaseWeight> {
-        self.quantized_from(to, self.element_type())
+        self.quantized_by(&Packers::default(), to, self.element_type())
     }
 
-    /// As [`BaseWeight::quantized`], as if the elements had been of `dtype` (F32, F16 or BF16): dequantized
+    /// As [`BaseWeight::quantized`], by `packers`, as if the elements had been of `dtype` (F32, F16 or BF16): dequantized
     /// 4-bit values are rounded to it.
     ///
     /// # Errors
-    /// See [`BaseWeight::quantized`].
-    pub fn quantized_from(&self, to: WeightType, dtype: Dtype) -> Result<BaseWeight> {
+    /// See [`BaseWeight::quantized`]; or a device refuses.
+    pub fn quantized_by(&self, packers: &Packers, to: WeightType, dtype: Dtype) -> Result<BaseWeight> {
         let zeros = to.empty(self.rows, self.cols, dtype)?;
-        zeros.requantize(&self.dequantize())
+        zeros.filled(packers, |rows, out| self.dequantize_rows(rows, out))
+    }
+
+    /// This type and shape with the values of `fill`, which gets rows and room for them.
+    fn filled(
+        &self,
+        packers: &Packers,
+        fill: impl Fn(Range<usize>, &mut [f32]) + Sync,
+    ) -> Result<BaseWeight> {
+        let (rows, cols, factor) = (self.rows, self.cols, self.factor());
+        // Blocks of 4 bits run over the flat matrix: a task begins with a block.
+        let blocksize = self.four_bit().map_or(1, |weight| weight.state().blocksize);
+        let whole_blocks = blocksize >> cols.trailing_zeros().min(blocksize.trailing_zeros());
+        let step = (packers.task() / cols.max(1)).max(1).next_multiple_of(whole_blocks);
+        let values = |task: usize, values: &mut [f32]| {
+            let first = task * step;
+            fill(first..first + values.len() / cols.max(1), values);
+            if factor != 1.0 {
+                for x in values.iter_mut() {
+                    *x /= factor;
+                }
+            }
+            blocks::check_finite(values).map_err(|at| Error::NotFinite {
+                op: "requantize",
+                row: first + at / cols,
+                col: at % cols,
+                value: values[at],
+            })
+        };
+        let storage = match &self.storage {
+            Storage::Ggml { dtype, .. } => {
+                dtype.require_quantizer(false)?;
+                let row_bytes = dtype.row_bytes(cols)?;
+                let mut bytes = vec![0; rows * row_bytes];
+                let tasks = bytes.par_chunks_mut((step * row_bytes).max(1)).enumerate();
+                first_error(tasks.map(|(task, bytes)| {
+                    with_scratch(bytes.len() / dtype.block_bytes() * dtype.block_len(), |rows| {
+                        values(task, rows)?;
+                        packers.ggml(*dtype, rows, bytes)
+                    })
+                }))?;
+                Storage::Ggml { dtype: *dtype, bytes: Bytes::from(bytes), factor }
+            }
+            Storage::FourBit(weight) => {
+                let state = *weight.state();
+                let (mut codes, mut absmax) = (vec![0; state.code_bytes()], vec![0.0; state.blocks()]);
+                let task_blocks = step * cols / blocksize;
+                let tasks = codes
+                    .par_chunks_mut((step * cols / 2).max(1))
+                    .zip(absmax.par_chunks_mut(task_blocks.max(1)))
+                    .enumerate();
+                first_error(tasks.map(|(task, (codes, absmax))| {
+                    let elements = (step * cols).min(state.elements() - task * step * cols);
+                    with_scratch(elements, |rows| {
+                        values(task, rows)?;
+                        packers.four_bit(state.quant_type, blocksize, rows, codes, absmax)
+                    })
+                }))?;
+                Storage::FourBit(FourBit::from_parts(state, codes, &absmax, weight.is_double()))
+            }
+            Storage::Int8(_) => {
+                let mut all = vec![0.0; rows * cols];
+                let tasks = all.par_chunks_mut((step * cols).max(1)).enumerate();
+                first_error(tasks.map(|(task, rows)| values(task, rows)))?;
+                Storage::Int8(Int8::quantize(cols, &all))
+            }
+        };
+        Ok(BaseWeight { rows, cols, storage, on_device: None })
     }
 
     /// A weight of this shape in another type whose values do not matter, to be requantized; itself where that is
@@ -68,13 +131,9 @@ impl BaseWeight {
     }
 }
 
-/// The first element that is not finite over `factor`; whole chunks are looked at, so that the loop is vectorized.
-fn first_not_finite(values: &[f32], factor: f32) -> Option<usize> {
-    const CHUNK: usize = 1 << 14;
-    let is_bad = |x: &f32| !(x / factor).is_finite();
-    let bad = |chunk: &[f32]| chunk.iter().map(|x| u32::from(is_bad(x))).sum::<u32>() > 0;
-    let start = CHUNK * values.par_chunks(CHUNK).position_first(bad)?;
-    values[start..].iter().position(is_bad).map(|at| start + at)
+/// The first error of tasks in their order, once all are done.
+fn first_error(tasks: impl IndexedParallelIterator<Item = Result<()>>) -> Result<()> {
+    tasks.collect::<Vec<_>>().into_iter().collect()
 }
 
 #[cfg(test)]

@@ -168,12 +168,12 @@ pub struct QuantizeArgs {
     /// What is particular about some tensors, and about the files.
     #[command(flatten)]
     pub types: TypeArgs,
-    /// CPU threads [default: all cores]
-    #[arg(long, value_name = "N", value_parser = at_least_one::<usize>, help_heading = "Compute")]
-    pub threads: Option<usize>,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,
+    /// Where to compute.
+    #[command(flatten)]
+    pub compute: ComputeArgs,
 }
 
 /// Exceptions from a mixture, and the size of the files.

@@ -13,6 +13,7 @@ use qpeft_kernels::ops::low_rank::{
 use qpeft_kernels::ops::quant_linear::{
     Branch, quant_linear_backward, quant_linear_backward_with_branch, quant_linear_forward,
 };
+use qpeft_kernels::ops::quantize::Packers;
 use qpeft_kernels::tensor::padding;
 use qpeft_kernels::{BaseWeight, Device, Tensor};
 use serde_json::{Value, json};
@@ -38,7 +39,7 @@ pub fn run(args: &BenchLinearArgs, printer: &Printer) -> anyhow::Result<()> {
     let device = open_device(&args.compute, printer)?;
     let std = 1.0 / (args.cols as f32).sqrt();
     let dense = BaseWeight::from_f32(args.rows, args.cols, &normal(args.rows, args.cols, std, 0))?;
-    let packed = dense.quantized_from(args.base, Element::BF16)?;
+    let packed = dense.quantized_by(&Packers::of(&device)?, args.base, Element::BF16)?;
     drop(dense);
     let mut lines = Vec::new();
     // Only a GPU can keep the weight dequantized.

@@ -1,7 +1,7 @@
 //! `qpeft bench quantize --device cuda`: how fast a GPU packs each type, beside all cores of the CPU.
 //!
-//! The kernel is measured on f32 rows in device memory that no cache holds; then with the copies that work whose rows start
-//! and end in host memory would need, which cross the bus and outweigh it. What both sides write must be equal byte by byte.
+//! The kernel is measured on f32 rows in device memory that no cache holds; then rows that start and end in host memory, which
+//! cross the bus: packed by the cores alone, and by the cores and the GPU together. What they write must be equal byte by byte.
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use qpeft_kernels::cpu::Isa;
 use qpeft_kernels::cuda::Cuda;
-use qpeft_kernels::ops::quantize::{Packing, is_packed_on_device};
+use qpeft_kernels::ops::quantize::{Packers, Packing, is_packed_on_device};
 use qpeft_kernels::weight::WeightType;
 use qpeft_kernels::{BaseWeight, Device, Tensor};
 use rayon::ThreadPool;
@@ -34,8 +34,10 @@ struct Speed {
     /// Read and written by the kernel.
     bytes: usize,
     kernel: f64,
-    with_copies: f64,
+    together: f64,
     cpu: f64,
+    /// The part of the GPU in what was packed together.
+    share: f64,
     bytes_equal: bool,
 }
 
@@ -76,7 +78,8 @@ pub fn run(cuda: &Arc<Cuda>, args: &BenchQuantizeArgs, printer: &Printer) -> any
                 "microseconds": 1e6 * speed.kernel,
                 "gelem_per_second": elements / speed.kernel / 1e9,
                 "gb_per_second": speed.bytes as f64 / speed.kernel / 1e9,
-                "gelem_per_second_with_copies": elements / speed.with_copies / 1e9,
+                "gelem_per_second_together": elements / speed.together / 1e9,
+                "gpu_share": speed.share,
                 "cpu_gelem_per_second": elements / speed.cpu / 1e9,
                 "bytes_equal": speed.bytes_equal,
             })
@@ -92,19 +95,20 @@ pub fn run(cuda: &Arc<Cuda>, args: &BenchQuantizeArgs, printer: &Printer) -> any
         }))?;
     } else {
         let mut text = format!(
-            "{:<8} {:>10} {:>10} {:>8} {:>12} {:>10} {:>6}   Gelem/s\n",
-            "type", "us", "kernel", "GB/s", "with copies", "CPU", "bytes"
+            "{:<8} {:>10} {:>10} {:>8} {:>10} {:>10} {:>7} {:>6}   Gelem/s\n",
+            "type", "us", "kernel", "GB/s", "CPU", "CPU + GPU", "of GPU", "bytes"
         );
-        for Speed { of, bytes, kernel, with_copies, cpu, bytes_equal } in &speeds {
+        for Speed { of, bytes, kernel, together, cpu, share, bytes_equal } in &speeds {
             writeln!(
                 text,
-                "{:<8} {:>10.1} {:>10.2} {:>8.0} {:>12.2} {:>10.3} {:>6}",
+                "{:<8} {:>10.1} {:>10.2} {:>8.0} {:>10.3} {:>10.3} {:>6.0}% {:>6}",
                 of.name(),
                 1e6 * kernel,
                 elements / kernel / 1e9,
                 *bytes as f64 / kernel / 1e9,
-                elements / with_copies / 1e9,
                 elements / cpu / 1e9,
+                elements / together / 1e9,
+                100.0 * share,
                 if *bytes_equal { "equal" } else { "DIFFER" }
             )?;
         }
@@ -142,7 +146,6 @@ fn measure(
     let device = Device::Cuda(Arc::clone(cuda));
     let like = BaseWeight::empty(of, rows, ROW_LEN)?;
     let bytes = size_of_val(values) + like.size_bytes();
-    let host: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
     let places = (0..COLD.div_ceil(bytes).max(2))
         .map(|_| {
             let x = Tensor::from_slice(&device, rows, ROW_LEN, values)?;
@@ -156,15 +159,13 @@ fn measure(
         Ok(packing.enqueue(x.view(), None)?)
     })?;
 
-    let (x, packing) = &places[0];
-    let address = x.view().f32("bench quantize")?;
+    drop(places);
+
+    let packers = Packers::of(&device)?;
     let (mut found, mut expected) = (None, None);
-    let (mut with_copies, mut cpu) = (Fastest::none(), Fastest::none());
+    let (mut together, mut cpu) = (Fastest::none(), Fastest::none());
     for _ in 0..CALLS {
-        with_copies.time(|| {
-            let packed = cuda.write(address, &host).and_then(|()| packing.enqueue(x.view(), None));
-            found = Some(packed.and_then(|()| packing.read(None)));
-        });
+        together.time(|| found = Some(pool.install(|| like.requantize_by(&packers, values))));
         cpu.time(|| expected = Some(pool.install(|| like.requantize(values))));
     }
     let found = found.context("there is at least one call")??;
@@ -173,8 +174,9 @@ fn measure(
         of,
         bytes,
         kernel,
-        with_copies: with_copies.0,
+        together: together.0,
         cpu: cpu.0,
+        share: packers.elements_on_device() as f64 / (CALLS * values.len()) as f64,
         bytes_equal: stored(&found) == stored(&expected),
     })
 }

@@ -252,7 +252,6 @@ fn folded(
 #[cfg(test)]
 mod tests {
     use qpeft_formats::GgmlType;
-    use qpeft_formats::safetensors::Dtype as Element;
 
     use crate::ops::quant_linear::{
         Branch, quant_linear_backward, quant_linear_backward_with_branch, quant_linear_forward,
@@ -377,7 +376,7 @@ mod tests {
         let Some(device) = cuda::device() else { return };
         for (n, k) in [(8, 32), (96, 256), (257, 96), (512, 1024)] {
             let f32 = BaseWeight::from_f32(n, k, &Mat::random(9, n, k, 1.0).rounded().values()).unwrap();
-            let q8_0 = f32.quantized_from(WeightType::Ggml(GgmlType::Q8_0), Element::F32).unwrap();
+            let q8_0 = f32.quantized(WeightType::Ggml(GgmlType::Q8_0)).unwrap();
             for weight in [&f32, &q8_0] {
                 for (t, r) in [(1, 8), (33, 16), (129, 4)] {
                     for copied in [false, true] {
@@ -395,7 +394,7 @@ mod tests {
         let Some(device) = cuda::device() else { return };
         let (n, k, t, r) = (96, 256, 33, 16);
         let f32 = BaseWeight::from_f32(n, k, &Mat::random(9, n, k, 1.0).values()).unwrap();
-        let weight = f32.quantized_from(WeightType::Ggml(GgmlType::Q8_0), Element::F32).unwrap();
+        let weight = f32.quantized(WeightType::Ggml(GgmlType::Q8_0)).unwrap();
         let there = |m: Mat, mut tensor: Tensor| {
             put(&mut tensor, &m);
             tensor

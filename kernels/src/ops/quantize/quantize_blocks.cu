@@ -230,14 +230,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const i64 warps = (i64)gridDim.x * (THREADS / 32);
     for (i64 block = (i64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32; block < blocks; block += warps) {
         const float* in = x + block * blocksize;
-        float largest = 0.0f;
-        for (i32 i = lane; i < pairs; i += 32)
+        // The first pair of a lane, in blocks of 64 the only one, is read once: x may lie behind the bus.
+        float2 pair = make_float2(0.0f, 0.0f);
+        if (lane < pairs) pair = make_float2(in[2 * lane], in[2 * lane + 1]);
+        float largest = fmaxf(fabsf(pair.x), fabsf(pair.y));
+        for (i32 i = lane + 32; i < pairs; i += 32)
             largest = fmaxf(largest, fmaxf(fabsf(in[2 * i]), fabsf(in[2 * i + 1])));
         largest = warp_max(largest);
         if (lane == 0) absmax[block] = largest;
         const float by = quotient(1.0f, fmaxf(largest, 1e-38f));
         for (i32 i = lane; i < pairs; i += 32) {
-            const float first = mul(in[2 * i], by), second = mul(in[2 * i + 1], by);
+            if (i != lane) pair = make_float2(in[2 * i], in[2 * i + 1]);
+            const float first = mul(pair.x, by), second = mul(pair.y, by);
             u32 high = 0, low = 0;
 #pragma unroll
             for (int k = 0; k < 15; k++) {

@@ -188,3 +188,47 @@ fn cuda_leaves_to_the_host_what_it_does_not_pack() {
     let like = empty("q8_0", 3, 224);
     assert!(quantize(x.view().column_range(0, 224), None, &like).unwrap().is_none());
 }
+
+/// By all threads at once, with more tasks than desks.
+#[test]
+fn cuda_packers_write_the_bytes_of_the_host() {
+    let Some(device) = cuda::device() else { return };
+    let packers = Packers::of(&device).unwrap();
+    for (rows, cols) in [(600, 1024), (37, 4096), (130, 192), (3, 32)] {
+        for round in 0..3 {
+            let values = Mat::random(7 + round, rows, cols, 1.0).values();
+            for of in SERVED {
+                let Ok(like) = BaseWeight::empty(of.parse().unwrap(), rows, cols) else { continue };
+                let before = packers.elements_on_device();
+                let found = like.requantize_by(&packers, &values).unwrap();
+                assert_same(&format!("{of}, {rows} x {cols}"), &found, &like.requantize(&values).unwrap());
+                let shared = match like.weight_type() {
+                    WeightType::Ggml(dtype) => Packers::share(dtype),
+                    _ => true,
+                };
+                let taken = packers.elements_on_device() > before;
+                assert_eq!(taken, shared && rows * cols > 1 << 14, "{of}, {rows} x {cols}: by a desk");
+            }
+        }
+    }
+    // More than a desk takes at once, and blocks of another size than that of the first pair of each lane.
+    let values = Mat::random(11, 3, 1 << 20, 1.0).values();
+    let (mut found, mut expected) = (vec![1; values.len() / 256 * 144], vec![2; values.len() / 256 * 144]);
+    packers.ggml(GgmlType::Q4_K, &values, &mut found).unwrap();
+    Packers::default().ggml(GgmlType::Q4_K, &values, &mut expected).unwrap();
+    assert!(found == expected);
+    for blocksize in [32, 64, 128, 4096] {
+        let (values, blocks) = (&values[..1 << 16], (1 << 16) / blocksize);
+        let pack = |packers: &Packers| {
+            let (mut codes, mut absmax) = (vec![7; 1 << 15], vec![f32::NAN; blocks]);
+            packers.four_bit(QuantType::Nf4, blocksize, values, &mut codes, &mut absmax).unwrap();
+            (codes, absmax)
+        };
+        assert!(pack(&packers) == pack(&Packers::default()), "blocks of {blocksize}");
+    }
+    // One that is refused names its element, whoever has the others.
+    let mut values = Mat::random(12, 400, 1024, 1.0).values();
+    values[300 * 1024 + 5] = f32::NAN;
+    let error = empty("q4_k", 400, 1024).requantize_by(&packers, &values).unwrap_err().to_string();
+    assert_eq!(error, "requantize: row 300, column 5 is `NaN`, expected a finite number");
+}
