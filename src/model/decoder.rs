@@ -168,7 +168,7 @@ impl Decoder {
         };
         match device.cuda() {
             Some(cuda) => {
-                cuda.side_by_side(self.linears_mut(), |linear| linear.refreshes_by_scratch(), refresh)
+                cuda.side_by_side(self.linears_mut(), |linear| linear.refreshes_by_scratch(params), refresh)
             }
             // A layer's linears differ in size; tasks within them fill the gaps.
             None => {

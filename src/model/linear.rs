@@ -11,6 +11,7 @@ use qpeft_kernels::ops::low_rank::OutScale;
 use qpeft_kernels::ops::quant_linear::{
     quant_linear_backward, quant_linear_forward, quant_linear_forward_onto,
 };
+use qpeft_kernels::ops::row_norm::row_norm_uses_scratch;
 use qpeft_kernels::ops::row_scale::Output;
 use qpeft_kernels::rng::RngKey;
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
@@ -365,8 +366,10 @@ impl Linear {
     }
 
     /// Whether [`Adapter::refresh`] dequantizes the weight into scratch, which all linears share.
-    pub fn refreshes_by_scratch(&self) -> bool {
-        self.output_scale().is_some() && !self.weight.has_rows_in_copy()
+    pub fn refreshes_by_scratch(&self, params: &Parameters) -> bool {
+        let factors = params.pass(None).factors;
+        let of = |a: &Entry| row_norm_uses_scratch(&self.weight, a.view(factors));
+        self.output_scale().is_some() && self.projection().is_none_or(of)
     }
 
     /// y (T, out) = the linear of x (T, in), plus `onto` (T, out) if it is given.

@@ -259,6 +259,7 @@ mod tests {
 
     use super::super::sources::SOURCES;
     use super::*;
+    use crate::ops::dequantize::row_norm_sources;
 
     const ARCHS: [Arch; 6] = [
         Arch::OLDEST,
@@ -290,7 +291,10 @@ mod tests {
         }
         let jobs: Vec<(&Source, Arch)> = archs
             .iter()
-            .flat_map(|&arch| SOURCES.iter().copied().chain([&SMALL]).map(move |source| (source, arch)))
+            .flat_map(|&arch| {
+                let sources = SOURCES.iter().copied().chain(row_norm_sources()).chain([&SMALL]);
+                sources.map(move |source| (source, arch))
+            })
             .filter(|(source, arch)| source.runs_on(*arch))
             .collect();
         let next = AtomicUsize::new(0);

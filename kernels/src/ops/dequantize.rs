@@ -17,6 +17,7 @@ use rayon::prelude::*;
 use crate::cuda::{Arg, Cuda, Grid, Source};
 use crate::error::{Error, Result, check};
 use crate::ids::Ids;
+use crate::ops::row_norm::packed::{RowNorms, row_norms};
 use crate::tensor::{Dtype, View, ViewMut};
 use crate::weight::device::{DeviceWeight, GROUP};
 use crate::weight::{BaseWeight, WeightType};
@@ -253,31 +254,42 @@ source!(BLOCKS, "dequantize_blocks.cu");
 source!(CODE_BOOKS, "dequantize_code_books.cu");
 source!(FOUR_BIT, "dequantize_four_bit.cu");
 
-/// The kernels of a type: to bf16, to f32, chosen rows to bf16, the squared lengths of its rows.
-struct Kernels {
+/// The kernels of a type: to bf16, to f32, chosen rows to bf16, the squared lengths of its rows; and, of another file, the
+/// norms of its rows with an adapter.
+pub(super) struct Kernels {
     source: &'static Source,
     bf16: &'static str,
     f32: &'static str,
     embedding: &'static str,
     norms: &'static str,
+    pub(super) row_norms: RowNorms,
+}
+
+/// Those of a weight.
+pub(super) fn kernels(weight: &DeviceWeight) -> Kernels {
+    // Rows that end within a group start within one too, and a group can lie in two blocks.
+    kernels_of(weight.weight_type(), !weight.cols().is_multiple_of(GROUP))
 }
 
 #[rustfmt::skip]
-fn kernels(weight: &DeviceWeight) -> Kernels {
+fn kernels_of(weight_type: WeightType, ragged: bool) -> Kernels {
     macro_rules! kernels {
-        ($source:ident, $name:literal) => {
+        (DENSE, $name:literal) => { kernels!(&DENSE, "dequantize_dense.cu", $name) };
+        (BLOCKS, $name:literal) => { kernels!(&BLOCKS, "dequantize_blocks.cu", $name) };
+        (CODE_BOOKS, $name:literal) => { kernels!(&CODE_BOOKS, "dequantize_code_books.cu", $name) };
+        (FOUR_BIT, $name:literal) => { kernels!(&FOUR_BIT, "dequantize_four_bit.cu", $name) };
+        ($source:expr, $decoders:literal, $name:literal) => {
             Kernels {
-                source: &$source,
+                source: $source,
                 bf16: concat!("dequantize_", $name),
                 f32: concat!("dequantize_", $name, "_f32"),
                 embedding: concat!("embedding_forward_", $name),
                 norms: concat!("row_norms_squared_", $name),
+                row_norms: row_norms!($decoders, $name),
             }
         };
     }
-    // Rows that end within a group start within one too, and a group can lie in two blocks.
-    let ragged = !weight.cols().is_multiple_of(GROUP);
-    match weight.weight_type() {
+    match weight_type {
         WeightType::FourBit { quant_type: QuantType::Nf4 | QuantType::Fp4, double } => match (double, ragged) {
             (false, false) => kernels!(FOUR_BIT, "four_bit"),
             (false, true) => kernels!(FOUR_BIT, "four_bit_ragged"),
@@ -325,8 +337,20 @@ fn kernels(weight: &DeviceWeight) -> Kernels {
     }
 }
 
+/// The files that measure rows, of all types.
+#[cfg(test)]
+pub(crate) fn row_norm_sources() -> Vec<&'static Source> {
+    let four_bit = [false, true].map(|double| WeightType::FourBit { quant_type: QuantType::Nf4, double });
+    let types = four_bit.into_iter().chain([WeightType::Int8]).chain(GgmlType::ALL.map(WeightType::Ggml));
+    let mut sources: Vec<_> = types.map(|of| kernels_of(of, false).row_norms.source).collect();
+    // Some types share theirs.
+    sources.sort_by_key(|source| source.name);
+    sources.dedup_by_key(|source| source.name);
+    sources
+}
+
 /// `PACKED_PARAMETERS` of `frame.cuh`.
-fn packed_args(weight: &DeviceWeight) -> impl Iterator<Item = Arg> {
+pub(super) fn packed_args(weight: &DeviceWeight) -> impl Iterator<Item = Arg> {
     let layout = weight.layout();
     let planes = layout.planes.map(|at| Arg::Ptr(weight.address(at)));
     let rounding = match layout.rounding {

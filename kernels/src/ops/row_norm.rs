@@ -2,6 +2,7 @@
 //!
 //! There is no backward: DoRA treats the norm as a constant (section 4.3), and so does PEFT.
 
+pub(crate) mod packed;
 #[cfg(test)]
 mod tests;
 
@@ -19,7 +20,7 @@ use crate::error::{Error, Result, check};
 use crate::ops::fold::{fold_branch, fold_row_factor};
 use crate::ops::quant_linear::{for_each_tile, quant_linear_forward};
 use crate::tensor::{Dtype, View, ViewMut};
-use crate::weight::BaseWeight;
+use crate::weight::{BaseWeight, DeviceWeight};
 
 const FORWARD: &str = "row_norm_forward";
 
@@ -62,7 +63,8 @@ pub fn row_norm_forward(
     forward_fast(norm.cpu(FORWARD)?, operands, wa, weight)
 }
 
-/// [`row_norm_forward`] with the product W A^T made on the way: on CUDA one kernel reads the dequantized rows once.
+/// [`row_norm_forward`] with the product W A^T made on the way: on CUDA one kernel reads the rows once, those of a copy, or the
+/// packed ones up to rank 16, else those that were dequantized into scratch.
 ///
 /// Shapes: as [`row_norm_forward`]. `a` is of the type of activations.
 /// `folded`: the row scale g that a copy of the weight on the device has in its rows, if there is such a copy; then
@@ -156,9 +158,27 @@ fn check_operands(norm: &ViewMut, operands: &Operands, weight: &BaseWeight) -> R
     check(FORWARD, "columns of b", a.rows, b.cols)
 }
 
+/// Whether the norms of this weight with these rows of A are made of rows in scratch, on a device.
+pub fn row_norm_uses_scratch(weight: &BaseWeight, a: View) -> bool {
+    !weight.has_rows_in_copy() && weight.dense_bf16().is_none() && packed_rows(weight, a).is_none()
+}
+
+/// The weight, if a kernel measures its packed rows. Rows that are bf16 already are read where they are.
+fn packed_rows<'w>(weight: &'w BaseWeight, a: View<'_>) -> Option<&'w DeviceWeight> {
+    packed::served(weight, a).filter(|_| weight.dense_bf16().is_none())
+}
+
 // ----------------------------------------------------------------------------------------- CUDA
 
-pub(crate) static SOURCE: Source = Source::new("row_norm.cu", include_str!("row_norm.cu"));
+pub(crate) static SOURCE: Source = Source::new(
+    "row_norm.cu",
+    concat!(
+        "#line 1 \"products.cuh\"\n",
+        include_str!("row_norm/products.cuh"),
+        "\n#line 1 \"row_norm.cu\"\n",
+        include_str!("row_norm.cu")
+    ),
+);
 
 /// Where the kernel writes what is folded with a norm; both are written to.
 #[derive(Debug, Clone, Copy)]
@@ -184,6 +204,9 @@ fn packed_cuda(
         check(FORWARD, "columns of folded", rows, folded.cols)?;
         let w = ViewMut::on_cuda(cuda, Matrix { ptr, rows, cols, stride, dtype: Dtype::Bf16 });
         return forward_cuda(cuda, norm, operands, w.as_view(), scaled.then_some(folded), fold);
+    }
+    if let Some(weight) = packed_rows(weight, a) {
+        return packed::forward(norm, operands, weight, fold);
     }
     for_each_tile(cuda, weight, |rows, w| {
         let (start, len) = (rows.start, rows.len());
@@ -302,7 +325,15 @@ fn launch(
         Arg::size(w.stride),
         Arg::Ptr(folded.map_or(Ok(0), |g| g.f32(FORWARD))?),
     ];
-    args.extend(match fold {
+    args.extend(fold_args(fold)?);
+    args.extend([Arg::F32(scaling), Arg::size(w.rows), Arg::size(w.cols), Arg::size(a.rows)]);
+    let grid = Grid { shared: warps * kernel.shared, ..Grid::of(w.rows.div_ceil(kernel.rows), warps * 32) };
+    cuda.launch(&SOURCE, kernel.name, grid, &args)
+}
+
+/// Where a kernel finds the magnitudes, and writes what is folded.
+fn fold_args(fold: Option<Fold>) -> Result<[Arg; 4]> {
+    Ok(match fold {
         None => [Arg::Ptr(0), Arg::Ptr(0), Arg::Ptr(0), Arg::size(0)],
         Some(Fold { m, g, folded }) => [
             Arg::Ptr(m.f32(FORWARD)?),
@@ -310,10 +341,7 @@ fn launch(
             Arg::Ptr(folded.bf16(FORWARD)?),
             Arg::size(folded.stride),
         ],
-    });
-    args.extend([Arg::F32(scaling), Arg::size(w.rows), Arg::size(w.cols), Arg::size(a.rows)]);
-    let grid = Grid { shared: warps * kernel.shared, ..Grid::of(w.rows.div_ceil(kernel.rows), warps * 32) };
-    cuda.launch(&SOURCE, kernel.name, grid, &args)
+    })
 }
 
 // ------------------------------------------------------------------------------------------ CPU

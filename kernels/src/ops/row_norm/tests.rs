@@ -8,6 +8,7 @@ use crate::tensor::Dtype::{Bf16, F32};
 use crate::tensor::padding;
 use crate::testing::cuda::{self, check_cuda};
 use crate::testing::{Mat as TestMat, Out, assert_close, check_fast, tolerance};
+use crate::weight::WeightType;
 use crate::{Device, Tensor};
 
 fn f64s(values: &[f32]) -> Vec<f64> {
@@ -378,4 +379,113 @@ fn the_cuda_norms_of_a_scaled_copy_are_those_of_the_weight() {
     assert_close("norm", &found.read().unwrap(), &norm, close);
     let factors: Vec<f64> = m.read().unwrap().iter().zip(&norm).map(|(&m, norm)| m as f64 / norm).collect();
     assert_close("g", &g.read().unwrap(), &factors, close);
+}
+
+/// Of every type that can be written here.
+#[test]
+fn cuda_norms_of_packed_rows_equal_those_of_the_rows() {
+    let Some(device) = cuda::device() else { return };
+    let (mut case, served) = (0, Cell::new(0));
+    for of in WeightType::writable() {
+        for (n, k, r) in [(1, 256, 1), (33, 768, 16), (130, 2048, 8), (300, 256, 16)] {
+            let Ok(empty) = BaseWeight::empty(of, n, k) else { continue };
+            case += 1;
+            let mut values = TestMat::random(case, n, k, 0.7).values();
+            let (a, b) = (TestMat::random(1, r, k, 0.7).rounded(), TestMat::random(2, n, r, 0.3));
+            if case % 3 == 0 {
+                // Rows that the adapter nearly cancels, as near as the type comes to them.
+                let (a, b) = (a.f64(), b.f64());
+                for (i, row) in values.chunks_mut(k).enumerate().skip(1).step_by(3) {
+                    for (j, w) in row.iter_mut().enumerate() {
+                        *w = -2.0 * (0..r).map(|q| b[i * r + q] * a[q * k + j]).sum::<f64>() as f32;
+                    }
+                }
+            }
+            let Ok(mut weight) = empty.requantize(&values) else { continue };
+            if case % 4 == 0 && matches!(of, WeightType::Ggml(_)) {
+                weight = weight.scaled_by(0.75);
+            }
+            let what = format!("{of} {n} x {k}, rank {r}");
+            let rows = TestMat::new(n, k, weight.dequantize()).rounded();
+            let mut w_squared = TestMat::poisoned(1, n);
+            let of_rows = BaseWeight::from_f32(n, k, &rows.values()).unwrap();
+            of_rows.row_norms_squared(w_squared.view_mut()).unwrap();
+            let m = TestMat::random(4, 1, n, 1.0);
+            let mut norm = vec![0.0; n];
+            forward_naive(&mut norm, &rows.f64(), &a.f64(), &b.f64(), 2.0);
+            let g: Vec<f64> = m.f64().iter().zip(&norm).map(|(m, norm)| m / norm).collect();
+            let folded: Vec<f64> = b.f64().iter().enumerate().map(|(i, b)| 2.0 * g[i / r] * b).collect();
+            let weight = weight.to_device(&device).unwrap();
+            let outputs = [
+                (Out::Set(1, n), F32, &norm[..]),
+                (Out::Set(1, n), F32, &g[..]),
+                (Out::Set(n, r), Bf16, &folded[..]),
+            ];
+            let inputs = [(&w_squared, F32), (&a, Bf16), (&b, F32), (&m, F32)];
+            let close = tolerance(if case % 3 == 0 { 1e-4 } else { 1e-5 }, 0.0);
+            check_cuda(&device, &what, outputs, inputs, close, |[norm, g, folded], [w_squared, a, b, m]| {
+                served.set(served.get() + u64::from(packed_rows(&weight, a).is_some()));
+                row_norm_fold(norm, g, folded, w_squared, a, b, m, 2.0, &weight)
+            });
+        }
+    }
+    // Operands that are not aligned, which are among those of a check, and rows that are bf16 already, go another way.
+    assert!(case > 60 && served.get() > case, "{served:?} of {case} cases");
+}
+
+/// `cargo test --release -p qpeft-kernels cuda_timing_of_packed_row_norms -- --ignored --nocapture`
+#[test]
+#[ignore = "prints a timing"]
+fn cuda_timing_of_packed_row_norms() {
+    let Some(device) = cuda::device() else { return };
+    let cuda = device.cuda().unwrap();
+    let r = 16;
+    for of in ["nf4", "nf4-dq", "q4_k", "q6_k", "q8_0"] {
+        for (n, k) in [(14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096), (8192, 2048), (2048, 8192)] {
+            let values: Vec<f32> = TestMat::random(1, n, k, 0.02).values();
+            let empty = BaseWeight::empty(of.parse().unwrap(), n, k).unwrap();
+            let packed = empty.requantize(&values).unwrap();
+            // So many that no cache holds them all.
+            let count = (256_usize << 20).div_ceil(packed.size_bytes());
+            let weights: Vec<_> = (0..count).map(|_| packed.clone().to_device(&device).unwrap()).collect();
+            let full = |mut to: Tensor, x: f32| {
+                fill(to.view_mut(), x).unwrap();
+                to
+            };
+            let bf16s = |rows, cols| full(Tensor::activations(&device, rows, cols).unwrap(), 0.37);
+            let f32s = |rows, cols, x| full(Tensor::zeros(&device, rows, cols).unwrap(), x);
+            let (a, b, w_squared) = (bf16s(r, k), f32s(n, r, 0.01), f32s(1, n, 0.1 * k as f32));
+            let (m, mut norm, g, folded) = (f32s(1, n, 1.0), f32s(1, n, 0.0), f32s(1, n, 1.0), bf16s(n, r));
+            let norm = norm.view_mut();
+            let operands = Operands { w_squared: w_squared.view(), a: a.view(), b: b.view(), scaling: 2.0 };
+            let fold = Some(Fold { m: m.view(), g: g.view(), folded: folded.view() });
+            let calls = count.max(50);
+            let mut micros = [f64::INFINITY; 2];
+            for (is_packed, micros) in [true, false].into_iter().zip(&mut micros) {
+                let enqueue = |calls| {
+                    weights.iter().cycle().take(calls).try_for_each(|weight| {
+                        match packed_rows(weight, a.view()) {
+                            Some(weight) if is_packed => packed::forward(&norm, operands, weight, fold),
+                            // Of one tile.
+                            _ => for_each_tile(cuda, weight, |_, w| {
+                                forward_cuda(cuda, &norm, operands, w, None, fold)
+                            }),
+                        }
+                    })
+                };
+                // Kernels are compiled before anything is recorded.
+                enqueue(1).unwrap();
+                let mut graph = Graph::record(cuda, || enqueue(calls)).unwrap();
+                for _ in 0..5 {
+                    cuda.synchronize().unwrap();
+                    let start = std::time::Instant::now();
+                    graph.launch().unwrap();
+                    cuda.synchronize().unwrap();
+                    *micros = micros.min(1e6 * start.elapsed().as_secs_f64() / calls as f64);
+                }
+            }
+            let rate = packed.size_bytes() as f64 / micros[0] / 1e6;
+            println!("{of} {n} x {k}: {:.1} us ({rate:.2} TB/s), by scratch {:.1} us", micros[0], micros[1]);
+        }
+    }
 }
