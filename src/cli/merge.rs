@@ -16,7 +16,7 @@ use crate::adapters::AdapterFolder;
 use crate::convert::merge::{MergeOptions, merge_to_gguf};
 use crate::convert::merge_folder::{FolderTarget, folder_of, merge_to_folder};
 use crate::convert::merge_source::merge_folder_to_gguf;
-use crate::model::base::Packing;
+use crate::model::base::Quantizing;
 use crate::model::{Base, Decoder};
 
 /// Gigabytes of one file of a folder, as transformers has it.
@@ -44,7 +44,7 @@ pub fn run(args: &MergeArgs, printer: &Printer) -> anyhow::Result<()> {
     let folder = AdapterFolder::open(&args.adapter)?;
     let base = folder.resolve(Base::open_as(&args.model, args.base_quant)?)?;
     // Weights stay in host memory: a device gets one at a time.
-    let mut decoder = Decoder::load_packed(&base, &Device::Cpu, false, &Packing::of(&device)?)?;
+    let mut decoder = Decoder::load_quantizing(&base, &Device::Cpu, false, &Quantizing::of(&base, &device)?)?;
     let params = folder.attach(&mut decoder)?;
     let mut bar: Option<Progress> = None;
     let folder = if is_gguf(&base) { None } else { Some(folder_of(&base)?.dir()) };

@@ -52,7 +52,13 @@ pub fn open_packers(args: &ComputeArgs, elements: u64, printer: &Printer) -> any
     if args.device == "auto" && elements < PACKED_BY_A_CORE * threads_of(&args)? as u64 {
         "cpu".clone_into(&mut args.device);
     }
-    Ok(Packers::of(&open_device(&args, printer)?)?)
+    match Packers::of(&open_device(&args, printer)?) {
+        Err(e) if args.device == "auto" => {
+            printer.warn(&format!("the GPU stays idle: {e}"));
+            Ok(Packers::default())
+        }
+        packers => Ok(packers?),
+    }
 }
 
 /// Threads of the CPU that a command uses.

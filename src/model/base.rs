@@ -39,20 +39,23 @@ pub enum Base {
 
 /// What a base that is quantized as it is loaded is quantized by.
 #[derive(Debug)]
-pub enum Packing {
+pub enum Quantizing {
     /// These.
     By(Packers),
-    /// Nobody: on a device that only counts, values do not matter.
+    /// Nobody: the base is taken as it is, or, on a device that only counts, values do not matter.
     Nothing,
 }
 
-impl Packing {
-    /// What belongs to a device.
+impl Quantizing {
+    /// What belongs to a base and the device that is at hand.
     ///
     /// # Errors
     /// The device refuses.
-    pub fn of(device: &Device) -> Result<Packing> {
-        if device.is_meta() { Ok(Packing::Nothing) } else { Ok(Packing::By(Packers::of(device)?)) }
+    pub fn of(base: &Base, device: &Device) -> Result<Quantizing> {
+        match base {
+            Base::Quantized { .. } if !device.is_meta() => Ok(Quantizing::By(Packers::of(device)?)),
+            _ => Ok(Quantizing::Nothing),
+        }
     }
 }
 
@@ -89,11 +92,6 @@ impl Base {
             .with_hint("leave out `--base-quant`, or give the full-precision model"));
         }
         Ok(Base::Quantized { base: Box::new(base), to })
-    }
-
-    /// Whether linears are quantized as they are loaded.
-    pub fn is_quantized_at_load(&self) -> bool {
-        matches!(self, Base::Quantized { .. })
     }
 
     /// The file or folder.
@@ -169,8 +167,8 @@ impl Base {
 
     /// A packed matrix (rows, cols) by its Hugging Face name, rows in Hugging Face order.
     ///
-    /// `heads`: the matrix is a q or k projection of so many heads. `packing`: asked by a base that is quantized as it is
-    /// loaded.
+    /// `heads`: the matrix is a q or k projection of so many heads. `quantizing`: asked by a base that is quantized as it
+    /// is loaded.
     ///
     /// # Errors
     /// The tensor is missing, has another shape, or a type that is not supported.
@@ -180,7 +178,7 @@ impl Base {
         rows: usize,
         cols: usize,
         heads: Option<usize>,
-        packing: &Packing,
+        quantizing: &Quantizing,
     ) -> Result<BaseWeight> {
         match self {
             Base::Gguf(file) => {
@@ -202,14 +200,14 @@ impl Base {
                 Ok(weight)
             }
             Base::Quantized { base, to } => {
-                let weight = base.matrix(name, rows, cols, heads, packing)?;
+                let weight = base.matrix(name, rows, cols, heads, quantizing)?;
                 if slot_of(name).is_none() {
                     return Ok(weight);
                 }
                 let dtype = weight.element_type();
-                let packed = match packing {
-                    Packing::By(packers) => weight.quantized_by(packers, *to, dtype),
-                    Packing::Nothing => BaseWeight::empty_from(*to, rows, cols, dtype),
+                let packed = match quantizing {
+                    Quantizing::By(packers) => weight.quantized_by(packers, *to, dtype),
+                    Quantizing::Nothing => BaseWeight::empty_from(*to, rows, cols, dtype),
                 };
                 packed.map_err(|e| {
                     let hint = e.hint();

@@ -214,8 +214,9 @@ impl Config {
             Some(&largest) if largest as usize >= self.vocab_size => {
                 let message =
                     format!("token {largest} is beyond the model's vocabulary of {} tokens", self.vocab_size);
-                Err(Error::refused(message)
-                    .with_hint("take the model's own tokenizer: leave out `--tokenizer`"))
+                Err(Error::refused(message).with_hint(
+                    "give the tokenizer that belongs to the model; without `--tokenizer` its own is taken",
+                ))
             }
             _ => Ok(()),
         }

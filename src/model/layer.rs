@@ -1,6 +1,6 @@
 //! One decoder layer: the list of ops forward, and the same list mirrored backward.
 
-mod joined;
+mod activation;
 
 use qpeft_kernels::ops::attention::{AttentionShape, attention_backward, attention_forward};
 use qpeft_kernels::ops::convert::convert;
@@ -8,16 +8,14 @@ use qpeft_kernels::ops::low_rank::{low_rank_forward, low_rank_projection_backwar
 use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_backward_scaled, rms_norm_forward};
 use qpeft_kernels::ops::rope::{rope_backward, rope_backward_scaled, rope_forward, rope_forward_scaled};
 use qpeft_kernels::ops::row_scale::Output;
-use qpeft_kernels::ops::swiglu::{
-    swiglu_backward, swiglu_backward_scaled, swiglu_forward, swiglu_forward_scaled,
-};
+use qpeft_kernels::ops::swiglu::{swiglu_forward, swiglu_forward_scaled};
 use qpeft_kernels::{Ids, Tensor, View, ViewMut};
 
 use super::buffers::{GradientBuffers, LayerBuffers, Shared};
 use super::config::Config;
 use super::linear::{BranchGradient, Entry, InputGradient, Linear, Pass, Saved, Scratch};
 use crate::error::Result;
-use joined::Operands;
+use activation::Operands;
 
 /// The linears of a layer, in forward order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -533,40 +531,16 @@ impl Layer {
             Some((dgate, dup)) => (dgate, dup, &mut s.beside_gate_up),
             None => (&mut g.gate, &mut g.up, &mut g.beside_gate_up),
         };
-        let late = late.filter(|_| !self.joined);
-        let act = late.map(|_| common.act.top_mut(t));
-        if self.joined {
-            let operands = Operands {
-                dact: g.act.top(t),
-                inputs: [gate, up],
-                gradients: [&mut *dgate, &mut *dup],
-                beside: [&mut *beside_gate, &mut *beside_up],
-                twins: shared.shared.then_some(&mut g.h),
-                h: &s.h,
-                dh: g.beside_stream[1].top(t).column_range(0, down.rank()),
-            };
-            self.joined_backward(operands, to)?;
-        } else if let Some(((gate_scale, up_scale), factors)) = scales.zip(self.gate_factors()) {
-            let dscales = Entry::views_mut([gate_scale, up_scale], to.dparams.reborrow());
-            let of = |entry: &Entry| entry.view(to.pass.params);
-            swiglu_backward_scaled(
-                dgate.top_mut(t),
-                dup.top_mut(t),
-                act,
-                dscales,
-                g.act.top(t),
-                gate,
-                up,
-                factors,
-                [of(gate_scale), of(up_scale)],
-            )?;
-        } else {
-            swiglu_backward(dgate.top_mut(t), dup.top_mut(t), act, g.act.top(t), gate, up)?;
-        }
-        if let Some(a) = late {
-            let dh = g.beside_stream[1].top(t).column_range(0, down.rank());
-            low_rank_projection_backward(a.view_mut(to.dparams.reborrow()), dh, common.act.top(t))?;
-        }
+        let operands = Operands {
+            dact: g.act.top(t),
+            inputs: [gate, up],
+            gradients: [&mut *dgate, &mut *dup],
+            beside: [&mut *beside_gate, &mut *beside_up],
+            twins: shared.shared.then_some(&mut g.h),
+            h: &s.h,
+            dh: g.beside_stream[1].top(t).column_range(0, down.rank()),
+        };
+        self.activation_backward(operands, late.map(|a| (a, &mut common.act)), to)?;
         let unread = |y| scales.is_none().then_some(Output::Kept(y));
         let pass = Pass { branched: self.joined, ..shared };
         let mut with_shared = to.with_pass(&pass);

@@ -4,7 +4,7 @@ use qpeft_kernels::Device;
 use qpeft_kernels::ops::attention::check_head_dim;
 use qpeft_kernels::ops::rope::rope_table;
 
-use super::base::{Base, Packing};
+use super::base::{Base, Quantizing};
 use super::config::Config;
 use super::decoder::Decoder;
 use super::layer::{Layer, SLOTS, Slot};
@@ -31,36 +31,35 @@ impl Decoder {
     /// # Errors
     /// See [`Decoder::load`].
     pub fn load_placed(base: &Base, device: &Device, embedding_on_host: bool) -> Result<Decoder> {
-        let packing = if base.is_quantized_at_load() { Packing::of(device)? } else { Packing::Nothing };
-        Decoder::load_packed(base, device, embedding_on_host, &packing)
+        Decoder::load_quantizing(base, device, embedding_on_host, &Quantizing::of(base, device)?)
     }
 
-    /// As [`Decoder::load_placed`], with another `packing` than that of the device.
+    /// As [`Decoder::load_placed`], with other means than those of the device, if the base is quantized as it is loaded.
     ///
     /// # Errors
     /// See [`Decoder::load`].
-    pub fn load_packed(
+    pub fn load_quantizing(
         base: &Base,
         device: &Device,
         embedding_on_host: bool,
-        packing: &Packing,
+        quantizing: &Quantizing,
     ) -> Result<Decoder> {
         let config = base.config()?;
         check_head_dim(device, config.head_dim)?;
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = base.matrix("model.embed_tokens.weight", vocab, hidden, None, packing)?;
+        let embedding = base.matrix("model.embed_tokens.weight", vocab, hidden, None, quantizing)?;
         let embedding =
             if embedding_on_host { embedding.to_pinned(device)? } else { embedding.to_device(device)? };
         let head = base
             .has("lm_head.weight")
             .then(|| {
-                let head = base.matrix("lm_head.weight", vocab, hidden, None, packing)?;
+                let head = base.matrix("lm_head.weight", vocab, hidden, None, quantizing)?;
                 Ok::<_, Error>(head.to_device(device)?)
             })
             .transpose()?;
         Ok(Decoder {
             layers: (0..config.n_layers)
-                .map(|l| load_layer(base, device, &config, l, packing))
+                .map(|l| load_layer(base, device, &config, l, quantizing))
                 .collect::<Result<_>>()?,
             final_norm: base.vector(device, "model.norm.weight", config.hidden_size)?,
             rope: rope_table(
@@ -84,7 +83,7 @@ fn load_layer(
     device: &Device,
     config: &Config,
     layer: usize,
-    packing: &Packing,
+    quantizing: &Quantizing,
 ) -> Result<Layer> {
     let norm =
         |name: &str| base.vector(device, &format!("model.layers.{layer}.{name}.weight"), config.hidden_size);
@@ -92,7 +91,7 @@ fn load_layer(
         let module = module_path(layer, slot);
         let (rows, cols) = slot.shape(config);
         let heads = slot.permuted_heads(config);
-        let weight = base.matrix(&format!("{module}.weight"), rows, cols, heads, packing)?;
+        let weight = base.matrix(&format!("{module}.weight"), rows, cols, heads, quantizing)?;
         Ok(Linear { module, weight: weight.to_device(device)?, adapter: None })
     };
     let linears: Vec<Linear> = Slot::ALL.into_iter().map(linear).collect::<Result<_>>()?;

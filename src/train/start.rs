@@ -16,7 +16,7 @@ use super::trainer::Observer;
 use crate::adapters::pissa::{SplitError, SplitOptions};
 use crate::adapters::staged::{self, FileId, Manifest, Settings};
 use crate::adapters::{self, AdapterFolder, folder};
-use crate::model::base::Packing;
+use crate::model::base::Quantizing;
 use crate::model::layer::Slot;
 use crate::model::load::module_path;
 use crate::model::{Base, Decoder, Parameters, residual};
@@ -127,9 +127,10 @@ impl Start<'_> {
             // residual does not say what was split off.
             check_kind(&given.config, false, false)?;
         }
-        let packing = Packing::of(self.device)?;
-        let mut decoder = Decoder::load_packed(&self.model, &Device::Cpu, false, &packing)?;
-        drop(packing);
+        let mut decoder = {
+            let quantizing = Quantizing::of(&self.model, self.device)?;
+            Decoder::load_quantizing(&self.model, &Device::Cpu, false, &quantizing)?
+        };
         let settings = self.settings(&peft, given)?;
         let manifest = match Manifest::read(run)? {
             Some(manifest) if continued.is_some() || self.resume => manifest,

@@ -111,6 +111,13 @@ impl Packers {
         codes: &mut [u8],
         absmax: &mut [f32],
     ) -> Result<()> {
+        assert!(
+            codes.len() == values.len().div_ceil(2) && absmax.len() == values.len().div_ceil(blocksize),
+            "{} elements are not {} bytes of codes and {} scales",
+            values.len(),
+            codes.len(),
+            absmax.len()
+        );
         // A block that is cut is divided by another number (the table of types says so, too).
         let fits =
             values.len() <= LARGEST && codes.len() + size_of_val(absmax) + size_of::<f32>() <= 2 * LARGEST;

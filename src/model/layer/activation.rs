@@ -1,9 +1,11 @@
-//! The activation's backward pass joined with what the branches of gate, up and down take from the same elements: three ops
-//! in one, where a device has it.
+//! The activation's backward pass: alone, or joined with what the branches of gate, up and down take from the same elements,
+//! where a device has an op that does.
 
 use std::ops::Range;
 
+use qpeft_kernels::ops::low_rank::low_rank_projection_backward;
 use qpeft_kernels::ops::swiglu::low_rank::{self, Branch, Scales, swiglu_backward_low_rank};
+use qpeft_kernels::ops::swiglu::{swiglu_backward, swiglu_backward_scaled};
 use qpeft_kernels::{Device, Tensor, View, ViewMut};
 
 use super::super::config::Config;
@@ -66,12 +68,37 @@ impl Layer {
             && low_rank::serves(device, config.intermediate_size, [down.rank(), gate.rank(), up.rank()])
     }
 
-    /// The gradients of gate and up, of dA of down, of dh and dB of gate and up, and of the factors of both if they have any.
-    pub(super) fn joined_backward<'a>(
+    /// The gradients of gate and up, and of the factors of both if they have any. In a [joined](Layer::joined) layer that of A of
+    /// down, and dh and dB of gate and up, too; else that of A if it is `late`, for which silu(gate) * up is made again in
+    /// the tensor beside it.
+    pub(super) fn activation_backward<'a>(
         &'a self,
         operands: Operands<'a>,
+        late: Option<(&Entry, &mut Tensor)>,
         to: &'a mut Backward<'_>,
     ) -> Result<()> {
+        if self.joined {
+            return self.joined_backward(operands, to);
+        }
+        let Operands { dact, inputs: [gate, up], gradients: [dgate, dup], dh, .. } = operands;
+        let t = dact.rows;
+        let (a, mut act) = late.unzip();
+        let again = act.as_mut().map(|act| act.top_mut(t));
+        let scales = self.output_scale(Slot::Gate).zip(self.output_scale(Slot::Up));
+        if let Some(((gate_scale, up_scale), factors)) = scales.zip(self.gate_factors()) {
+            let dscales = Entry::views_mut([gate_scale, up_scale], to.dparams.reborrow());
+            let scales = [gate_scale, up_scale].map(|entry| entry.view(to.pass.params));
+            let (dgate, dup) = (dgate.top_mut(t), dup.top_mut(t));
+            swiglu_backward_scaled(dgate, dup, again, dscales, dact, gate, up, factors, scales)?;
+        } else {
+            swiglu_backward(dgate.top_mut(t), dup.top_mut(t), again, dact, gate, up)?;
+        }
+        let Some((a, act)) = a.zip(act) else { return Ok(()) };
+        Ok(low_rank_projection_backward(a.view_mut(to.dparams.reborrow()), dh, act.top(t))?)
+    }
+
+    /// The gradients of gate and up, of dA of down, of dh and dB of gate and up, and of the factors of both if they have any.
+    fn joined_backward<'a>(&'a self, operands: Operands<'a>, to: &'a mut Backward<'_>) -> Result<()> {
         let Operands { dact, inputs: [gate, up], gradients: [dgate, dup], beside, twins, h, dh } = operands;
         let t = dact.rows;
         let slots = [Slot::Gate, Slot::Up];
