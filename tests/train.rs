@@ -331,8 +331,12 @@ fn a_model_becomes_a_bitsandbytes_folder_and_that_a_gguf_of_the_same_values() {
     // The same codes whether the model came as a folder or as a GGUF.
     let (dense, again) = (dir.path("dense.gguf"), dir.path("again"));
     json(&["convert", "hf-to-gguf", "--model", DENSE, "--output", &dense, "--outtype", "f32"]);
-    json(&["quantize", "--model", &dense, "--quant", "nf4-dq", "--output", &again]);
+    json(&["quantize", "--model", &dense, "--quant", "nf4-dq", "--output", &again, "--threads", "3"]);
     assert_relative(eval_loss(&again, &data, None), eval_loss(&folder, &data, None), 1e-9);
+    let none = dir.path("none");
+    refuse(&["quantize", "--model", &dense, "--quant", "nf4", "--output", &none, "--device", "gpu"])
+        .says(2, &["cannot use the device `gpu`"]);
+    assert!(!Path::new(&none).exists());
     refuse(&["quantize", "--model", DENSE, "--quant", "nf4", "--pure", "--output", &again])
         .says(2, &["`--pure` does nothing with a bitsandbytes type"]);
 }

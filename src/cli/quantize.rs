@@ -63,7 +63,14 @@ pub fn run(args: &QuantizeArgs, printer: &Printer) -> anyhow::Result<()> {
         refuse_inputs(path, &inputs)?;
     }
     warn(&plan, args, printer);
-    let packers = open_packers(&args.compute, plan.elements_to_share(), printer)?;
+    let shared = plan.elements_to_share();
+    if shared == 0 && args.compute.device.starts_with("cuda") {
+        printer.warn(&format!(
+            "`--device {}` does nothing: a GPU takes part in packing Q4_K, Q5_K and Q6_K without importance",
+            args.compute.device
+        ));
+    }
+    let packers = open_packers(&args.compute, shared, printer)?;
     let threads = threads_of(&args.compute)?;
     let mut bar: Option<Progress> = None;
     plan.write(output, threads, &packers, |done, total| {

@@ -5,6 +5,7 @@ use qpeft_formats::file::AtomicDir;
 use qpeft_formats::gguf::GgufFile;
 use qpeft_formats::safetensors::Checkpoint;
 use qpeft_formats::safetensors::folder::SHARD_BYTES;
+use qpeft_kernels::ops::quantize::Packers;
 use serde_json::json;
 
 use super::args::QuantizeArgs;
@@ -12,7 +13,7 @@ use super::printer::Printer;
 use super::progress::Progress;
 use super::report::Usage;
 use super::session::{open_packers, refuse_existing, refuse_inputs, refuse_other_folder};
-use crate::convert::bitsandbytes::{QuantizeReport, write_bitsandbytes_folder};
+use crate::convert::bitsandbytes::{QuantizeReport, elements_to_quantize, write_bitsandbytes_folder};
 use crate::convert::gguf_to_hf;
 
 /// Runs the command.
@@ -43,10 +44,16 @@ pub fn run(
     refuse_inputs(output, &[&args.model])?;
     refuse_other_folder(output)?;
 
+    // Before anything is written, and before other threads are at work.
+    let open = |elements| open_packers(&args.compute, elements, printer);
     let report = if args.model.is_dir() {
-        pack(&Checkpoint::open(&args.model)?, args, quant_type, double, printer)?
+        let folder = Checkpoint::open(&args.model)?;
+        let packers = open(elements_to_quantize(&folder))?;
+        pack(&folder, args, quant_type, double, &packers, printer)?
     } else {
         let file = GgufFile::open(&args.model)?;
+        let elements = file.tensors().iter().map(|tensor| (tensor.n_rows() * tensor.row_len()) as u64);
+        let packers = open(elements.sum())?;
         // Another name than the output's, whose own temporary folder exists at the same time.
         let mut name = output.file_name().unwrap_or_default().to_owned();
         name.push(".dense");
@@ -59,7 +66,7 @@ pub fn run(
             bar.get_or_insert_with(start).update(done as u64, "");
         })?;
         drop(bar);
-        pack(&Checkpoint::open(&dense)?, args, quant_type, double, printer)?
+        pack(&Checkpoint::open(&dense)?, args, quant_type, double, &packers, printer)?
     };
     if args.json {
         return Ok(printer.json(&json!({
@@ -82,6 +89,7 @@ fn pack(
     args: &QuantizeArgs,
     quant_type: QuantType,
     double: bool,
+    packers: &Packers,
     printer: &Printer,
 ) -> anyhow::Result<QuantizeReport> {
     let output = args.output.as_deref().expect("the caller checked that it is given");
@@ -90,8 +98,5 @@ fn pack(
         bar.get_or_insert_with(|| Progress::start(printer, "tensor", 0, total as u64))
             .update(done as u64, "");
     };
-    let tensors = folder.names().filter_map(|name| folder.tensor(name));
-    let elements = tensors.map(|tensor| tensor.shape.iter().product::<usize>() as u64).sum();
-    let packers = open_packers(&args.compute, elements, printer)?;
-    Ok(write_bitsandbytes_folder(folder, quant_type, double, &packers, output, SHARD_BYTES, progress)?)
+    Ok(write_bitsandbytes_folder(folder, quant_type, double, packers, output, SHARD_BYTES, progress)?)
 }

@@ -43,13 +43,15 @@ pub fn open_device(args: &ComputeArgs, printer: &Printer) -> anyhow::Result<Devi
 /// Elements that one core packs in a second or two, while a GPU takes half a second to open.
 const PACKED_BY_A_CORE: u64 = 1 << 27;
 
-/// The cores, and the device that is named, to pack so many elements; for few of them `auto` leaves a GPU alone.
+/// The cores, and the device that is named, to pack so many elements; for few of them `auto` leaves a GPU alone, and for none
+/// no device is opened.
 ///
 /// # Errors
 /// See [`open_device`].
 pub fn open_packers(args: &ComputeArgs, elements: u64, printer: &Printer) -> anyhow::Result<Packers> {
     let mut args = args.clone();
-    if args.device == "auto" && elements < PACKED_BY_A_CORE * threads_of(&args)? as u64 {
+    let few = args.device == "auto" && elements < PACKED_BY_A_CORE * threads_of(&args)? as u64;
+    if elements == 0 || few {
         "cpu".clone_into(&mut args.device);
     }
     match Packers::of(&open_device(&args, printer)?) {

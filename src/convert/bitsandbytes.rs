@@ -85,6 +85,12 @@ pub fn write_bitsandbytes_folder(
     Ok(report)
 }
 
+/// Elements of a folder that [`write_bitsandbytes_folder`] quantizes.
+pub fn elements_to_quantize(folder: &Checkpoint) -> u64 {
+    let linears = folder.names().filter(|name| is_linear(name)).filter_map(|name| folder.tensor(name));
+    linears.map(|tensor| tensor.shape.iter().product::<usize>() as u64).sum()
+}
+
 /// Whether a tensor is the weight of a linear inside of a block.
 fn is_linear(name: &str) -> bool {
     let in_block = name.contains(".layers.") || name.starts_with("layers.");

@@ -173,7 +173,8 @@ pub fn merge_folder_to_gguf(
     let mixture = options.mixture.clone().or_else(|| dense_mixture(&source));
     let plan = Plan::new(&source, mixture.as_ref(), None, options.split)?;
     let mib = |bytes: u64| bytes.div_ceil(1 << 20) as usize;
-    let (threads, packers) = (rayon::current_num_threads(), Packers::of(device)?);
+    let packers = if plan.elements_to_share() > 0 { Packers::of(device)? } else { Packers::default() };
+    let threads = rayon::current_num_threads();
     plan.write(path, threads, &packers, |done, total| progress(mib(done), mib(total)))?;
 
     let mut report = MergeReport::default();

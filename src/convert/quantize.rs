@@ -14,6 +14,7 @@ use qpeft_formats::mixture::{FileType, Mixture, ModelFacts, file_order};
 use qpeft_formats::{GgmlType, blocks};
 use qpeft_kernels::cpu::quantize::quantize_rows;
 use qpeft_kernels::ops::quantize::Packers;
+use qpeft_kernels::weight::WeightType;
 
 use super::gguf::read_packed;
 use super::pipeline::in_order;
@@ -151,7 +152,9 @@ impl<'a> Plan<'a> {
 
     /// Elements that a device can take part in packing: those that become a type that is worth it, without importance.
     pub fn elements_to_share(&self) -> u64 {
-        let shared = |t: &&PlannedTensor| t.converted && !t.has_importance && Packers::share(t.decl.dtype);
+        let shared = |t: &&PlannedTensor| {
+            t.converted && !t.has_importance && Packers::is_shared(WeightType::Ggml(t.decl.dtype))
+        };
         self.tensors.iter().filter(shared).map(|t| t.decl.shape.iter().product::<u64>()).sum()
     }
 

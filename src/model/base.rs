@@ -42,8 +42,8 @@ pub enum Base {
 pub enum Quantizing {
     /// These.
     By(Packers),
-    /// Nobody: the base is taken as it is, or, on a device that only counts, values do not matter.
-    Nothing,
+    /// Nobody: on a device that only counts, values do not matter.
+    OnlySizes,
 }
 
 impl Quantizing {
@@ -53,8 +53,9 @@ impl Quantizing {
     /// The device refuses.
     pub fn of(base: &Base, device: &Device) -> Result<Quantizing> {
         match base {
-            Base::Quantized { .. } if !device.is_meta() => Ok(Quantizing::By(Packers::of(device)?)),
-            _ => Ok(Quantizing::Nothing),
+            _ if device.is_meta() => Ok(Quantizing::OnlySizes),
+            Base::Quantized { to, .. } if Packers::is_shared(*to) => Ok(Quantizing::By(Packers::of(device)?)),
+            _ => Ok(Quantizing::By(Packers::default())),
         }
     }
 }
@@ -207,7 +208,7 @@ impl Base {
                 let dtype = weight.element_type();
                 let packed = match quantizing {
                     Quantizing::By(packers) => weight.quantized_by(packers, *to, dtype),
-                    Quantizing::Nothing => BaseWeight::empty_from(*to, rows, cols, dtype),
+                    Quantizing::OnlySizes => BaseWeight::empty_from(*to, rows, cols, dtype),
                 };
                 packed.map_err(|e| {
                     let hint = e.hint();

@@ -81,19 +81,18 @@ thread_local! {
     static LANE: Cell<Option<sys::CUstream>> = const { Cell::new(None) };
 }
 
-/// Ends the work on a lane, also where it panics.
-struct OnLane;
+/// Ends the work on a lane, also where it panics; has what the thread enqueued on before.
+struct OnLane(Option<sys::CUstream>);
 
 impl OnLane {
     fn begin(stream: Option<sys::CUstream>) -> OnLane {
-        LANE.set(stream);
-        OnLane
+        OnLane(LANE.replace(stream))
     }
 }
 
 impl Drop for OnLane {
     fn drop(&mut self) {
-        LANE.set(None);
+        LANE.set(self.0);
     }
 }
 
@@ -122,11 +121,13 @@ impl Errand {
     /// # Errors
     /// `enqueue` fails, or what it enqueued.
     pub(crate) fn run(&self, enqueue: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
-        {
+        let enqueued = {
             let _lane = OnLane::begin(Some(self.stream.cu_stream()));
-            enqueue()?;
-        }
-        self.stream.synchronize().map_err(|e| self.cuda.error("waiting for the device", e))
+            enqueue()
+        };
+        // Also after an error: what was enqueued before it may still be at work.
+        let done = self.stream.synchronize().map_err(|e| self.cuda.error("waiting for the device", e));
+        enqueued.and(done)
     }
 }
 

@@ -84,10 +84,11 @@ impl Buffer {
     ///
     /// # Panics
     /// The range lies outside of the buffer, or the buffer is not on the host.
-    pub(crate) fn write_host(&self, at: usize, bytes: &[u8]) {
+    pub(crate) fn write_host(&mut self, at: usize, bytes: &[u8]) {
         let to = self.host(at, bytes.len());
-        // SAFETY: `host` checked the range, which nothing enqueued uses: weights are filled before they are first read, and
-        // an errand is waited for before the next. The source cannot overlap what only this buffer has.
+        // SAFETY: `host` checked the range, which neither a clone of the buffer nor anything enqueued uses: weights are
+        // filled before they are shared and first read, and a desk's buffers are behind its lock, where an errand is
+        // waited for before the next. So the source does not overlap it either.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
     }
 
@@ -95,7 +96,7 @@ impl Buffer {
     ///
     /// # Panics
     /// See there.
-    pub(crate) fn write_host_f32(&self, values: &[f32]) {
+    pub(crate) fn write_host_f32(&mut self, values: &[f32]) {
         let to = self.host(0, size_of_val(values));
         // SAFETY: as above; every bit pattern of an f32 is four bytes.
         unsafe { std::ptr::copy_nonoverlapping(values.as_ptr().cast(), to, size_of_val(values)) };
@@ -223,7 +224,7 @@ impl Cuda {
     /// The device has not so much memory left.
     ///
     /// # Panics
-    /// Work [side by side](Cuda::side_by_side) asks for it.
+    /// Work [side by side](Cuda::side_by_side) or an errand asks for it.
     pub fn scratch(&self, purpose: Scratch, bytes: usize) -> Result<u64> {
         assert!(!Cuda::is_side_by_side(), "scratch is not for work side by side");
         let mut all = self.memory.scratch.lock().unwrap_or_else(PoisonError::into_inner);

@@ -368,7 +368,7 @@ pub(super) fn packed_args(weight: &DeviceWeight) -> impl Iterator<Item = Arg> {
     ])
 }
 
-fn same_device(op: &'static str, weight: &DeviceWeight, operand: &View<'_>) -> Result<()> {
+pub(super) fn same_device(op: &'static str, weight: &DeviceWeight, operand: &View<'_>) -> Result<()> {
     let cuda: &Cuda = weight.cuda();
     match operand.cuda() {
         Some(other) if std::ptr::eq(&raw const **other, cuda) => Ok(()),

@@ -63,8 +63,9 @@ pub fn row_norm_forward(
     forward_fast(norm.cpu(FORWARD)?, operands, wa, weight)
 }
 
-/// [`row_norm_forward`] with the product W A^T made on the way: on CUDA one kernel reads the rows once, those of a copy, or the
-/// packed ones up to rank 16, else those that were dequantized into scratch.
+/// [`row_norm_forward`] with the product W A^T made on the way: on CUDA one kernel reads the rows once: those of a copy or of
+/// a weight that is bf16 itself, or the packed ones (up to rank 16, a multiple of 32 columns, aligned A, no rounding to f16),
+/// else those that were dequantized into scratch.
 ///
 /// Shapes: as [`row_norm_forward`]. `a` is of the type of activations.
 /// `folded`: the row scale g that a copy of the weight on the device has in its rows, if there is such a copy; then

@@ -77,7 +77,7 @@ impl DeviceWeight {
             return Err(Error::IndexOutOfRange { op: "upload", what, index: groups, limit: GROUPS_MAX });
         }
         let layout = Layout::of(weight);
-        let buffer = if on_host { cuda.alloc_host(layout.bytes)? } else { cuda.alloc(layout.bytes)? };
+        let mut buffer = if on_host { cuda.alloc_host(layout.bytes)? } else { cuda.alloc(layout.bytes)? };
         layout.write(weight, |at, bytes| {
             if on_host {
                 buffer.write_host(at, bytes);

@@ -1,8 +1,9 @@
 //! Rows of host memory packed by whoever is free: the calling threads, and a device that takes some of them over the bus.
 //!
 //! A device has a few desks, each with pinned memory that its kernels read and write themselves, and a stream. A thread that
-//! has rows to pack takes them to a desk if one is free, and otherwise packs them itself; the bytes are the same. So no
-//! thread waits for another, and no memory of the device is taken. Only types that are packed slowly enough go there.
+//! has rows to pack takes them to a desk if one is free, which is faster, and otherwise packs them itself; the bytes are the
+//! same. So no thread waits for another, and no memory of the device is taken. Only types that are packed slowly enough go
+//! there.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -16,6 +17,7 @@ use crate::cpu::quantize::quantize_rows;
 use crate::cuda::{Buffer, Cuda, Errand};
 use crate::device::Device;
 use crate::error::Result;
+use crate::weight::WeightType;
 
 /// Desks of a device. More bring nothing: the bus is busy by then.
 const DESKS: usize = 8;
@@ -55,8 +57,12 @@ impl Packers {
     }
 
     /// Whether a device can take part in packing this type.
-    pub fn share(dtype: GgmlType) -> bool {
-        Blocks::over_bus(dtype).is_some()
+    pub fn is_shared(of: WeightType) -> bool {
+        match of {
+            WeightType::Ggml(dtype) => Blocks::over_bus(dtype).is_some(),
+            WeightType::FourBit { .. } => true,
+            WeightType::Int8 => false,
+        }
     }
 
     /// Elements of a task: what the second-level cache of a core holds, or, with a device, what makes up for the way there.
@@ -88,7 +94,10 @@ impl Packers {
         let kernel = Blocks::over_bus(dtype);
         for (values, bytes) in values.chunks(LARGEST).zip(bytes.chunks_mut(LARGEST / len * width)) {
             match kernel.and_then(|kernel| Some((kernel, self.free_desk(values.len())?))) {
-                Some((kernel, desk)) => desk.ggml(kernel, values, bytes)?,
+                Some((kernel, mut desk)) => {
+                    desk.ggml(kernel, values, bytes)?;
+                    self.count(values.len());
+                }
                 None => quantize_rows(dtype, values, len, None, bytes),
             }
         }
@@ -125,25 +134,29 @@ impl Packers {
             quantize_blocks_here(quant_type, blocksize, values, codes, absmax);
             return Ok(());
         }
-        match self.free_desk(values.len()) {
-            Some(desk) => desk.four_bit(quant_type, blocksize, values, codes, absmax)?,
-            None => quantize_blocks_here(quant_type, blocksize, values, codes, absmax),
-        }
+        let Some(mut desk) = self.free_desk(values.len()) else {
+            quantize_blocks_here(quant_type, blocksize, values, codes, absmax);
+            return Ok(());
+        };
+        desk.four_bit(quant_type, blocksize, values, codes, absmax)?;
+        self.count(values.len());
         Ok(())
+    }
+
+    fn count(&self, elements: usize) {
+        self.on_device.fetch_add(elements, Ordering::Relaxed);
     }
 
     fn free_desk(&self, elements: usize) -> Option<MutexGuard<'_, Desk>> {
         if elements < SMALLEST {
             return None;
         }
-        let desk = self.desks.iter().find_map(|desk| match desk.try_lock() {
+        self.desks.iter().find_map(|desk| match desk.try_lock() {
             Ok(desk) => Some(desk),
             // Nothing is left on a desk from one use to the next.
             Err(TryLockError::Poisoned(desk)) => Some(PoisonError::into_inner(desk)),
             Err(TryLockError::WouldBlock) => None,
-        })?;
-        self.on_device.fetch_add(elements, Ordering::Relaxed);
-        Some(desk)
+        })
     }
 }
 
@@ -170,7 +183,7 @@ impl Desk {
         })
     }
 
-    fn ggml(&self, kernel: Blocks, values: &[f32], bytes: &mut [u8]) -> Result<()> {
+    fn ggml(&mut self, kernel: Blocks, values: &[f32], bytes: &mut [u8]) -> Result<()> {
         let cuda = self.errand.cuda();
         self.values.write_host_f32(values);
         self.errand.run(|| kernel.launch(cuda, self.packed.ptr(), 0, self.values.ptr(), values.len()))?;
@@ -179,7 +192,7 @@ impl Desk {
     }
 
     fn four_bit(
-        &self,
+        &mut self,
         quant_type: QuantType,
         blocksize: usize,
         values: &[f32],

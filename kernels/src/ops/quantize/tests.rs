@@ -202,10 +202,7 @@ fn cuda_packers_write_the_bytes_of_the_host() {
                 let before = packers.elements_on_device();
                 let found = like.requantize_by(&packers, &values).unwrap();
                 assert_same(&format!("{of}, {rows} x {cols}"), &found, &like.requantize(&values).unwrap());
-                let shared = match like.weight_type() {
-                    WeightType::Ggml(dtype) => Packers::share(dtype),
-                    _ => true,
-                };
+                let shared = Packers::is_shared(like.weight_type());
                 let taken = packers.elements_on_device() > before;
                 assert_eq!(taken, shared && rows * cols > 1 << 14, "{of}, {rows} x {cols}: by a desk");
             }

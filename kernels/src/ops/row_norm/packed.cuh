@@ -44,7 +44,7 @@ template <class D> struct PackedRows {
     };
 };
 
-// Blocks of THREADS. The first row of the weight is the first of all that belongs to rows.
+// Blocks of THREADS.
 template <class D, u32 TILES, u32 DEPTH>
 __device__ __forceinline__ void forward_packed(const Results& out, const float* w_squared, const Packed& p, float factor,
                                                const Factors& x, const float* m) {

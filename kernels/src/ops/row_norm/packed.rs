@@ -6,7 +6,7 @@ use qpeft_formats::safetensors::Dtype as Element;
 use super::{FORWARD, Fold, GROUP, Operands, aligned, fold_args};
 use crate::cuda::{Arg, Grid, Source};
 use crate::error::Result;
-use crate::ops::dequantize::{kernels, packed_args};
+use crate::ops::dequantize::{kernels, packed_args, same_device};
 use crate::tensor::{View, ViewMut};
 use crate::weight::{BaseWeight, DeviceWeight};
 
@@ -71,6 +71,7 @@ pub(super) fn forward(
     weight: &DeviceWeight,
     fold: Option<Fold>,
 ) -> Result<()> {
+    same_device(FORWARD, weight, &norm.as_view())?;
     let Operands { w_squared, a, b, scaling } = operands;
     let mut args = vec![
         Arg::Ptr(norm.f32(FORWARD)?),
