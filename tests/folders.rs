@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use qpeft::adapters::AdapterFolder;
-use qpeft::convert::bitsandbytes::write_bitsandbytes_folder;
+use qpeft::convert::bitsandbytes::{QuantizeReport, write_bitsandbytes_folder};
 use qpeft::convert::merge_folder::{FolderTarget, merge_to_folder};
 use qpeft::model::{Base, Batch, Buffers, Decoder, Keep, Parameters};
 use qpeft_formats::GgmlType;
@@ -17,6 +17,11 @@ fn testdata(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata").join(path)
 }
 
+fn write(folder: &Checkpoint, to: &Path, shard_bytes: u64) -> qpeft::Result<QuantizeReport> {
+    let packers = Packers::default();
+    write_bitsandbytes_folder(folder, QuantType::Nf4, true, &packers, to, shard_bytes, |_, _| {})
+}
+
 #[test]
 fn a_quantized_folder_is_the_one_that_transformers_saves() {
     let source = Checkpoint::open(&testdata("models/tiny-llama")).unwrap();
@@ -24,18 +29,7 @@ fn a_quantized_folder_is_the_one_that_transformers_saves() {
     let out = tempfile::tempdir().unwrap();
     for (shard_bytes, name) in [(SHARD_BYTES, "one"), (100_000, "many")] {
         let path = out.path().join(name);
-        let write = || {
-            write_bitsandbytes_folder(
-                &source,
-                QuantType::Nf4,
-                true,
-                &Packers::default(),
-                &path,
-                shard_bytes,
-                |_, _| {},
-            )
-            .unwrap()
-        };
+        let write = || write(&source, &path, shard_bytes).unwrap();
         let report = write();
         assert_eq!((report.quantized, report.copied), (14, 6));
         let written = Checkpoint::open(&path).unwrap();
@@ -53,15 +47,7 @@ fn a_quantized_folder_is_the_one_that_transformers_saves() {
     }
     let again = Checkpoint::open(&out.path().join("one")).unwrap();
     let path = out.path().join("twice");
-    let error = write_bitsandbytes_folder(
-        &again,
-        QuantType::Nf4,
-        true,
-        &Packers::default(),
-        &path,
-        SHARD_BYTES,
-        |_, _| {},
-    );
+    let error = write(&again, &path, SHARD_BYTES);
     assert!(error.unwrap_err().to_string().contains("quantized already"));
     assert!(!path.exists());
 }

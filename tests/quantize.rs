@@ -266,6 +266,18 @@ fn quantizing_again_warns() {
 }
 
 #[test]
+fn a_device_that_has_no_part_is_said_and_one_that_is_none_refused() {
+    let dir = Scratch::new();
+    let output = dir.path("q.gguf");
+    let (_, said) = succeed(&[&quantize(QUANTIZED, "q8_0", &output)[..], &["--device", "cuda:3"]].concat());
+    assert!(said.contains("`--device cuda:3` does nothing: a GPU takes part in packing Q4_K, "), "{said}");
+    for device in ["gpu", "cuda:x"] {
+        let args = [&quantize(QUANTIZED, "q8_0", &output)[..], &["--dry-run", "--device", device]].concat();
+        refuse(&args).says(2, &[&format!("cannot use the device `{device}`")]);
+    }
+}
+
+#[test]
 fn inspect_names_the_problems_of_a_model() {
     let dir = Scratch::new();
     let json = json(&["inspect", QUANTIZED]);

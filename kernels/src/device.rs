@@ -47,21 +47,29 @@ impl Device {
     /// # Errors
     /// The name is none of these, or no such CUDA device can be opened; the error says which part is missing.
     pub fn open(name: &str) -> Result<Device> {
-        let refuse = |reason: &str| Error::Device { device: name.to_owned(), reason: reason.to_owned() };
-        match name {
-            "auto" => return Ok(Device::auto().0),
-            "cpu" => return Ok(Device::Cpu),
-            _ => {}
+        match Device::ordinal(name)? {
+            Some(ordinal) => Ok(Device::Cuda(Cuda::open(ordinal)?)),
+            None if name == "auto" => Ok(Device::auto().0),
+            None => Ok(Device::Cpu),
         }
-        let ordinal = match name.strip_prefix("cuda") {
-            Some("") => 0,
+    }
+
+    /// The number of the CUDA device that a name of [`Device::open`] means; `None` for `auto` and `cpu`. Opens nothing.
+    ///
+    /// # Errors
+    /// The name is none of those.
+    pub fn ordinal(name: &str) -> Result<Option<usize>> {
+        let refuse = |reason: &str| Error::Device { device: name.to_owned(), reason: reason.to_owned() };
+        match name.strip_prefix("cuda") {
+            Some("") => Ok(Some(0)),
             Some(rest) => rest
                 .strip_prefix(':')
                 .and_then(|n| n.parse::<usize>().ok())
-                .ok_or_else(|| refuse("expected `cuda` or `cuda:N` with a device number N"))?,
-            None => return Err(refuse("expected `auto`, `cpu`, `cuda` or `cuda:N`")),
-        };
-        Ok(Device::Cuda(Cuda::open(ordinal)?))
+                .map(Some)
+                .ok_or_else(|| refuse("expected `cuda` or `cuda:N` with a device number N")),
+            None if matches!(name, "auto" | "cpu") => Ok(None),
+            None => Err(refuse("expected `auto`, `cpu`, `cuda` or `cuda:N`")),
+        }
     }
 
     /// The first CUDA device that the kernels run on, else the CPU; and, if a GPU is there that cannot be used, what stands in the way.

@@ -4,9 +4,13 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use qpeft_formats::GgmlType;
 use qpeft_formats::gguf::GgufFile;
 use qpeft_formats::imatrix::Imatrix;
+use qpeft_kernels::Device;
+use qpeft_kernels::ops::quantize::Packers;
+use qpeft_kernels::weight::WeightType;
 use serde_json::json;
 
 use super::args::QuantizeArgs;
@@ -39,6 +43,8 @@ pub fn run(args: &QuantizeArgs, printer: &Printer) -> anyhow::Result<()> {
             return Err(Usage::new("`--imatrix` does nothing with `--quant copy`").into());
         }
     }
+    let ordinal = Device::ordinal(&args.compute.device)
+        .with_context(|| format!("cannot use the device `{}`", args.compute.device))?;
     if let Quant::FourBit(quant_type, double) = args.quant {
         return quantize_folder::run(args, quant_type, double, printer);
     }
@@ -64,10 +70,12 @@ pub fn run(args: &QuantizeArgs, printer: &Printer) -> anyhow::Result<()> {
     }
     warn(&plan, args, printer);
     let shared = plan.elements_to_share();
-    if shared == 0 && args.compute.device.starts_with("cuda") {
+    if shared == 0 && ordinal.is_some() {
+        let types = GgmlType::ALL.into_iter().filter(|&dtype| Packers::is_shared(WeightType::Ggml(dtype)));
         printer.warn(&format!(
-            "`--device {}` does nothing: a GPU takes part in packing Q4_K, Q5_K and Q6_K without importance",
-            args.compute.device
+            "`--device {}` does nothing: a GPU takes part in packing {} without importance",
+            args.compute.device,
+            types.map(GgmlType::name).collect::<Vec<_>>().join(", ")
         ));
     }
     let packers = open_packers(&args.compute, shared, printer)?;

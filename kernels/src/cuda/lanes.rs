@@ -1,5 +1,5 @@
 //! Work side by side: launches that do not depend on each other, spread over a few streams, so that a small kernel does
-//! not wait for the end of another one; and errands of other threads, each on a stream of its own.
+//! not wait for the end of another one.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -82,10 +82,10 @@ thread_local! {
 }
 
 /// Ends the work on a lane, also where it panics; has what the thread enqueued on before.
-struct OnLane(Option<sys::CUstream>);
+pub(super) struct OnLane(Option<sys::CUstream>);
 
 impl OnLane {
-    fn begin(stream: Option<sys::CUstream>) -> OnLane {
+    pub(super) fn begin(stream: Option<sys::CUstream>) -> OnLane {
         OnLane(LANE.replace(stream))
     }
 }
@@ -93,41 +93,6 @@ impl OnLane {
 impl Drop for OnLane {
     fn drop(&mut self) {
         LANE.set(self.0);
-    }
-}
-
-/// A stream for the work of one thread, which does not wait for what others enqueue, nor they for it.
-#[derive(Debug)]
-pub(crate) struct Errand {
-    cuda: Arc<Cuda>,
-    stream: Arc<CudaStream>,
-}
-
-impl Errand {
-    /// # Errors
-    /// The device refuses.
-    pub(crate) fn new(cuda: &Arc<Cuda>) -> Result<Errand, Error> {
-        cuda.bind()?;
-        let stream = cuda.context.new_stream().map_err(|e| cuda.error("opening a stream", e))?;
-        Ok(Errand { cuda: Arc::clone(cuda), stream })
-    }
-
-    pub(crate) fn cuda(&self) -> &Arc<Cuda> {
-        &self.cuda
-    }
-
-    /// Calls `enqueue`, and waits until what it enqueued is done.
-    ///
-    /// # Errors
-    /// `enqueue` fails, or what it enqueued.
-    pub(crate) fn run(&self, enqueue: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
-        let enqueued = {
-            let _lane = OnLane::begin(Some(self.stream.cu_stream()));
-            enqueue()
-        };
-        // Also after an error: what was enqueued before it may still be at work.
-        let done = self.stream.synchronize().map_err(|e| self.cuda.error("waiting for the device", e));
-        enqueued.and(done)
     }
 }
 

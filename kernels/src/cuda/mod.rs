@@ -6,6 +6,7 @@
 //! waits for the device unless it says so.
 
 pub mod compile;
+mod errand;
 pub mod gemm;
 pub mod graph;
 mod lanes;
@@ -25,7 +26,7 @@ use cudarc::driver::result::DriverError;
 use cudarc::driver::{CudaContext, CudaStream, sys};
 
 pub use compile::{Arch, Source};
-pub(crate) use lanes::Errand;
+pub(crate) use errand::Errand;
 pub use launch::{Arg, Grid};
 pub use memory::{Buffer, Loan, Scratch};
 pub use tensor_map::TensorMap;

@@ -147,6 +147,21 @@ struct Operands<'a> {
     scaling: f32,
 }
 
+impl Operands<'_> {
+    /// What every kernel takes first.
+    fn args(&self, norm: &ViewMut) -> Result<[Arg; 6]> {
+        let Operands { w_squared, a, b, .. } = self;
+        Ok([
+            Arg::Ptr(norm.f32(FORWARD)?),
+            Arg::Ptr(w_squared.f32(FORWARD)?),
+            Arg::Ptr(a.bf16(FORWARD)?),
+            Arg::size(a.stride),
+            Arg::Ptr(b.f32(FORWARD)?),
+            Arg::size(b.stride),
+        ])
+    }
+}
+
 fn check_operands(norm: &ViewMut, operands: &Operands, weight: &BaseWeight) -> Result<()> {
     let Operands { w_squared, a, b, .. } = operands;
     let (n, k) = (weight.rows(), weight.cols());
@@ -314,20 +329,15 @@ fn launch(
     folded: Option<View>,
     fold: Option<Fold>,
 ) -> Result<()> {
-    let Operands { w_squared, a, b, scaling } = operands;
-    let mut args = vec![
-        Arg::Ptr(norm.f32(FORWARD)?),
-        Arg::Ptr(w_squared.f32(FORWARD)?),
-        Arg::Ptr(a.bf16(FORWARD)?),
-        Arg::size(a.stride),
-        Arg::Ptr(b.f32(FORWARD)?),
-        Arg::size(b.stride),
+    let mut args = operands.args(norm)?.to_vec();
+    args.extend([
         Arg::Ptr(w.bf16(FORWARD)?),
         Arg::size(w.stride),
         Arg::Ptr(folded.map_or(Ok(0), |g| g.f32(FORWARD))?),
-    ];
+    ]);
     args.extend(fold_args(fold)?);
-    args.extend([Arg::F32(scaling), Arg::size(w.rows), Arg::size(w.cols), Arg::size(a.rows)]);
+    let rank = operands.a.rows;
+    args.extend([Arg::F32(operands.scaling), Arg::size(w.rows), Arg::size(w.cols), Arg::size(rank)]);
     let grid = Grid { shared: warps * kernel.shared, ..Grid::of(w.rows.div_ceil(kernel.rows), warps * 32) };
     cuda.launch(&SOURCE, kernel.name, grid, &args)
 }

@@ -19,13 +19,13 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::weight::WeightType;
 
-/// Desks of a device. More bring nothing: the bus is busy by then.
+/// Desks of a device: so many threads may be there at once.
 const DESKS: usize = 8;
 
 /// Elements that a desk takes at once, at most; whole blocks of every type.
 const LARGEST: usize = 1 << 20;
 
-/// Elements below which a launch takes longer than the work.
+/// Fewer elements stay with their thread: by estimate a launch and the wait for it take as long.
 const SMALLEST: usize = 1 << 14;
 
 /// Who packs rows of host memory.
@@ -128,13 +128,11 @@ impl Packers {
             absmax.len()
         );
         // A block that is cut is divided by another number (the table of types says so, too).
+        let is_whole = values.len().is_multiple_of(blocksize);
         let fits =
             values.len() <= LARGEST && codes.len() + size_of_val(absmax) + size_of::<f32>() <= 2 * LARGEST;
-        if !values.len().is_multiple_of(blocksize) || !fits {
-            quantize_blocks_here(quant_type, blocksize, values, codes, absmax);
-            return Ok(());
-        }
-        let Some(mut desk) = self.free_desk(values.len()) else {
+        let desk = if is_whole && fits { self.free_desk(values.len()) } else { None };
+        let Some(mut desk) = desk else {
             quantize_blocks_here(quant_type, blocksize, values, codes, absmax);
             return Ok(());
         };

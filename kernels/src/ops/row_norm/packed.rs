@@ -72,19 +72,11 @@ pub(super) fn forward(
     fold: Option<Fold>,
 ) -> Result<()> {
     same_device(FORWARD, weight, &norm.as_view())?;
-    let Operands { w_squared, a, b, scaling } = operands;
-    let mut args = vec![
-        Arg::Ptr(norm.f32(FORWARD)?),
-        Arg::Ptr(w_squared.f32(FORWARD)?),
-        Arg::Ptr(a.bf16(FORWARD)?),
-        Arg::size(a.stride),
-        Arg::Ptr(b.f32(FORWARD)?),
-        Arg::size(b.stride),
-    ];
+    let mut args = operands.args(norm)?.to_vec();
     args.extend(packed_args(weight));
     args.push(Arg::F32(weight.factor()));
     args.extend(fold_args(fold)?);
-    args.extend([Arg::F32(scaling), Arg::size(weight.rows()), Arg::size(a.rows)]);
+    args.extend([Arg::F32(operands.scaling), Arg::size(weight.rows()), Arg::size(operands.a.rows)]);
     let RowNorms { source, names: [by_32, by_16] } = kernels(weight).row_norms;
     // More rows of a block are fewer readings of A; but every multiprocessor should have a block.
     let fills = weight.rows().div_ceil(32) >= weight.cuda().sms();

@@ -401,7 +401,7 @@ fn cuda_norms_of_packed_rows_equal_those_of_the_rows() {
                     }
                 }
             }
-            let Ok(mut weight) = empty.requantize(&values) else { continue };
+            let mut weight = empty.requantize(&values).unwrap();
             if case % 4 == 0 && matches!(of, WeightType::Ggml(_)) {
                 weight = weight.scaled_by(0.75);
             }
@@ -422,6 +422,7 @@ fn cuda_norms_of_packed_rows_equal_those_of_the_rows() {
                 (Out::Set(n, r), Bf16, &folded[..]),
             ];
             let inputs = [(&w_squared, F32), (&a, Bf16), (&b, F32), (&m, F32)];
+            // Those of the op, near the cancellation limit and elsewhere.
             let close = tolerance(if case % 3 == 0 { 1e-4 } else { 1e-5 }, 0.0);
             check_cuda(&device, &what, outputs, inputs, close, |[norm, g, folded], [w_squared, a, b, m]| {
                 served.set(served.get() + u64::from(packed_rows(&weight, a).is_some()));
