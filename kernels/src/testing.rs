@@ -98,6 +98,7 @@ impl Mat {
 }
 
 /// What a destination holds before the op.
+#[derive(Clone, Copy)]
 pub(crate) enum Out<'a> {
     /// The op overwrites it (rows, cols): it starts as NaN.
     Set(usize, usize),
@@ -118,7 +119,6 @@ pub(crate) fn tolerance(rel: f64, abs: f64) -> Tolerance {
 }
 
 /// Runs `fast` in all variants; each must equal `expected` within the tolerance, all must give the same bits.
-#[expect(clippy::needless_pass_by_value, reason = "called with array literals")]
 pub(crate) fn check_fast<const O: usize, const I: usize>(
     what: &str,
     outputs: [(Out<'_>, &[f64]); O],

@@ -1,10 +1,10 @@
 //! One decoder layer: the list of ops forward, and the same list mirrored backward.
 
 mod activation;
+mod inputs;
 
 use qpeft_kernels::ops::attention::{AttentionShape, attention_backward, attention_forward};
 use qpeft_kernels::ops::convert::convert;
-use qpeft_kernels::ops::low_rank::{low_rank_forward, low_rank_projection_backward};
 use qpeft_kernels::ops::rms_norm::{rms_norm_backward, rms_norm_backward_scaled, rms_norm_forward};
 use qpeft_kernels::ops::rope::{rope_backward, rope_backward_scaled, rope_forward, rope_forward_scaled};
 use qpeft_kernels::ops::row_scale::Output;
@@ -203,14 +203,6 @@ pub struct LayerCache {
     pub v: Tensor,
 }
 
-/// The first rows of the tensors of `slots` as one matrix, if they lie side by side.
-fn side_by_side<'a>(h: &'a mut [Tensor; SLOTS], slots: &[Slot], rows: usize) -> Option<ViewMut<'a>> {
-    let (first, last) = (slots.first().copied()? as usize, slots.last().copied()? as usize);
-    let mut views = h[first..=last].iter_mut().map(|tensor| tensor.top_mut(rows));
-    let first = views.next()?;
-    views.try_fold(first, ViewMut::joined)
-}
-
 impl Layer {
     /// Whether nothing reads gate and up once their gradients are made: no adapter wants these outputs, or those
     /// that do have their share from the same pass.
@@ -380,62 +372,6 @@ impl Layer {
         let linear = self.linear(slot);
         let h = h[slot as usize].top_mut(x.rows).into_column_range(0, linear.rank());
         linear.forward(y, onto, h, x, pass, scratch)
-    }
-
-    /// `pass`, or the same that says that the products with the first factors of `slots` are made together: where these
-    /// lie one below the other, and the low-rank matrices `h` side by side.
-    fn shared_pass<'p>(&self, slots: &[Slot], h: &[Tensor; SLOTS], rows: usize, pass: &Pass<'p>) -> Pass<'p> {
-        let tensors = slots.iter().map(|&slot| &h[slot as usize]);
-        let mut views = tensors.filter(|h| h.rows() >= rows).map(|h| h.top(rows));
-        let joined = views.next().and_then(|first| views.try_fold(first, View::joined));
-        let cols = joined.map(|joined| joined.cols);
-        Pass { shared: cols.is_some() && cols == self.factors_of(slots, pass).map(|a| a.rows), ..*pass }
-    }
-
-    /// The low-rank activations of all of `slots`, which share the input x, in one product if the pass is shared.
-    fn project_down(
-        &self,
-        slots: &[Slot],
-        h: &mut [Tensor; SLOTS],
-        x: View<'_>,
-        pass: &Pass<'_>,
-    ) -> Result<()> {
-        if !pass.shared {
-            return Ok(());
-        }
-        match (self.factors_of(slots, pass), side_by_side(h, slots, x.rows)) {
-            (Some(a), Some(h)) => Ok(low_rank_forward(h, x, a)?),
-            _ => Ok(()),
-        }
-    }
-
-    /// The mirror of [`Layer::project_down`]: the gradients of all first factors in one product if the pass is shared.
-    fn project_down_backward(
-        &self,
-        slots: &[Slot],
-        dh: &mut [Tensor; SLOTS],
-        x: View<'_>,
-        to: &mut Backward<'_>,
-    ) -> Result<()> {
-        if !to.pass.shared {
-            return Ok(());
-        }
-        match (side_by_side(dh, slots, x.rows), self.linear(slots[0]).projection()) {
-            (Some(dh), Some(first)) => {
-                let da = to.dparams.reborrow().into_slice(first.offset, dh.cols, x.cols);
-                Ok(low_rank_projection_backward(da, dh.as_view(), x)?)
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// The first factors of `slots` as one matrix, if each has one and they lie side by side.
-    fn factors_of<'p>(&self, slots: &[Slot], pass: &Pass<'p>) -> Option<View<'p>> {
-        let entries: Option<Vec<&Entry>> = slots.iter().map(|&slot| self.linear(slot).projection()).collect();
-        let entries = entries.filter(|entries| entries.len() > 1)?;
-        entries.windows(2).all(|pair| pair[0].end() == pair[1].offset).then_some(())?;
-        let (first, rows) = (entries[0], entries.iter().map(|e| e.shape[0]).sum());
-        Some(pass.factors.slice(first.offset, rows, first.shape[1]))
     }
 
     fn project_backward(
@@ -611,8 +547,12 @@ impl Layer {
         let unrotated = |slot, y| self.output_scale(slot).is_none().then_some(Output::Kept(y));
         let norm = s.attn_norm.top(t);
         let shared = self.shared_pass(SIBLINGS[0], &g.h, t, to.pass);
-        let mut with_shared = to.with_pass(&shared);
-        let all = &mut with_shared;
+        let dys = [g.q.top(t), g.k.top(t), g.v.top(t)];
+        let (beside, with_shared) = (&mut g.beside_qkv, &mut to.with_pass(&shared));
+        let branched = self.branches_backward(dys, beside, &mut g.h, &s.h, with_shared)?;
+        let pass = Pass { branched, ..shared };
+        let mut with_pass = to.with_pass(&pass);
+        let all = &mut with_pass;
         let [beside_q, beside_k, beside_v] = &mut g.beside_qkv;
         for (slot, dy, beside, y) in [
             (Slot::Q, g.q.top(t), beside_q, unrotated(Slot::Q, s.q.top(t))),

@@ -18,7 +18,7 @@ use qpeft_kernels::tensor::padding;
 
 use super::buffers::{Buffers, Keep};
 use super::decoder::Decoder;
-use super::layer::{SLOTS, Slot};
+use super::layer::{SIBLINGS, SLOTS, Slot};
 use super::linear::Linear;
 use crate::error::{Error, Result};
 
@@ -171,8 +171,12 @@ impl DryRun<'_> {
             norms.max(weight_scratch(&l.weight, pads, l.rank(), i < settings.copied))
         };
         let weight = self.decoder.by_size().into_iter().enumerate().map(of).max().unwrap_or(0);
-        let gradients = |l: &Linear| branch_gradients_scratch(capacity, l.weight.rows(), l.rank());
+        let gradients = |l: &Linear| branch_gradients_scratch(capacity, &[l.weight.rows()], l.rank());
         let gradients = self.decoder.linears().map(gradients).max().unwrap_or(0);
+        let outputs = SIBLINGS[0].iter().map(|slot| slot.shape(&self.decoder.config).0).collect::<Vec<_>>();
+        let together = |rank| branch_gradients_scratch(capacity, &outputs, rank);
+        let gradients =
+            gradients.max(SIBLINGS[0].iter().map(|&slot| together(ranks[slot as usize])).max().unwrap_or(0));
         let joined = self.decoder.layers.iter().any(|layer| layer.joined);
         let activation = self.decoder.config.intermediate_size;
         let joined = if joined { swiglu_low_rank_scratch(capacity, activation) } else { 0 };

@@ -43,7 +43,12 @@ pub enum Arg {
     U64(u64),
     F32(f32),
     Map(TensorMap),
+    /// A structure that a kernel takes by value.
+    Words([u64; WORDS]),
 }
+
+/// Words of the largest structure that a kernel takes.
+pub const WORDS: usize = 11;
 
 impl Arg {
     /// A size or stride as a kernel's `int`.
@@ -51,10 +56,24 @@ impl Arg {
         Arg::I32(i32::try_from(n).expect("sizes of matrices are checked to fit 31 bits"))
     }
 
-    /// The value in the first bytes of a little-endian word; a map is passed from where it is.
+    /// A structure of addresses and, behind them, 32-bit values.
+    ///
+    /// # Panics
+    /// It has more words than [`WORDS`].
+    pub fn words(addresses: &[u64], values: &[u32]) -> Arg {
+        let mut words = [0; WORDS];
+        words[..addresses.len()].copy_from_slice(addresses);
+        for (word, pair) in words[addresses.len()..].iter_mut().zip(values.chunks(2)) {
+            *word = u64::from(pair[0]) | u64::from(pair.get(1).copied().unwrap_or(0)) << 32;
+        }
+        assert!(addresses.len() + values.len().div_ceil(2) <= WORDS, "a structure of too many words");
+        Arg::Words(words)
+    }
+
+    /// The value in the first bytes of a little-endian word; what is longer is passed from where it is.
     fn word(&self) -> u64 {
         match *self {
-            Arg::Map(_) => 0,
+            Arg::Map(_) | Arg::Words(_) => 0,
             Arg::Ptr(x) | Arg::U64(x) => x,
             Arg::I32(x) => u64::from(x as u32),
             Arg::I64(x) => x as u64,
@@ -90,6 +109,7 @@ impl Cuda {
             .zip(&words)
             .map(|(arg, word)| match arg {
                 Arg::Map(map) => std::ptr::from_ref(map).cast_mut().cast(),
+                Arg::Words(words) => words.as_ptr().cast_mut().cast(),
                 _ => std::ptr::from_ref(word).cast_mut().cast(),
             })
             .collect();

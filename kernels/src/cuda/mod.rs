@@ -27,7 +27,7 @@ use cudarc::driver::{CudaContext, CudaStream, sys};
 
 pub use compile::{Arch, Source};
 pub(crate) use errand::Errand;
-pub use launch::{Arg, Grid};
+pub use launch::{Arg, Grid, WORDS};
 pub use memory::{Buffer, Loan, Scratch};
 pub use tensor_map::TensorMap;
 

@@ -21,6 +21,20 @@ constexpr int TOKENS = 16;
 
 extern __shared__ __align__(128) unsigned char shared[];
 
+// A branch among those of linears that share an input; its blocks begin at `first` in x.
+struct Operands {
+    const bf16 *dy, *b, *h;
+    // (column blocks, T, RANK) and (token blocks, N, RANK).
+    float *dh_sums, *db_sums;
+    int outputs, rank, dy_stride, b_stride, h_stride, first;
+};
+
+// The last of three that begin in this order and at or before this block.
+template <typename T> __device__ __forceinline__ T of_block(const T& one, const T& two, const T& three) {
+    const int block = blockIdx.x;
+    return block < two.first ? one : block < three.first ? two : three;
+}
+
 // RANK is R, rounded up to what is there: the columns behind R are zeros.
 template <int RANK, int WARPS, int COLUMNS, int STAGES> struct Branch {
     static constexpr int THREADS = WARPS * 32;
@@ -46,13 +60,15 @@ template <int RANK, int WARPS, int COLUMNS, int STAGES> struct Branch {
         return (row * CHUNKS + (chunk ^ (row * CHUNKS / 8 & (CHUNKS - 1)))) << 4;
     }
 
-    // dh_sums (column blocks, T, RANK), db_sums (token blocks, N, RANK). Block (x, y): columns x COLUMNS .. + COLUMNS of
-    // tokens y rows .. + rows, a multiple of TOKENS.
-    static __device__ __forceinline__ void run(float* dh_sums, float* db_sums, const bf16* dy, const bf16* b,
-                                               const bf16* h, int tokens, int outputs, int rank, i64 dy_stride,
-                                               i64 b_stride, i64 h_stride, int rows) {
+    // Block (x, y): of its branch, columns (x - first) COLUMNS .. + COLUMNS of tokens y rows .. + rows, a multiple of
+    // TOKENS.
+    static __device__ __forceinline__ void run(const Operands& branch, int tokens, int rows) {
+        const int outputs = branch.outputs, rank = branch.rank, column_block = blockIdx.x - branch.first;
+        const i64 dy_stride = branch.dy_stride, b_stride = branch.b_stride, h_stride = branch.h_stride;
+        const bf16 *const dy = branch.dy, *const b = branch.b, *const h = branch.h;
+        float *const dh_sums = branch.dh_sums, *const db_sums = branch.db_sums;
         const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-        const int column = blockIdx.x * COLUMNS, first = blockIdx.y * rows, end = min(tokens, first + rows);
+        const int column = column_block * COLUMNS, first = blockIdx.y * rows, end = min(tokens, first + rows);
         const int steps = (end - first + TOKENS - 1) / TOKENS;
         const u32 base = shared_address(shared);
         float* const sums = reinterpret_cast<float*>(shared + STAGES * STAGE);
@@ -118,7 +134,7 @@ template <int RANK, int WARPS, int COLUMNS, int STAGES> struct Branch {
         const auto add_up = [&](int step) {
             const int t = first + step * TOKENS + token_half * 8 + token;
             if (t >= end) return;
-            float* to = dh_sums + ((i64)blockIdx.x * tokens + t) * RANK + element;
+            float* to = dh_sums + ((i64)column_block * tokens + t) * RANK + element;
 #pragma unroll
             for (int r = 0; r < RANK; r += 32) {
                 float sum = 0.0f;
@@ -199,24 +215,18 @@ using Rank32 = Branch<32, 16, 512, 3>;
 using Rank64 = Branch<64, 16, 256, 3>;
 
 extern "C" __global__ void __launch_bounds__(Rank16::THREADS, 2)
-    low_rank_branch_gradients_r16(float* dh_sums, float* db_sums, const bf16* dy, const bf16* b, const bf16* h,
-                                  int tokens, int outputs, int rank, int dy_stride, int b_stride, int h_stride,
-                                  int rows) {
-    Rank16::run(dh_sums, db_sums, dy, b, h, tokens, outputs, rank, dy_stride, b_stride, h_stride, rows);
+    low_rank_branch_gradients_r16(Operands one, Operands two, Operands three, int tokens, int rows) {
+    Rank16::run(of_block(one, two, three), tokens, rows);
 }
 
 extern "C" __global__ void __launch_bounds__(Rank32::THREADS, 1)
-    low_rank_branch_gradients_r32(float* dh_sums, float* db_sums, const bf16* dy, const bf16* b, const bf16* h,
-                                  int tokens, int outputs, int rank, int dy_stride, int b_stride, int h_stride,
-                                  int rows) {
-    Rank32::run(dh_sums, db_sums, dy, b, h, tokens, outputs, rank, dy_stride, b_stride, h_stride, rows);
+    low_rank_branch_gradients_r32(Operands one, Operands two, Operands three, int tokens, int rows) {
+    Rank32::run(of_block(one, two, three), tokens, rows);
 }
 
 extern "C" __global__ void __launch_bounds__(Rank64::THREADS, 1)
-    low_rank_branch_gradients_r64(float* dh_sums, float* db_sums, const bf16* dy, const bf16* b, const bf16* h,
-                                  int tokens, int outputs, int rank, int dy_stride, int b_stride, int h_stride,
-                                  int rows) {
-    Rank64::run(dh_sums, db_sums, dy, b, h, tokens, outputs, rank, dy_stride, b_stride, h_stride, rows);
+    low_rank_branch_gradients_r64(Operands one, Operands two, Operands three, int tokens, int rows) {
+    Rank64::run(of_block(one, two, three), tokens, rows);
 }
 
 // ------------------------------------------------------------------------------------ the sums of all blocks
@@ -231,23 +241,31 @@ __device__ __forceinline__ void add(float4& a, float4 b) {
     a.w += b.w;
 }
 
-// dh = the sum of its column blocks, to `twin` also unless that is null; db += scaling diag(g) (the sum of its token
-// blocks), g ones if null. The first `dh_blocks` blocks do dh. `dh_lanes` or `db_lanes` threads, a power of two, share
-// the partial sums of four neighbouring elements.
+// What becomes of the sums of a branch: dh = the sum of its column blocks, to `twin` also unless that is null;
+// db += scaling diag(g) (the sum of its token blocks), g ones if null. Its first `dh_blocks` blocks, from `first` on, do dh.
+// `dh_lanes` or `db_lanes` threads, a power of two, share the partial sums of four neighbouring elements.
+struct Sums {
+    bf16 *dh, *twin;
+    float* db;
+    const float *dh_sums, *db_sums, *g;
+    float scaling;
+    int outputs, rank, dh_stride, twin_stride, db_stride, column_blocks, dh_lanes, dh_blocks, first;
+};
+
 extern "C" __global__ void __launch_bounds__(FINISHERS)
-    low_rank_branch_gradients_finish(bf16* dh, bf16* twin, float* db, const float* dh_sums, const float* db_sums,
-                                     const float* g, float scaling, int tokens, int outputs, int rank, int padded_rank,
-                                     int dh_stride, int twin_stride, int db_stride, int column_blocks,
-                                     int token_blocks, int dh_lanes, int db_lanes, int dh_blocks) {
+    low_rank_branch_gradients_finish(Sums one, Sums two, Sums three, int tokens, int padded_rank, int token_blocks,
+                                     int db_lanes) {
     __shared__ float4 partial[FINISHERS];
-    const bool of_dh = blockIdx.x < dh_blocks;
-    const int lanes = of_dh ? dh_lanes : db_lanes, count = of_dh ? column_blocks : token_blocks;
+    const Sums sums = of_block(one, two, three);
+    const int block = blockIdx.x - sums.first, outputs = sums.outputs, rank = sums.rank;
+    const bool of_dh = block < sums.dh_blocks;
+    const int lanes = of_dh ? sums.dh_lanes : db_lanes, count = of_dh ? sums.column_blocks : token_blocks;
     const u32 fours = (u32)(of_dh ? tokens : outputs) * padded_rank / 4, per_block = FINISHERS / lanes;
     const u32 place = threadIdx.x % per_block, first = threadIdx.x / per_block;
-    const u32 i = (blockIdx.x - (of_dh ? 0 : dh_blocks)) * per_block + place, row = i * 4 / padded_rank;
+    const u32 i = (block - (of_dh ? 0 : sums.dh_blocks)) * per_block + place, row = i * 4 / padded_rank;
     const int r = i * 4 % padded_rank;
     const bool present = i < fours && r < rank;
-    const float4* const from = reinterpret_cast<const float4*>(of_dh ? dh_sums : db_sums) + i;
+    const float4* const from = reinterpret_cast<const float4*>(of_dh ? sums.dh_sums : sums.db_sums) + i;
     const float4 none = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     float4 sum = none;
     if (present)
@@ -263,15 +281,15 @@ extern "C" __global__ void __launch_bounds__(FINISHERS)
     if (first != 0 || !present) return;
     for (int k = 1; k < lanes; k++) add(sum, partial[k * per_block + place]);
     const float x[4] = {sum.x, sum.y, sum.z, sum.w};
-    const float by = g && !of_dh ? scaling * g[row] : scaling;
+    const float by = sums.g && !of_dh ? sums.scaling * sums.g[row] : sums.scaling;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         if (of_dh) {
             const bf16 y = to_bf16(x[e]);
-            dh[(i64)row * dh_stride + r + e] = y;
-            if (twin) twin[(i64)row * twin_stride + r + e] = y;
+            sums.dh[(i64)row * sums.dh_stride + r + e] = y;
+            if (sums.twin) sums.twin[(i64)row * sums.twin_stride + r + e] = y;
         } else {
-            db[(i64)row * db_stride + r + e] += by * x[e];
+            sums.db[(i64)row * sums.db_stride + r + e] += by * x[e];
         }
     }
 }

@@ -118,7 +118,7 @@ pub fn low_rank_input_gradient(dx: ViewMut, dh: View, a: View) -> Result<()> {
 ///
 /// Source: derived from the formula above; the row scale is a constant (DoRA, arXiv 2402.09353, section 4.3).
 pub fn low_rank_branch_gradients(
-    mut dh: ViewMut,
+    dh: ViewMut,
     twin: Option<ViewMut>,
     db: ViewMut,
     dy: View,
@@ -126,34 +126,70 @@ pub fn low_rank_branch_gradients(
     h: View,
     out_scale: OutScale,
 ) -> Result<()> {
-    let rank = h.cols;
-    for (to, [rows, cols]) in [
-        (Some(&dh), ["rows of dh", "columns of dh"]),
-        (twin.as_ref(), ["rows of the twin", "columns of the twin"]),
-    ] {
-        let Some(to) = to else { continue };
-        check(BRANCH, rows, dy.rows, to.rows)?;
-        check(BRANCH, cols, rank, to.cols)?;
-    }
-    check(BRANCH, "rows of h", dy.rows, h.rows)?;
-    check(BRANCH, "rows of b", dy.cols, b.rows)?;
-    check(BRANCH, "columns of b", rank, b.cols)?;
-    check(BRANCH, "rows of db", dy.cols, db.rows)?;
-    check(BRANCH, "columns of db", rank, db.cols)?;
-    if let Some(rows) = out_scale.rows {
+    low_rank_branch_gradients_together([(dy, Branch { dh, twin, db, b, h, out_scale })])
+}
+
+/// A branch: what its gradients are made of besides dy, and where they go; see [`low_rank_branch_gradients`].
+#[derive(Debug)]
+pub struct Branch<'a> {
+    /// (T, R).
+    pub dh: ViewMut<'a>,
+    /// (T, R): the values of `dh` again.
+    pub twin: Option<ViewMut<'a>>,
+    /// (N, R).
+    pub db: ViewMut<'a>,
+    /// (N, R): s diag(g) B.
+    pub b: View<'a>,
+    /// (T, R).
+    pub h: View<'a>,
+    /// s and g.
+    pub out_scale: OutScale<'a>,
+}
+
+impl Branch<'_> {
+    fn check(&self, dy: View) -> Result<()> {
+        let Branch { dh, twin, db, b, h, out_scale } = self;
+        let rank = h.cols;
+        for (to, [rows, cols]) in [
+            (Some(dh), ["rows of dh", "columns of dh"]),
+            (twin.as_ref(), ["rows of the twin", "columns of the twin"]),
+        ] {
+            let Some(to) = to else { continue };
+            check(BRANCH, rows, dy.rows, to.rows)?;
+            check(BRANCH, cols, rank, to.cols)?;
+        }
+        check(BRANCH, "rows of h", dy.rows, h.rows)?;
+        check(BRANCH, "rows of b", dy.cols, b.rows)?;
+        check(BRANCH, "columns of b", rank, b.cols)?;
+        check(BRANCH, "rows of db", dy.cols, db.rows)?;
+        check(BRANCH, "columns of db", rank, db.cols)?;
+        let Some(rows) = out_scale.rows else { return Ok(()) };
         check(BRANCH, "rows of the row scale", 1, rows.rows)?;
-        check(BRANCH, "columns of the row scale", dy.cols, rows.cols)?;
+        check(BRANCH, "columns of the row scale", dy.cols, rows.cols)
     }
-    if let Some(cuda) = dy.cuda() {
-        return cuda::branch_gradients(cuda, &dh, twin, &db, [dy, b, h], out_scale);
+}
+
+/// [`low_rank_branch_gradients`] of several branches, with dy of each: on CUDA small ones (those of keys and values) cost
+/// little more than one.
+///
+/// Shapes, precision, errors and source: those of [`low_rank_branch_gradients`]. On CUDA the sums over tokens are split
+/// otherwise than alone.
+pub fn low_rank_branch_gradients_together<const N: usize>(mut branches: [(View, Branch); N]) -> Result<()> {
+    for (dy, branch) in &branches {
+        branch.check(*dy)?;
     }
-    let row_scale = out_scale.rows.map(|rows| Ok::<_, Error>(rows.mat(BRANCH)?.row(0))).transpose()?;
-    let dy = dy.mat(BRANCH)?;
-    forward_fast(dh.reborrow().mat(BRANCH)?, dy, b.mat(BRANCH)?.transposed());
-    if let Some(twin) = twin {
-        convert(twin, dh.as_view())?;
+    if let Some(cuda) = branches.first().and_then(|(dy, _)| dy.cuda()) {
+        return cuda::branch_gradients(cuda, &mut branches);
     }
-    db_fast(db.mat(BRANCH)?, dy, h.mat(BRANCH)?, out_scale.scaling, row_scale);
+    for (dy, Branch { mut dh, twin, db, b, h, out_scale }) in branches {
+        let row_scale = out_scale.rows.map(|rows| Ok::<_, Error>(rows.mat(BRANCH)?.row(0))).transpose()?;
+        let dy = dy.mat(BRANCH)?;
+        forward_fast(dh.reborrow().mat(BRANCH)?, dy, b.mat(BRANCH)?.transposed());
+        if let Some(twin) = twin {
+            convert(twin, dh.as_view())?;
+        }
+        db_fast(db.mat(BRANCH)?, dy, h.mat(BRANCH)?, out_scale.scaling, row_scale);
+    }
     Ok(())
 }
 

@@ -110,7 +110,6 @@ impl Padded {
 
 /// Runs an op on the device with rows of every alignment, twice each; f32 results must equal `expected` within the
 /// tolerance, bf16 results within their rounding, and the second run must give the same bits.
-#[expect(clippy::needless_pass_by_value, reason = "called with array literals")]
 pub(crate) fn check_cuda<const O: usize, const I: usize>(
     device: &Device,
     what: &str,

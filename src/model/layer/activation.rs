@@ -1,16 +1,14 @@
 //! The activation's backward pass: alone, or joined with what the branches of gate, up and down take from the same elements,
 //! where a device has an op that does.
 
-use std::ops::Range;
-
 use qpeft_kernels::ops::low_rank::low_rank_projection_backward;
-use qpeft_kernels::ops::swiglu::low_rank::{self, Branch, Scales, swiglu_backward_low_rank};
+use qpeft_kernels::ops::swiglu::low_rank::{self, Scales, swiglu_backward_low_rank};
 use qpeft_kernels::ops::swiglu::{swiglu_backward, swiglu_backward_scaled};
-use qpeft_kernels::{Device, Tensor, View, ViewMut};
+use qpeft_kernels::{Device, Tensor, View};
 
 use super::super::config::Config;
 use super::super::decoder::Decoder;
-use super::super::linear::{Entry, LowRankBranch};
+use super::super::linear::Entry;
 use super::{Backward, Layer, SLOTS, Slot};
 use crate::error::Result;
 
@@ -30,11 +28,6 @@ pub(super) struct Operands<'a> {
     pub(super) h: &'a [Tensor; SLOTS],
     /// (T, rank): gradient of those of down.
     pub(super) dh: View<'a>,
-}
-
-/// Columns of a tensor's first rows.
-fn top<'a>(tensor: &'a mut Tensor, rows: usize, columns: &Range<usize>) -> ViewMut<'a> {
-    tensor.top_mut(rows).into_column_range(columns.start, columns.len())
 }
 
 impl Decoder {
@@ -120,25 +113,10 @@ impl Layer {
             Some([_, _, _, _, gate, up, _]) => [Some(gate), Some(up)],
             None => [None, None],
         };
-        let branch = |slot: Slot,
-                      low_rank: LowRankBranch<'a>,
-                      dh: &'a mut Tensor,
-                      twin: Option<&'a mut Tensor>,
-                      db| {
-            let columns = 0..self.linear(slot).rank();
-            Branch {
-                dh: top(dh, t, &columns),
-                twin: twin.map(|twin| top(twin, t, &columns)),
-                db,
-                b: low_rank.b,
-                h: h[slot as usize].top(t).column_range(0, columns.len()),
-                out_scale: low_rank.out_scale,
-            }
-        };
         let [beside_gate, beside_up] = beside;
         let branches = [
-            branch(Slot::Gate, of_gate, beside_gate, gate_twin, gate_db),
-            branch(Slot::Up, of_up, beside_up, up_twin, up_db),
+            self.branch(Slot::Gate, of_gate, beside_gate, gate_twin, gate_db, h, t),
+            self.branch(Slot::Up, of_up, beside_up, up_twin, up_db, h, t),
         ];
         Ok(swiglu_backward_low_rank(
             dgate.top_mut(t),

@@ -125,6 +125,50 @@ fn cuda_makes_both_gradients_of_a_branch_in_one_pass() {
     }
 }
 
+/// Each as alone, whatever stands beside it: branches of one kernel, of two, and one that goes to the library.
+#[test]
+fn branches_together_equal_the_definition() {
+    for (t, shapes) in [
+        (1, [(520, 16), (8, 16), (136, 16)]),
+        (200, [(1032, 16), (256, 8), (256, 16)]),
+        (130, [(520, 16), (128, 32), (128, 16)]),
+        (65, [(520, 64), (130, 64), (128, 40)]),
+        (0, [(8, 8), (8, 8), (8, 8)]),
+    ] {
+        let mats = shapes.map(|(n, r)| inputs([t, n, r]));
+        let scaled = [true, false, true];
+        let expected: [[Vec<f64>; 2]; 3] = std::array::from_fn(|i| naive(mats[i].each_ref(), scaled[i]));
+        let [q, k, v] = &mats;
+        let what = format!("T {t}, {shapes:?}");
+        let run =
+            |[dh_q, dh_k, dh_v, twin, db_q, db_k, db_v]: [ViewMut<'_>; 7],
+             [dy_q, b_q, h_q, g_q, dy_k, b_k, h_k, dy_v, b_v, h_v, g_v]: [View<'_>; 11]| {
+                let out_scale = OutScale { scaling: 0.5, rows: None };
+                let [of_q, of_v] = [g_q, g_v].map(|g| scale(g, true));
+                low_rank_branch_gradients_together([
+                    (dy_q, Branch { dh: dh_q, twin: None, db: db_q, b: b_q, h: h_q, out_scale: of_q }),
+                    (dy_k, Branch { dh: dh_k, twin: Some(twin), db: db_k, b: b_k, h: h_k, out_scale }),
+                    (dy_v, Branch { dh: dh_v, twin: None, db: db_v, b: b_v, h: h_v, out_scale: of_v }),
+                ])
+            };
+        let dhs = [0, 1, 2, 1].map(|i| (Out::Set(t, shapes[i].1), &expected[i][0][..]));
+        let dbs = [0, 1, 2].map(|i| (Out::Add(&mats[i][4]), &expected[i][1][..]));
+        let operands = [&q[0], &q[1], &q[2], &q[3], &k[0], &k[1], &k[2], &v[0], &v[1], &v[2], &v[3]];
+        let most = shapes.iter().map(|(n, _)| *n).max().unwrap_or(0).max(t);
+        let [a, b, c, d] = dhs;
+        let [e, f, g] = dbs;
+        let outputs = [a, b, c, d, e, f, g];
+        check_fast(&what, outputs, operands, close(most), run);
+        let Some(device) = device() else { continue };
+        use Dtype::{Bf16, F32};
+        let dtypes = [Bf16, Bf16, Bf16, F32, Bf16, Bf16, Bf16, Bf16, Bf16, Bf16, F32];
+        let typed = std::array::from_fn(|i| (operands[i], dtypes[i]));
+        let of = |i| if i < 4 { Bf16 } else { F32 };
+        let outputs: [_; 7] = std::array::from_fn(|i| (outputs[i].0, of(i), outputs[i].1));
+        check_cuda(&device, &what, outputs, typed, close(t), run);
+    }
+}
+
 /// `cargo test --release -p qpeft-kernels cuda_timing_of_branch_gradients -- --ignored --nocapture`
 #[test]
 #[ignore = "prints a timing"]

@@ -5,9 +5,9 @@
 
 use std::sync::Arc;
 
-use super::{BRANCH, OutScale, SOURCE};
+use super::{BRANCH, Branch, OutScale, SOURCE};
 use crate::cuda::gemm::{Matrix, transposed};
-use crate::cuda::{Arg, Cuda, Grid, Scratch};
+use crate::cuda::{Arg, Cuda, Grid, Scratch, WORDS};
 use crate::error::Result;
 use crate::ops::convert::convert;
 use crate::tensor::{Dtype, View, ViewMut};
@@ -20,6 +20,9 @@ const LEAST_TOKENS: usize = 64;
 
 /// Multiprocessors that are made use of; no device has more.
 const LARGEST_DEVICE: usize = 192;
+
+/// Branches that a kernel takes at most.
+const TOGETHER: usize = 3;
 
 /// Threads of a block that adds up, and partial sums that each has in flight.
 const FINISHERS: usize = 256;
@@ -59,15 +62,15 @@ impl Kernel {
         outputs.div_ceil(self.columns)
     }
 
-    /// Blocks that the tokens are wanted to be shared out to: as many as a device has at once.
-    fn token_blocks(&self, tokens: usize, outputs: usize, multiprocessors: usize) -> usize {
-        let blocks = self.blocks * multiprocessors.min(LARGEST_DEVICE) / self.column_blocks(outputs);
+    /// Blocks that the tokens are wanted to be shared out to, in so many blocks of columns: as many as a device has at once.
+    fn token_blocks(&self, tokens: usize, column_blocks: usize, multiprocessors: usize) -> usize {
+        let blocks = self.blocks * multiprocessors.min(LARGEST_DEVICE) / column_blocks;
         blocks.clamp(1, tokens.div_ceil(LEAST_TOKENS))
     }
 
     /// Tokens of a block, and how many blocks share the tokens.
-    fn share(&self, tokens: usize, outputs: usize, multiprocessors: usize) -> (usize, usize) {
-        let wanted = self.token_blocks(tokens, outputs, multiprocessors);
+    fn share(&self, tokens: usize, column_blocks: usize, multiprocessors: usize) -> (usize, usize) {
+        let wanted = self.token_blocks(tokens, column_blocks, multiprocessors);
         let rows = tokens.div_ceil(wanted).next_multiple_of(TOKENS);
         (rows, tokens.div_ceil(rows))
     }
@@ -85,13 +88,17 @@ impl Kernel {
     }
 }
 
-/// Bytes of [`Scratch::Partials`] that [`low_rank_branch_gradients`](super::low_rank_branch_gradients) takes at most
-/// for up to so many tokens, on any device.
-pub fn branch_gradients_scratch(tokens: usize, outputs: usize, rank: usize) -> usize {
-    let product = outputs * rank * Dtype::F32.size();
-    let sums = Kernel::of(tokens, outputs, rank).map(|kernel| {
-        let [dh, db] = kernel.sums(tokens, outputs, kernel.token_blocks(tokens, outputs, LARGEST_DEVICE));
-        dh.saturating_add(db)
+/// Bytes of [`Scratch::Partials`] that the gradients of branches with these numbers of outputs take together at most for up
+/// to so many tokens, on any device.
+pub fn branch_gradients_scratch(tokens: usize, outputs: &[usize], rank: usize) -> usize {
+    let product = outputs.iter().map(|n| n * rank * Dtype::F32.size()).max().unwrap_or(0);
+    let kernels = outputs.iter().map(|&n| Kernel::of(tokens, n, rank)).collect::<Option<Vec<_>>>();
+    let sums = kernels.and_then(|kernels| {
+        let kernel = *kernels.first()?;
+        let column_blocks = outputs.iter().map(|&n| kernel.column_blocks(n)).sum();
+        let blocks = kernel.token_blocks(tokens, column_blocks, LARGEST_DEVICE);
+        let sums = outputs.iter().flat_map(|&n| kernel.sums(tokens, n, blocks));
+        Some(sums.fold(0, usize::saturating_add))
     });
     sums.unwrap_or(0).max(product)
 }
@@ -107,23 +114,30 @@ fn lanes(count: usize) -> usize {
     count.div_ceil(IN_FLIGHT).next_power_of_two().min(8)
 }
 
-/// Enqueues both gradients: in one pass over dy if there is a kernel for the operands, otherwise by library products.
-pub(super) fn branch_gradients(
-    cuda: &Arc<Cuda>,
-    dh: &ViewMut<'_>,
-    twin: Option<ViewMut<'_>>,
-    db: &ViewMut<'_>,
-    [dy, b, h]: [View<'_>; 3],
-    out_scale: OutScale<'_>,
-) -> Result<()> {
-    if in_one_pass(cuda, dh, twin.as_ref(), db, [dy, b, h], out_scale)? {
-        return Ok(());
+/// Enqueues both gradients of every branch: in one pass over dy if there is a kernel for the operands, of as many branches
+/// at once as it serves alike, otherwise by library products.
+pub(super) fn branch_gradients(cuda: &Arc<Cuda>, branches: &mut [(View<'_>, Branch<'_>)]) -> Result<()> {
+    for branches in branches.chunks_mut(TOGETHER) {
+        if let Some(kernel) = kernel_of(branches)? {
+            in_one_pass(cuda, kernel, branches)?;
+            continue;
+        }
+        for one in branches {
+            match kernel_of(std::slice::from_ref(one))? {
+                Some(kernel) => in_one_pass(cuda, kernel, std::slice::from_ref(one))?,
+                None => by_library(cuda, one)?,
+            }
+        }
     }
-    dh_by_library(cuda, dh, dy, b)?;
-    if let Some(twin) = twin {
-        convert(twin, dh.as_view())?;
+    Ok(())
+}
+
+fn by_library(cuda: &Arc<Cuda>, (dy, branch): &mut (View<'_>, Branch<'_>)) -> Result<()> {
+    dh_by_library(cuda, &branch.dh, *dy, branch.b)?;
+    if let Some(twin) = &mut branch.twin {
+        convert(twin.reborrow(), branch.dh.as_view())?;
     }
-    db_by_library(cuda, db, dy, h, out_scale)
+    db_by_library(cuda, &branch.db, *dy, branch.h, branch.out_scale)
 }
 
 /// dh = dy b
@@ -155,55 +169,76 @@ pub(super) fn db_by_library(
     cuda.launch(&SOURCE, "low_rank_add_scaled", Grid::over(db.rows * db.cols, 256), &args)
 }
 
-/// Enqueues both gradients, if there is a kernel for the operands, and says whether there was.
-fn in_one_pass(
-    cuda: &Arc<Cuda>,
-    dh: &ViewMut<'_>,
-    twin: Option<&ViewMut<'_>>,
-    db: &ViewMut<'_>,
-    [dy, b, h]: [View<'_>; 3],
-    out_scale: OutScale<'_>,
-) -> Result<bool> {
-    let (tokens, outputs, rank) = (dy.rows, dy.cols, h.cols);
-    let Some(kernel) = Kernel::of(tokens, outputs, rank) else { return Ok(false) };
-    if !(aligned(dy)? && aligned(b)? && aligned(h)?) {
-        return Ok(false);
+/// The kernel that serves all of these branches, if there is one.
+fn kernel_of(branches: &[(View<'_>, Branch<'_>)]) -> Result<Option<&'static Kernel>> {
+    let mut common: Option<&'static Kernel> = None;
+    for (dy, branch) in branches {
+        let Some(kernel) = Kernel::of(dy.rows, dy.cols, branch.h.cols) else { return Ok(None) };
+        let alike = common.is_none_or(|common| common.rank == kernel.rank) && dy.rows == branches[0].0.rows;
+        if !(alike && aligned(*dy)? && aligned(branch.b)? && aligned(branch.h)?) {
+            return Ok(None);
+        }
+        common = Some(kernel);
     }
-    let (rows, token_blocks) = kernel.share(tokens, outputs, cuda.sms());
-    let column_blocks = kernel.column_blocks(outputs);
-    let [dh_bytes, db_bytes] = kernel.sums(tokens, outputs, token_blocks);
-    let dh_sums = cuda.scratch(Scratch::Partials, dh_bytes + db_bytes)?;
-    let db_sums = dh_sums + dh_bytes as u64;
+    Ok(common)
+}
 
-    let grid = Grid {
-        blocks: (column_blocks, token_blocks, 1),
-        threads: kernel.warps * 32,
-        shared: kernel.shared(),
-    };
-    let mut args = vec![Arg::Ptr(dh_sums), Arg::Ptr(db_sums)];
-    args.extend([dy.bf16(BRANCH)?, b.bf16(BRANCH)?, h.bf16(BRANCH)?].map(Arg::Ptr));
-    args.extend([tokens, outputs, rank, dy.stride, b.stride, h.stride, rows].map(Arg::size));
-    cuda.launch(&SOURCE, kernel.name, grid, &args)?;
+/// A structure for each branch, and for those that are not there one that begins behind all blocks.
+fn operands(branches: Vec<Arg>) -> impl Iterator<Item = Arg> {
+    let none = Arg::words(&[], &[i32::MAX as u32; 2 * WORDS]);
+    branches.into_iter().chain(std::iter::repeat(none)).take(TOGETHER)
+}
 
-    let (dh_lanes, db_lanes) = (lanes(column_blocks), lanes(token_blocks));
+/// Enqueues both gradients of up to [`TOGETHER`] branches.
+fn in_one_pass(cuda: &Arc<Cuda>, kernel: &Kernel, branches: &[(View<'_>, Branch<'_>)]) -> Result<()> {
+    let tokens = branches[0].0.rows;
+    let column_blocks = branches.iter().map(|(dy, _)| kernel.column_blocks(dy.cols)).sum();
+    let (rows, token_blocks) = kernel.share(tokens, column_blocks, cuda.sms());
+    let sums = branches.iter().map(|(dy, _)| kernel.sums(tokens, dy.cols, token_blocks));
+    let bytes: Vec<[usize; 2]> = sums.collect();
+    let mut sums_at = cuda.scratch(Scratch::Partials, bytes.iter().flatten().sum())?;
+
+    let db_lanes = lanes(token_blocks);
     // Four elements a thread.
     let blocks = |rows: usize, lanes: usize| (rows * kernel.rank / 4).div_ceil(FINISHERS / lanes);
-    let dh_blocks = blocks(tokens, dh_lanes);
-    let mut args = vec![
-        Arg::Ptr(dh.bf16(BRANCH)?),
-        Arg::Ptr(twin.map_or(Ok(0), |twin| twin.bf16(BRANCH))?),
-        Arg::Ptr(db.f32(BRANCH)?),
-        Arg::Ptr(dh_sums),
-        Arg::Ptr(db_sums),
-        Arg::Ptr(out_scale.rows.map_or(Ok(0), |rows| rows.f32(BRANCH))?),
-        Arg::F32(out_scale.scaling),
-    ];
-    args.extend([tokens, outputs, rank, kernel.rank].map(Arg::size));
-    args.extend([dh.stride, twin.map_or(0, |twin| twin.stride), db.stride].map(Arg::size));
-    args.extend([column_blocks, token_blocks, dh_lanes, db_lanes, dh_blocks].map(Arg::size));
-    let grid = Grid::of(dh_blocks + blocks(outputs, db_lanes), FINISHERS);
-    cuda.launch(&SOURCE, "low_rank_branch_gradients_finish", grid, &args)?;
-    Ok(true)
+    let (mut passes, mut finishes, mut columns, mut finishers) = (Vec::new(), Vec::new(), 0, 0);
+    for ((dy, branch), [dh_bytes, db_bytes]) in branches.iter().zip(bytes) {
+        let Branch { dh, twin, db, b, h, out_scale } = branch;
+        let (outputs, rank, column_blocks) = (dy.cols, h.cols, kernel.column_blocks(dy.cols));
+        let (dh_sums, db_sums) = (sums_at, sums_at + dh_bytes as u64);
+        sums_at = db_sums + db_bytes as u64;
+        passes.push(Arg::words(
+            &[dy.bf16(BRANCH)?, b.bf16(BRANCH)?, h.bf16(BRANCH)?, dh_sums, db_sums],
+            &[outputs, rank, dy.stride, b.stride, h.stride, columns].map(size),
+        ));
+        let dh_lanes = lanes(column_blocks);
+        let dh_blocks = blocks(tokens, dh_lanes);
+        let (twin, twin_stride) = match twin {
+            Some(twin) => (twin.bf16(BRANCH)?, twin.stride),
+            None => (0, 0),
+        };
+        let g = out_scale.rows.map_or(Ok(0), |rows| rows.f32(BRANCH))?;
+        let sizes = [outputs, rank, dh.stride, twin_stride, db.stride, column_blocks, dh_lanes, dh_blocks];
+        let mut values = vec![out_scale.scaling.to_bits()];
+        values.extend(sizes.into_iter().chain([finishers]).map(size));
+        finishes.push(Arg::words(&[dh.bf16(BRANCH)?, twin, db.f32(BRANCH)?, dh_sums, db_sums, g], &values));
+        columns += column_blocks;
+        finishers += dh_blocks + blocks(outputs, db_lanes);
+    }
+    let mut args: Vec<Arg> = operands(passes).collect();
+    args.extend([tokens, rows].map(Arg::size));
+    let blocks = (columns, token_blocks, 1);
+    let grid = Grid { blocks, threads: kernel.warps * 32, shared: kernel.shared() };
+    cuda.launch(&SOURCE, kernel.name, grid, &args)?;
+
+    let mut args: Vec<Arg> = operands(finishes).collect();
+    args.extend([tokens, kernel.rank, token_blocks, db_lanes].map(Arg::size));
+    cuda.launch(&SOURCE, "low_rank_branch_gradients_finish", Grid::of(finishers, FINISHERS), &args)
+}
+
+/// A size or stride as a 31-bit value of a structure.
+fn size(n: usize) -> u32 {
+    i32::try_from(n).expect("sizes of matrices are checked to fit 31 bits") as u32
 }
 
 #[cfg(test)]
@@ -217,7 +252,7 @@ mod tests {
             for line in [
                 format!("constexpr int TOKENS = {TOKENS};\n"),
                 format!("using Rank{rank} = Branch<{rank}, {warps}, {columns}, {stages}>;\n"),
-                format!("__launch_bounds__(Rank{rank}::THREADS, {blocks})\n    {name}(float* dh_sums,"),
+                format!("__launch_bounds__(Rank{rank}::THREADS, {blocks})\n    {name}(Operands one,"),
                 format!("constexpr int FINISHERS = {FINISHERS}, IN_FLIGHT = {IN_FLIGHT};\n"),
             ] {
                 assert!(SOURCE.text.contains(&line), "{line}");
@@ -238,11 +273,12 @@ mod tests {
     fn blocks_share_all_tokens_and_their_sums_fit_what_is_predicted() {
         for outputs in [8, 512, 520, 1024, 4096, 14336, 1 << 20] {
             for rank in [8, 16, 24, 32, 64] {
-                let most = branch_gradients_scratch(8192, outputs, rank);
+                let most = branch_gradients_scratch(8192, &[outputs], rank);
                 for tokens in [1, 15, 64, 65, 129, 511, 1000, 8191, 8192] {
                     let kernel = Kernel::of(tokens, outputs, rank).unwrap();
                     for multiprocessors in [1, 28, 108, 132, 192, 1000] {
-                        let (rows, blocks) = kernel.share(tokens, outputs, multiprocessors);
+                        let (rows, blocks) =
+                            kernel.share(tokens, kernel.column_blocks(outputs), multiprocessors);
                         let what = format!("{tokens} {outputs} {rank} {multiprocessors}: {rows} x {blocks}");
                         assert!(rows % TOKENS == 0 && rows * blocks >= tokens, "{what}");
                         assert!(rows * (blocks - 1) < tokens, "a block has no tokens: {what}");
@@ -259,7 +295,7 @@ mod tests {
         for shape in [(0, 8, 8), (8, 0, 8), (8, 12, 8), (8, 8, 0), (8, 8, 12), (8, 8, 72), (1 << 40, 8, 8)] {
             let (tokens, outputs, rank) = shape;
             assert!(Kernel::of(tokens, outputs, rank).is_none(), "{shape:?}");
-            assert_eq!(branch_gradients_scratch(tokens, outputs, rank), 4 * outputs * rank, "{shape:?}");
+            assert_eq!(branch_gradients_scratch(tokens, &[outputs], rank), 4 * outputs * rank, "{shape:?}");
         }
         assert_eq!([1, 8, 9, 28, 33, 128].map(lanes), [1, 1, 2, 4, 8, 8]);
     }

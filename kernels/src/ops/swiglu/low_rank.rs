@@ -16,28 +16,10 @@ use crate::cuda::compile::Arch;
 use crate::cuda::{Arg, Cuda, Grid, Scratch, Source};
 use crate::device::Device;
 use crate::error::{Error, Result, check};
-use crate::ops::low_rank::{OutScale, low_rank_branch_gradients, low_rank_projection_backward};
+use crate::ops::low_rank::{Branch, low_rank_branch_gradients, low_rank_projection_backward};
 use crate::tensor::{Dtype, View, ViewMut};
 
 const OP: &str = "swiglu_backward_low_rank";
-
-/// The branch of gate or of up: what its gradients are made of, and where they go; see
-/// [`low_rank_branch_gradients`].
-#[derive(Debug)]
-pub struct Branch<'a> {
-    /// (T, R).
-    pub dh: ViewMut<'a>,
-    /// (T, R): the values of `dh` again.
-    pub twin: Option<ViewMut<'a>>,
-    /// (N, R).
-    pub db: ViewMut<'a>,
-    /// (N, R): s diag(g) B.
-    pub b: View<'a>,
-    /// (T, R).
-    pub h: View<'a>,
-    /// s and g.
-    pub out_scale: OutScale<'a>,
-}
 
 /// The factors of gate and of up, and the gradients of what they are multiples of; see [`swiglu_backward_scaled`].
 #[derive(Debug)]

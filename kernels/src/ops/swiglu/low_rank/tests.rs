@@ -3,6 +3,7 @@
 use super::super::{backward_naive, forward_naive};
 use super::*;
 use crate::ops::convert::fill;
+use crate::ops::low_rank::OutScale;
 use crate::ops::low_rank::{branch_gradients_naive, projection_backward_naive};
 use crate::tensor::Tensor;
 use crate::testing::cuda::device;
