@@ -169,11 +169,16 @@ impl Branch<'_> {
     }
 }
 
-/// [`low_rank_branch_gradients`] of several branches, with dy of each: on CUDA small ones (those of keys and values) cost
-/// little more than one.
+/// [`low_rank_branch_gradients`] of several branches, with dy of each: on CUDA by one kernel for up to three of them.
 ///
-/// Shapes, precision, errors and source: those of [`low_rank_branch_gradients`]. On CUDA the sums over tokens are split
-/// otherwise than alone.
+/// Shapes: as [`low_rank_branch_gradients`], for every branch.
+/// Accumulates: as there.
+/// Precision: as there; on CUDA the sums over tokens are split otherwise than alone, so that last bits may differ.
+///
+/// # Errors
+/// Shapes that do not belong together, or no kernel for the device.
+///
+/// Source: the op.
 pub fn low_rank_branch_gradients_together<const N: usize>(mut branches: [(View, Branch); N]) -> Result<()> {
     for (dy, branch) in &branches {
         branch.check(*dy)?;

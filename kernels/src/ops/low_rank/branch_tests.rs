@@ -127,7 +127,7 @@ fn cuda_makes_both_gradients_of_a_branch_in_one_pass() {
 
 /// Each as alone, whatever stands beside it: branches of one kernel, of two, and one that goes to the library.
 #[test]
-fn branches_together_equal_the_definition() {
+fn branches_together_equal_the_definition_also_on_cuda() {
     for (t, shapes) in [
         (1, [(520, 16), (8, 16), (136, 16)]),
         (200, [(1032, 16), (256, 8), (256, 16)]),
